@@ -243,7 +243,7 @@ def counter_key(
     z = seed * SEED_STRIDE + offset
     return (z ^ (z >> 32 & 2**32 - 1)) * MIX_1
 
-# %% ../nbs/00_core.ipynb #16cfc503
+# %% ../nbs/00_core.ipynb #38d78fc5
 def counter_bits(
     seed: torch.Tensor,  # int64 [R], one a run
     step: int | torch.Tensor,  # an int or a 0-dim int64 tensor
@@ -252,7 +252,7 @@ def counter_bits(
     bits: int = 32,  # length of a word, 1 to 63
 ) -> torch.Tensor:  # int64 [R, *shape] in [0, 2^bits)
     "Random words, a pure function of (seed, stream, step, position): the same on every device, no state anywhere."
-    return splitmix(counter_key(seed, step, stream), math.prod(shape), bits).view(-1, *shape)
+    return splitmix(counter_key(seed, step, stream), math.prod(shape), bits).view(len(seed), *shape)
 
 
 def counter_uniform(
