@@ -604,7 +604,7 @@ def normal_pairs(
     radius = torch.sqrt(-2 * torch.log1p(-u))  # u is in [0, 1), so the logarithm is finite
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
 
-# %% ../nbs/06_tasks.ipynb #72f58ff8
+# %% ../nbs/06_tasks.ipynb #e6c7352c
 class NoisyCIFAR10(ImageTask):
     "CIFAR-10 row by row, then noise (Table 3, Figure 8)."
 
@@ -628,14 +628,24 @@ class NoisyCIFAR10(ImageTask):
         "uint8 [N, 3, 32, 32] -> rows [N, 32, 96]: red, green, blue of a row side by side."
         return images.transpose(1, 2).flatten(2)
 
-    def layout(self, batch: int) -> Rows:
-        "Equation (10) for one batch size, computed once; its table is empty."
-        if batch not in self.layouts:
-            t, b = torch.arange(self.T, device=self.device)[:, None], torch.arange(batch, device=self.device)
-            index = torch.where(t < self.height, self.n_noise + self.height * b + t, t - self.height)
-            table = self.noise.new_zeros(self.n_noise + self.height * batch, 1)
-            self.layouts[batch] = rows(table, index)
-        return self.layouts[batch]
+    def prepare_epoch(self, seeds: Tensor, epoch: int) -> None:
+        "Shuffles, and lays out the index before a CUDA graph could be recorded around it."
+        super().prepare_epoch(seeds, epoch)
+        self.layout(self.batch_size)
+
+# %% ../nbs/06_tasks.ipynb #0206693e
+@patch
+def layout(
+    self: NoisyCIFAR10,
+    batch: int,
+) -> Rows:  # with an empty table
+    "Equation (10) for one batch size, computed once."
+    if batch not in self.layouts:
+        t, b = torch.arange(self.T, device=self.device)[:, None], torch.arange(batch, device=self.device)
+        index = torch.where(t < self.height, self.n_noise + self.height * b + t, t - self.height)
+        table = self.noise.new_zeros(self.n_noise + self.height * batch, 1)
+        self.layouts[batch] = rows(table, index)
+    return self.layouts[batch]
 
 # %% ../nbs/06_tasks.ipynb #5f10f73e
 @patch

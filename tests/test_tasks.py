@@ -1,0 +1,668 @@
+"""Tasks: definitions against slow and plain rewritings, purity of batches, vmap, capture safety, and rows of bad input."""
+
+import functools
+import hashlib
+import http.server
+import io
+import math
+import os
+import shutil
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wave_rnns import tasks
+from wave_rnns.core import ConfigError, DataError, WaveRNNError, data_root
+from wave_rnns.scan import Rows, wave_loop, wave_scan
+from wave_rnns.tasks import (
+    CIFAR_PARTS,
+    FOLDERS,
+    MANIFEST,
+    MNIST_PARTS,
+    PERMUTATIONS,
+    TASKS,
+    fetch,
+    fixed_noise,
+    have_data,
+    load_raw,
+    make_task,
+    permutation,
+    split_indices,
+    task_options,
+)
+
+mnist = pytest.mark.skipif(not have_data("mnist"), reason="MNIST is not in the data folder (WAVE_RNNS_DATA)")
+cifar = pytest.mark.skipif(not have_data("cifar10"), reason="CIFAR-10 is not in the data folder (WAVE_RNNS_DATA)")
+IMAGE_TASKS = [
+    pytest.param("smnist", {}, marks=mnist),
+    pytest.param("psmnist", {}, marks=mnist),
+    pytest.param("psmnist", {"permutation": "bitreversal", "pool": 2}, marks=mnist),
+    pytest.param("nscifar10", {}, marks=cifar),
+    pytest.param("nscifar10", {"noise": "fresh", "pool": 2}, marks=cifar),
+]
+ALL_TASKS = [("copy", {"T": 0}), ("copy", {"T": 7}), ("adding", {"T": 2}), ("adding", {"T": 11}), *IMAGE_TASKS]
+SEEDS = torch.tensor([0, 1, 8045])
+
+
+@functools.cache
+def ready(name, **options):
+    "A small task, with its data loaded once for all tests."
+    small = {"limit": 40} if name not in ("copy", "adding") else {}
+    return make_task(name, batch_size=8, **small, **options)
+
+
+def batch_of(task, seeds, step, epoch=0):
+    task.prepare_epoch(seeds, epoch)
+    return task.train_batch(seeds, step)
+
+
+def dense(x):
+    "What a network sees, written out: [..., T, B, F] or tokens."
+    return x.table[..., x.index, :] if isinstance(x, Rows) else x
+
+
+def guess_for(task, y):
+    "Some output of the right shape for y, float32 and not trivial."
+    shape = (*y.shape, task.output_size) if task.every_step else (y.shape[-1], task.output_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------------- every task
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_shapes_agree_with_the_attributes(name, options):
+    task = ready(name, **options)
+    x, y = batch_of(task, SEEDS, torch.tensor(2))
+    seen = dense(x)
+    assert seen.shape[:3] == (3, task.T, 8) and y.shape[-1] == 8
+    if seen.dtype == torch.int64:
+        assert seen.max() < task.input_size and seen.min() >= 0
+    else:
+        assert seen.shape[3] == task.input_size and seen.dtype == torch.float32
+    held, target = next(task.eval_batches("valid", batch=5))
+    assert dense(held).shape == (task.T, 5, *seen.shape[3:]) and target.shape[-1] == 5
+    assert target.dtype == y.dtype and y.shape == (3, *target.shape[:-1], 8)
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_a_batch_is_a_function_of_seed_and_step(name, options):
+    task = ready(name, **options)
+    (x, y), (x_again, y_again) = batch_of(task, SEEDS, torch.tensor(3)), batch_of(task, SEEDS, 3)
+    assert torch.equal(dense(x), dense(x_again)) and torch.equal(y, y_again)
+    alone, y_alone = batch_of(task, SEEDS[1:2], torch.tensor(3))
+    assert torch.equal(dense(alone)[0], dense(x)[1]) and torch.equal(y_alone[0], y[1])
+    other, _ = batch_of(task, SEEDS, torch.tensor(4))
+    assert not torch.equal(dense(other), dense(x))
+    assert not torch.equal(dense(x)[0], dense(x)[1])
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_global_random_state_is_neither_used_nor_moved(name, options):
+    task = ready(name, **options)
+    torch.manual_seed(1), np.random.seed(1)
+    before = torch.get_rng_state()
+    x, _ = batch_of(task, SEEDS, 1)
+    held, _ = next(task.eval_batches("test", batch=3))
+    assert torch.equal(before, torch.get_rng_state()) and np.random.randint(10**6) == np.random.RandomState(1).randint(
+        10**6
+    )
+    torch.manual_seed(2)
+    assert torch.equal(dense(batch_of(task, SEEDS, 1)[0]), dense(x))
+    assert torch.equal(dense(next(task.eval_batches("test", batch=3))[0]), dense(held))
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_train_batch_never_asks_the_device_for_a_value(name, options):
+    "Fake tensors have no values: anything that would wait for the device (item, nonzero, bool) raises."
+    task = ready(name, **options)
+    task.prepare_epoch(SEEDS, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        x, y = task.train_batch(fake.from_tensor(SEEDS), fake.from_tensor(torch.tensor(2)))
+        out = torch.empty(guess_for(task, y[0]).shape)
+        task.loss(out, y[0]), task.measure(out, y[0])
+    assert y.shape[0] == 3
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_loss_and_measure_under_vmap_and_their_agreement(name, options):
+    task = ready(name, **options)
+    _, y = batch_of(task, SEEDS, 0)
+    out = torch.stack([guess_for(task, y[r]) * (r + 1) for r in range(3)])
+    losses, sums = torch.vmap(task.loss)(out, y), torch.vmap(task.measure)(out, y)
+    for r in range(3):
+        torch.testing.assert_close(losses[r], task.loss(out[r], y[r]))
+        for key, value in task.measure(out[r], y[r]).items():
+            assert value.shape == () and value.dtype == torch.float64
+            torch.testing.assert_close(sums[key][r], value)
+    key = "mse" if name == "adding" else "cross_entropy"  # what is descended is also what is reported
+    torch.testing.assert_close((sums[key] / sums["count"]).float(), losses, rtol=1e-5, atol=1e-6)
+    assert task.metric in sums and (sums["count"] == 8).all()
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_run_dimension_is_where_x_dims_says(name, options):
+    task = ready(name, **options)
+    x, _ = batch_of(task, SEEDS, 0)
+    total = torch.vmap(lambda x: dense(x).double().sum(), in_dims=(task.x_dims,))(x)
+    torch.testing.assert_close(total, dense(x).double().flatten(1).sum(1))
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_held_out_sets_do_not_depend_on_how_they_are_read(name, options):
+    task = ready(name, **options)
+    for split in ("valid", "test"):
+        wholes = []
+        for batch in (7, 20):
+            pairs = list(task.eval_batches(split, batch=batch, limit=20))
+            assert sum(y.shape[-1] for _, y in pairs) == 20
+            wholes.append((torch.cat([dense(x) for x, _ in pairs], 1), torch.cat([y for _, y in pairs], -1)))
+        assert all(torch.equal(a, b) for a, b in zip(*wholes, strict=True))
+    valid, test = (dense(next(task.eval_batches(s, batch=20))[0]) for s in ("valid", "test"))
+    assert not torch.equal(valid, test)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_options_are_complete_plain_and_enough_to_build_the_task_again(name):
+    import json
+
+    task = make_task(name)
+    assert task.options == task_options(name) == json.loads(json.dumps(task.options))
+    assert repr(make_task(name, **task.options)) == repr(task)
+    assert 0 < task.baseline < 1 and task.baseline_text and task.batch_size == (256 if name == "nscifar10" else 128)
+
+
+@cifar
+def test_shared_rows_of_several_runs_through_the_scan():
+    "Rows with a run dimension: states and gradients equal those of the loop on the sequences written out."
+    task = ready("nscifar10", pool=2)
+    x, _ = batch_of(task, SEEDS, 0)
+    g = torch.Generator().manual_seed(0)
+    u, V, b = (torch.randn(3, *shape, generator=g) / 5 for shape in ((2, 2, 3), (2, 5, 48), (2, 5)))
+
+    def last(x, u, V, b):
+        return wave_scan(x, u, V, b, activation="tanh", last=True)
+
+    V_runs, V_alone = V.clone().requires_grad_(), V.clone().requires_grad_()
+    states = torch.vmap(last, in_dims=(task.x_dims, 0, 0, 0))(x, u, V_runs, b)
+    loop = [
+        wave_loop(dense(x)[r].double(), u[r].double(), V_alone[r].double(), b[r].double(), activation="tanh", last=True)
+        for r in range(3)
+    ]
+    torch.testing.assert_close(states.double(), torch.stack(loop), rtol=1e-4, atol=1e-5)
+    states.square().sum().backward()
+    sum(h.square().sum() for h in loop).backward()
+    torch.testing.assert_close(V_runs.grad, V_alone.grad, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- definitions
+
+
+@pytest.mark.parametrize("T", [0, 1, 10, 480])
+def test_copy_against_the_words_of_the_paper(T):
+    x, y = (v[0] for v in ready("copy", T=T).train_batch(torch.tensor([3]), 17))
+    assert len(x) == len(y) == T + 20
+    for b in range(8):
+        tokens = x[:10, b].tolist()
+        assert all(1 <= token <= 8 for token in tokens)
+        assert x[:, b].tolist() == tokens + [0] * T + [9] + [0] * 9
+        assert y[:, b].tolist() == [0] * (T + 10) + tokens
+
+
+def test_copy_tokens_are_uniform_over_eight_categories():
+    x, _ = make_task("copy", T=0, batch_size=20_000).train_batch(torch.tensor([0]), 0)
+    counts = x[0, :10].flatten().bincount(minlength=9)[1:].double()
+    expected = 200_000 / 8
+    assert ((counts - expected).square() / expected).sum() < 24.3  # chi-squared, 7 degrees of freedom, 1 in 1,000
+
+
+def test_copy_measures_by_hand():
+    task = make_task("copy", T=3)
+    y = torch.zeros(23, 2, dtype=torch.int64)
+    y[13:] = torch.arange(10)[:, None] % 8 + 1
+    out = F.one_hot(y, 10).float() * 50
+    out[13, 1], out[15, 1] = 0, 0  # sample 1 gets two of ten wrong: equal logits, argmax 0
+    sums = {k: float(v) for k, v in task.measure(out, y).items()}
+    assert sums["count"] == 2 and sums["exact"] == 1 and math.isclose(sums["accuracy"], 1.8)
+    assert math.isclose(sums["cross_entropy"], 2 * math.log(10) / 23, rel_tol=1e-9)
+    assert math.isclose(sums["paper_scale"] * 128, sums["cross_entropy"])
+
+
+@pytest.mark.parametrize("T", [2, 3, 100, 1001])
+def test_adding_against_a_loop(T):
+    x, y = (v[0] for v in ready("adding", T=T).train_batch(torch.tensor([3]), 17))
+    for b in range(8):
+        places = [t for t in range(T) if x[t, b, 1] == 1]
+        assert len(places) == 2 and places[0] < T // 2 <= places[1]
+        assert set(x[:, b, 1].tolist()) <= {0.0, 1.0} and 0 <= x[:, b, 0].min() and x[:, b, 0].max() < 1
+        assert math.isclose(float(y[b]), float(x[places[0], b, 0]) + float(x[places[1], b, 0]), rel_tol=1e-6)
+
+
+def test_adding_markers_visit_every_step():
+    x, _ = make_task("adding", T=11, batch_size=5000).train_batch(torch.tensor([0]), 0)
+    assert (x[0, :, :, 1].sum(1) > 0).all()
+
+
+def test_no_training_sequence_is_a_held_out_one():
+    task = make_task("copy", T=0)
+    held = {tuple(s) for split in ("valid", "test") for x, _ in task.eval_batches(split) for s in x[:10].T.tolist()}
+    seeds = torch.tensor([0, tasks.HELD_OUT_SEED])  # even for a run whose seed is the held-out one
+    seen = {
+        tuple(s)
+        for step in range(40)
+        for s in task.train_batch(seeds, step)[0][:, :10].transpose(1, 2).flatten(0, 1).tolist()
+    }
+    assert len(held) > 10_990 and not held & seen  # 8^10 sequences exist: a chance meeting had odds of 1 in 10
+
+
+def test_adding_markers_do_not_know_of_each_other():
+    x, _ = make_task("adding", T=8, batch_size=40_000).train_batch(torch.tensor([0]), 0)
+    first, second = x[0, :4, :, 1].argmax(0), x[0, 4:, :, 1].argmax(0)
+    counts, expected = (4 * first + second).bincount(minlength=16).double(), 40_000 / 16
+    assert ((counts - expected).square() / expected).sum() < 37.7  # chi-squared, 15 degrees of freedom, 1 in 1,000
+
+
+def test_pooling_is_the_average_of_four_rounded():
+    images = torch.randint(0, 256, (3, 2, 6, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pooled = tasks.pool_images(images, 2)
+    assert pooled.shape == (3, 2, 3, 2) and pooled.dtype == torch.uint8
+    exact = F.avg_pool2d(images.double(), 2)
+    assert torch.equal(pooled.double(), (exact + 0.5).floor())
+    assert torch.equal(tasks.pool_images(images, 1), images)
+
+
+@mnist
+@pytest.mark.parametrize("name", [None, *PERMUTATIONS])
+def test_pixels_arrive_in_the_published_order(name):
+    raw = load_raw("mnist")
+    task = ready("psmnist", permutation=name) if name else ready("smnist")
+    order = permutation(name) if name else torch.arange(784)
+    for split, images, labels in (
+        ("test", raw.test_images, raw.test_labels),
+        ("valid", raw.train_images, raw.train_labels),
+    ):
+        chosen = torch.from_numpy(split_indices(60_000)[1])[:9] if split == "valid" else torch.arange(9)
+        x, y = next(task.eval_batches(split, batch=9))
+        assert torch.equal(y, labels[chosen].long())
+        assert torch.equal(x[..., 0].T, images[chosen].flatten(1)[:, order].float() / 255)
+
+
+@mnist
+def test_an_epoch_visits_each_image_at_most_once_and_drops_the_rest():
+    task = make_task("smnist", limit=100, batch_size=30)
+    assert task.steps_per_epoch == 3 and task.n_train == 100
+    seen = []
+    for step in range(3):
+        x, _ = batch_of(task, torch.tensor([5]), step + 3, epoch=1)  # steps are counted from the start of training
+        seen.append(x[0, ..., 0].T)
+    seen = torch.cat(seen)
+    assert len(seen.unique(dim=0)) == 90
+    train = task.sets["train"][0].float() / 255
+    assert {tuple(s) for s in seen.tolist()} <= {tuple(s) for s in train.tolist()}
+
+
+@cifar
+def test_noisy_cifar_sequences_written_out():
+    raw, noise = load_raw("cifar10"), fixed_noise()
+    for x, y in make_task("nscifar10", limit=300).eval_batches("test", batch=6):
+        assert x.table.shape == (968 + 32 * 6, 96) and x.index.shape == (1000, 6)
+        for b in range(6):
+            for t in (0, 13, 31):
+                row = [raw.test_images[b, colour, t] for colour in range(3)]  # red, green, blue
+                assert torch.equal(x.table[x.index[t, b]], torch.cat(row).float() / 255)
+            assert torch.equal(x.table[x.index[32:, b]], noise)
+        assert torch.equal(y, raw.test_labels[:6].long())
+        assert torch.equal(x.index.flatten()[x.order].diff().clamp(max=0), torch.zeros(5999, dtype=torch.int64))
+        uses = x.offsets.diff()
+        assert (uses[:968] == 6).all() and (uses[968:] == 1).all()  # noise rows are shared, picture rows are not
+        break
+
+
+@cifar
+def test_fresh_noise_differs_between_samples_steps_and_runs():
+    task = ready("nscifar10", noise="fresh", pool=1)
+    x, _ = batch_of(task, SEEDS, 0)
+    later, _ = batch_of(task, SEEDS, 1)
+    noise = torch.cat([x[:, 32:].transpose(1, 2).flatten(0, 1), later[:, 32:].transpose(1, 2).flatten(0, 1)])
+    likeness = torch.corrcoef(noise.flatten(1)[:, :20_000]).fill_diagonal_(0)
+    assert likeness.abs().max() < 0.04 and torch.isfinite(noise).all()  # 5 standard deviations for independent noise
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 196, 784])
+@pytest.mark.parametrize("name", PERMUTATIONS)
+def test_permutations_permute(name, n):
+    assert permutation(name, n).sort().values.tolist() == list(range(n))
+
+
+def test_the_torch_permutations_follow_from_the_mersenne_twister():
+    "randperm, rewritten from its definition on numpy's frozen generator: a change in torch would show here."
+    words = np.random.MT19937()
+    words._legacy_seeding(12008)
+    order = list(range(784))
+    for i in range(783):
+        j = i + int(words.random_raw()) % (784 - i)
+        order[i], order[j] = order[j], order[i]
+    assert permutation("torch12008").tolist() == order
+
+
+def test_a_library_that_draws_another_permutation_is_noticed(monkeypatch):
+    monkeypatch.setitem(PERMUTATIONS, "torch5544", "0" * 64)
+    with pytest.raises(DataError, match="permutation torch5544: expected sha256 0000"):
+        permutation("torch5544")
+
+
+# ------------------------------------------------------------------------------------------------- raw data
+
+
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@cifar
+def test_cifar_read_without_pickle_is_the_published_data():
+    "The sums were taken once from the arrays that torchvision unpickles."
+    raw = load_raw("cifar10")
+    assert digest(raw.train_images.numpy()) == "9d5c2eddadb0deff02c14c350c0385aab7b1d5ff1edfeb4997c8dc8644960111"
+    assert digest(raw.test_images.numpy()) == "177777c33ba79825320efa646ad04a94bdc3c80e4ebe3bd21724f8cdfd4b9d56"
+    assert digest(raw.train_labels.numpy()) == "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253"
+    assert digest(raw.test_labels.numpy()) == "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5"
+
+
+@mnist
+def test_mnist_is_the_published_data():
+    raw = load_raw("mnist")
+    for part, tensor in zip(MNIST_PARTS, raw, strict=True):
+        header = {"images": 16, "labels": 8}[part.split("-")[1]]
+        plain = {16: [2051, len(tensor), 28, 28], 8: [2049, len(tensor)]}[header]
+        assert hashlib.sha256(np.array(plain, ">i4").tobytes() + tensor.numpy().tobytes()).hexdigest() == MANIFEST[part]
+
+
+def test_the_module_never_unpickles():
+    source = Path(tasks.__file__).read_text()
+    assert "import pickle" not in source and "torch.load" not in source and "allow_pickle" not in source
+
+
+def linked_copy(name, folder):
+    "The raw files of a data set under `folder`, as links: cheap, and a test may replace one of them."
+    source, target = data_root() / FOLDERS[name], folder / FOLDERS[name]
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name in MANIFEST:
+            (target / path.name).symlink_to(path.resolve())
+    return target
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if how == "flipped bit":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"truncated": data[:-1], "empty": b"", "junk behind": data + b"x"}.get(how, data))
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "junk behind"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [pytest.param("mnist", "t10k-images-idx3-ubyte", marks=mnist), pytest.param("cifar10", "test_batch", marks=cifar)],
+)
+def test_damaged_files_are_named_with_both_sums_and_the_remedy(name, part, how, tmp_path, monkeypatch):
+    folder = linked_copy(name, tmp_path)
+    path = next(folder.glob(f"{part}*"))
+    damage(path, how)
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        make_task({"mnist": "smnist", "cifar10": "nscifar10"}[name]).to("cpu")
+    message, found = str(caught.value), hashlib.sha256(path.read_bytes()).hexdigest()
+    assert str(path) in message and MANIFEST[path.name] in message and found in message and "delete it" in message
+    assert "\n" not in message and path.exists()  # nothing is deleted behind the user's back
+
+
+@mnist
+def test_an_unpacked_copy_is_read_and_checked_too(tmp_path, monkeypatch):
+    import gzip
+
+    folder = linked_copy("mnist", tmp_path)
+    expected = load_raw("mnist").test_labels
+    packed = folder / "t10k-labels-idx1-ubyte.gz"
+    plain = packed.with_suffix("")
+    if not plain.exists():
+        plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink(missing_ok=True)
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    assert torch.equal(load_raw("mnist", download=False).test_labels, expected)
+    damage(plain, "flipped bit")
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte: expected sha256"):
+        load_raw("mnist")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@mnist
+def test_unreadable_file(tmp_path, monkeypatch):
+    folder = linked_copy("mnist", tmp_path)
+    path = next(folder.glob("train-images*"))
+    damage(path, "none")
+    path.chmod(0)
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="cannot read .*train-images"):
+        load_raw("mnist")
+
+
+NOBODY = "http://127.0.0.1:9/"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_no_network(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "new"))
+    monkeypatch.setenv(f"WAVE_RNNS_{name.upper()}_URL", NOBODY)
+    assert not have_data(name)
+    with pytest.raises(DataError, match="call fetch"):
+        load_raw(name, download=False)
+    with pytest.raises(DataError) as caught:
+        load_raw(name)
+    message = str(caught.value)
+    assert (
+        str(tmp_path / "new" / FOLDERS[name]) in message
+        and "could not be downloaded" in message
+        and "\n" not in message
+    )
+    assert "WAVE_RNNS_DATA" in message and f"WAVE_RNNS_{name.upper()}_URL" in message
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
+
+
+def test_a_data_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load_raw("mnist")
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    "A web server of this test's own, on this machine: the folder it serves, its address, and what it was asked for."
+    asked, folder = [], tmp_path / "mirror"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}/", asked
+    server.shutdown()
+    server.server_close()
+
+
+def packed_mnist():
+    "The published .gz files, or a skip."
+    paths = [data_root() / FOLDERS["mnist"] / f"{part}.gz" for part in MNIST_PARTS]
+    if not all(path.is_file() for path in paths):
+        pytest.skip("the data folder has MNIST only unpacked")
+    return paths
+
+
+@mnist
+def test_fetch_from_a_mirror_then_never_again(mirror, tmp_path, monkeypatch):
+    folder, address, asked = mirror
+    for path in packed_mnist():
+        (folder / path.name).symlink_to(path)
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "root"))
+    monkeypatch.setenv("WAVE_RNNS_MNIST_URL", address.rstrip("/"))  # with or without the slash
+    assert len(load_raw("mnist").train_labels) == 60_000 and have_data("mnist") and asked
+    asked.clear()
+    fetch("mnist"), load_raw("mnist")
+    assert asked == []
+    left = sorted(p.name for p in (tmp_path / "root").rglob("*") if p.is_file())
+    assert left == sorted([".mnist.lock", *(f"{part}.gz" for part in MNIST_PARTS)])
+
+
+@mnist
+def test_only_what_is_missing_is_fetched(mirror, tmp_path, monkeypatch):
+    folder, address, asked = mirror
+    paths = packed_mnist()
+    target = linked_copy("mnist", tmp_path / "root")
+    for path in target.glob("t10k-labels*"):
+        path.unlink()
+    (folder / paths[3].name).symlink_to(paths[3])
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "root"))
+    monkeypatch.setenv("WAVE_RNNS_MNIST_URL", address)
+    fetch("mnist")
+    assert {path.lstrip("/") for path in asked} == {"t10k-labels-idx1-ubyte.gz"} and have_data("mnist")
+
+
+@mnist
+def test_a_mirror_that_serves_something_else_is_refused(mirror, tmp_path, monkeypatch):
+    folder, address, _ = mirror
+    for path in packed_mnist():
+        (folder / path.name).write_bytes(b"<html>please log in</html>")
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "root"))
+    monkeypatch.setenv("WAVE_RNNS_MNIST_URL", address)
+    with pytest.raises(DataError, match="what came as train-images-idx3-ubyte.gz has sha256"):
+        load_raw("mnist")
+    assert not list((tmp_path / "root").rglob("*ubyte*"))
+
+
+@cifar
+def test_cifar_archive_is_unpacked_and_checked(tmp_path, monkeypatch):
+    archive = tmp_path / "root" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz", compresslevel=0) as tar:
+        for part in CIFAR_PARTS:
+            tar.add(data_root() / FOLDERS["cifar10"] / part, f"{FOLDERS['cifar10']}/{part}")
+    expected = load_raw("cifar10").test_labels
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "root"))
+    monkeypatch.setenv("WAVE_RNNS_CIFAR10_URL", NOBODY)  # an archive that is already there needs no network
+    assert torch.equal(load_raw("cifar10").test_labels, expected)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x1f\x8b\x08\x00garbage", os.urandom(5000)], ids=["empty", "torn gzip", "random bytes"]
+)
+def test_broken_cifar_archive(content, tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="cifar10 is not in .* and could not be downloaded"):
+        load_raw("cifar10")
+
+
+def test_cifar_archive_with_foreign_members(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        for name in (f"{FOLDERS['cifar10']}/data_batch_1", "../outside"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"evil"))
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="what came as data_batch_1 has sha256"):
+        load_raw("cifar10")
+    assert not (tmp_path.parent / "outside").exists()
+
+
+@mnist
+def test_several_programs_download_once(mirror, tmp_path, monkeypatch):
+    import subprocess
+    import sys
+
+    folder, address, asked = mirror
+    for path in packed_mnist():
+        shutil.copyfile(path, folder / path.name)
+    environment = os.environ | {
+        "WAVE_RNNS_DATA": str(tmp_path / "root"),
+        "WAVE_RNNS_MNIST_URL": address,
+        "OMP_NUM_THREADS": "1",
+    }
+    (tmp_path / "root").mkdir()
+    command = [sys.executable, "-c", "from wave_rnns.tasks import fetch; fetch('mnist')"]
+    programs = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [program.wait(120) for program in programs] == [0, 0]
+    assert len([path for path in asked if "train-images" in path]) <= 2  # one look at the address, one download
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mnist", {}, "task: expected one of 'copy', 'adding', 'smnist', 'psmnist', 'nscifar10', got 'mnist'"),
+        (None, {}, "task: expected one of"),
+        ("copy", {"delay": 3}, "copy has no option 'delay'; its options are T, batch_size, valid_size, test_size"),
+        ("copy", {"T": -1}, "T: expected a whole number of at least 0, got -1"),
+        ("copy", {"T": "30"}, "T: expected a whole number of at least 0, got '30'"),
+        ("copy", {"T": 30.0}, "T: expected a whole number of at least 0, got 30.0"),
+        ("copy", {"T": True}, "T: expected a whole number of at least 0, got True"),
+        ("copy", {"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ("copy", {"valid_size": 0}, "valid_size: expected a whole number of at least 1, got 0"),
+        ("adding", {"T": 1}, "T: expected a whole number of at least 2, got 1"),
+        ("smnist", {"T": 784}, "smnist has no option 'T'"),
+        ("smnist", {"permutation": "bitreversal"}, "smnist has no option 'permutation'"),
+        ("smnist", {"limit": 0}, "limit: expected a whole number from 1 to 57000, got 0"),
+        ("smnist", {"limit": 57_001}, "limit: expected a whole number from 1 to 57000, got 57001"),
+        ("smnist", {"limit": 100}, "batch_size: expected a whole number from 1 to 100, got 128"),
+        ("smnist", {"pool": 3}, "pool: expected a whole number from 1 to 2, got 3"),
+        (
+            "psmnist",
+            {"permutation": "mine"},
+            "permutation: expected one of 'torch12008', 'torch5544', 'numpy92916', 'bitreversal'",
+        ),
+        ("nscifar10", {"noise": None}, "noise: expected one of 'fixed', 'fresh', got None"),
+        ("nscifar10", {"limit": 47_001}, "limit: expected a whole number from 1 to 47000, got 47001"),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(ConfigError) as caught:
+        make_task(name, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "", None])
+def test_only_held_out_splits_are_evaluated(split):
+    with pytest.raises(ConfigError, match="split: expected one of 'valid', 'test'"):
+        next(make_task("copy").eval_batches(split))
+    with pytest.raises(ConfigError, match="batch: expected a whole number of at least 1"):
+        next(make_task("copy").eval_batches("valid", batch=0))
+
+
+@mnist
+def test_train_batch_before_prepare_epoch_says_so():
+    task = make_task("smnist", limit=200)
+    with pytest.raises(WaveRNNError, match="smnist: call prepare_epoch"):
+        task.train_batch(SEEDS, 0)
+    task.prepare_epoch(SEEDS[:2], 0)
+    with pytest.raises(WaveRNNError, match="with these 3 seeds"):
+        task.train_batch(SEEDS, 0)
+
+
+@pytest.mark.parametrize("name", ["data", "MNIST", ""])
+def test_unknown_data_set(name):
+    for call in (have_data, fetch, load_raw):
+        with pytest.raises(ConfigError, match="data set: expected one of 'mnist', 'cifar10'"):
+            call(name)
