@@ -1,0 +1,144 @@
+"""From notebooks to pages: what is done to a notebook before the site generator sees it.
+
+nbdev cleans the notebooks (hidden cells, directives, front matter); this module decides what a reader of the site gets:
+the exported code stays visible (it is the text), import cells fold away, `03_scan.ipynb` becomes `scan.html`,
+and links between notebooks follow. Everything here is text in, text out.
+"""
+
+import ast
+import re
+from configparser import ConfigParser
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPORTS = re.compile(r"^#\|[ \t]*exports?i?\b.*$", re.M)
+MODULE = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
+BARE_ALIGN = re.compile(r"(?<!\$)(?<!\$\n)(\\begin\{(align\*?|equation\*?|gather\*?)\}.*?\\end\{\2\})", re.S)
+
+
+@dataclass
+class Room:
+    "One notebook and where it goes."
+
+    path: Path  # the notebook
+    page: str  # the page's name without a suffix, `scan` for `03_scan.ipynb`
+    number: str  # `03`, empty for the index
+    title: str  # its `# Title`
+    module: str  # the module it exports, empty when it exports none
+    anchors: dict[str, str] = field(default_factory=dict)  # exported name -> id of the cell that defines it
+
+
+def settings(root: Path = ROOT) -> dict:
+    "The project's settings.ini as a dict."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(root / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def room(path: Path) -> Room:
+    "Read a notebook's number, page name, title, module and exported names."
+    nb = nbformat.read(path, as_version=4)
+    number, page = re.match(r"(?:(\d+\w?)_)?(.*)", path.stem).groups()
+    title = next((m[1] for c in nb.cells if (m := re.search(r"^#\s+(.+?)\s*$", c.source, re.M))), page)
+    module = next((m[1] for c in nb.cells if c.cell_type == "code" and (m := MODULE.search(c.source))), "")
+    found = Room(path, page, number or "", title, module)
+    for cell in nb.cells:
+        names = exported_names(cell)
+        found.anchors |= dict.fromkeys(names, f"export-{names[0]}" if names else "")
+    return found
+
+
+def exported_names(cell) -> list[str]:
+    "The names that an exported cell defines; a method patched onto a class counts as `Class.method`."
+    if cell.cell_type != "code" or not EXPORTS.search(cell.source):
+        return []
+    names = []
+    for node in ast.parse(re.sub(r"^[%!].*$", "", cell.source, flags=re.M)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            patched = any(getattr(d, "id", "").startswith("patch") for d in node.decorator_list)
+            owner = ast.unparse(node.args.args[0].annotation) + "." if patched else ""
+            names.append(owner + node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [t.id for t in targets if isinstance(t, ast.Name)]
+    return names
+
+
+def only_imports(source: str) -> bool:
+    "Is the cell nothing but imports, more than one? It folds away then."
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return False
+    return len(body) > 1 and all(isinstance(n, ast.Import | ast.ImportFrom) for n in body)
+
+
+def stage_cell(cell, pages: dict[str, str], blob: str):
+    "A cell as the site shows it."
+    if cell.cell_type == "markdown":
+        cell.source = BARE_ALIGN.sub(r"$$\n\1\n$$", relink(cell.source, pages, blob))
+    elif cell.cell_type == "code":
+        names = exported_names(cell)
+        cell.source = EXPORTS.sub(f"#| label: export-{names[0]}" if names else "", cell.source, count=1)
+        if only_imports(cell.source) and "#| hide" not in cell.source:
+            code = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M).strip()
+            cell.source = f"#| code-fold: true\n#| code-summary: Imports\n{code}"
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if "text/markdown" in data:
+                data["text/markdown"] = relink(data["text/markdown"], pages, blob)
+    return cell
+
+
+def relink(text: str, pages: dict[str, str], blob: str) -> str:
+    "Links to notebooks follow them to their new names; links out of `nbs` go to the repository."
+    text = re.sub(
+        r"\]\((?:\./)?([\w-]+)\.ipynb(#[^)\s]*)?\)", lambda m: f"]({pages.get(m[1], m[1])}.ipynb{m[2] or ''})", text
+    )
+    return re.sub(r"\]\(\.\./([^)\s]+)\)", rf"]({blob}/\1)", text)
+
+
+def stage_notebook(path: Path, target: Path, pages: dict[str, str], blob: str):
+    "Write the notebook as the site wants it; the text under a title is kept (nbdev would drop the rest of that cell)."
+    nb = nbformat.read(path, as_version=4)
+    cells = []
+    for cell in nb.cells:
+        m = (
+            re.match(r"(#\s[^\n]+\n*(?:>[^\n]*\n?)?)(.*)", cell.source, re.S)
+            if not cells and cell.cell_type == "markdown"
+            else None
+        )
+        if m and m[2].strip():
+            cells.append(nbformat.v4.new_markdown_cell(m[1].strip()))
+            cell.source = m[2].strip()
+        cells.append(stage_cell(cell, pages, blob))
+    nb.cells = cells
+    nbformat.write(nb, target)
+
+
+def sidebar(rooms: list[Room], nbs: Path) -> list:
+    "sidebar.yml with its globs spelled out: the site generator must see the numbers' order, not the pages' alphabet."
+    listed: set[str] = set()
+
+    def entries(contents):
+        for item in contents:
+            if isinstance(item, dict) and "section" in item:
+                inner = list(entries(item["contents"]))
+                if inner:
+                    yield {"section": item["section"], "contents": inner}
+                continue
+            pattern = item["auto"] if isinstance(item, dict) else item
+            for r in rooms:
+                if fnmatch(r.path.name, pattern) and r.page not in listed:
+                    listed.add(r.page)
+                    yield {"text": f"{r.number} {r.title}".strip(), "href": f"{r.page}.ipynb"}
+
+    config = yaml.safe_load((nbs / "sidebar.yml").read_text(encoding="utf-8"))
+    contents = list(entries(config["website"]["sidebar"]["contents"]))
+    rest = [{"text": f"{r.number} {r.title}".strip(), "href": f"{r.page}.ipynb"} for r in rooms if r.page not in listed]
+    return contents + ([{"section": "More", "contents": rest}] if rest else [])
