@@ -1,3 +1,11 @@
 __version__ = "0.1.0"
 
-from .model import IdentityRNN, WaveRNN  # noqa: E402,F401  (the two names users come for)
+__all__ = ["IdentityRNN", "WaveRNN"]  # the two names users come for
+
+
+def __getattr__(name):
+    if name in __all__:  # fetched when asked for: `wrnn_train --help` need not wait for torch
+        from wave_rnns import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
