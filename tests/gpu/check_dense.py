@@ -1,0 +1,343 @@
+"""Proof of the dense scan on a GPU: values and every gradient against a float64 loop.
+
+python tests/gpu/check_dense.py --out DIR [--quick]      writes DIR/check_dense.json, exit code 1 if anything is out of bounds
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from wave_rnns.core import atomic_write, environment, to_json
+from wave_rnns.kernels import architecture_for, compile_kernel
+from wave_rnns.kernels_dense import SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.scan import backend_for, dense_loop, dense_scan
+
+ULP = 2.0**-23  # nothing in float32 can be asked to be closer than one unit in the last place
+BOUNDS = {"faithful": {"clean": 5e-5, "flipped": 1e-3}, "fast": {"clean": 1e-2, "flipped": 5e-2}}
+
+
+def precompile(jobs):
+    "Compile (macros, architecture) pairs in parallel; the disk cache keeps them."
+    jobs = {tuple(sorted(macros.items())): (macros, arch) for macros, arch in jobs}.values()
+    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(compile_kernel, SOURCE, macros, arch, "dense") for macros, arch in jobs]:
+            future.result()
+
+
+def act(z, activation):
+    return {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda z: z}[activation](z)
+
+
+def reference(drive, U, h_0, gy, activation, last, dtype):
+    "The recurrence and its gradients by a plain loop and autograd, in `dtype`."
+    drive, U, h_0, gy = (t.to(dtype).detach().requires_grad_() for t in (drive, U, h_0, gy))
+    h, states = h_0, []
+    for t in range(drive.shape[1]):
+        h = act(torch.baddbmm(drive[:, t], h, U.mT), activation)
+        states.append(h)
+    states = torch.stack(states, 1)
+    grads = torch.autograd.grad(states[:, -1] if last else states, (drive, U, h_0), gy)
+    return states.detach(), dict(zip(("drive", "U", "h_0"), grads, strict=True))
+
+
+def case_inputs(R, T, B, m, last, seed):
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
+    U = 0.9 * torch.eye(m) + rand(R, m, m) * 0.3 / (1 + m**0.5)
+    tensors = rand(R, T, B, m) * 0.5, U, rand(R, B, m), rand(R, B, m) if last else rand(R, T, B, m)
+    return [t.cuda() for t in tensors]
+
+
+def error(a, b):
+    "Largest relative 2-norm over the runs."
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    return ((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)).max().item() if b.any() else a.norm().item()
+
+
+def check_case(R, T, B, m, activation, last, with_h_0, rows):
+    drive, U, h_0, gy = case_inputs(R, T, B, m, last, hash((R, T, B, m)) % 2**31)
+    h_0 = h_0 if with_h_0 else torch.zeros_like(h_0)
+    exact, exact_grads = reference(drive, U, h_0, gy, activation, last, torch.float64)
+    loop, loop_grads = reference(drive, U, h_0, gy, activation, last, torch.float32)
+    start = h_0 if with_h_0 else None
+    for precision in ("faithful", "fast"):
+        backend = backend_for("dense", drive.device, drive.dtype, 1, m, 0, 0, activation, precision)
+        y, kept = torch.ops.wave_rnns.dense_forward(drive, U, start, activation, last, True, precision)
+        ours = torch.ops.wave_rnns.dense_backward(gy, drive, U, start, y, kept, activation, last, precision)
+        again = torch.ops.wave_rnns.dense_backward(gy, drive, U, start, y, kept, activation, last, precision)
+        states = kept if last else y
+        row = dict(R=R, T=T, B=B, m=m, activation=activation, last=last, h_0=with_h_0, precision=precision)
+        row["fused"] = isinstance(backend, DenseBackend)
+        row["flips"] = int(((states > 0) != (exact > 0)).sum()) if activation == "relu" else 0
+        row["flips_loop"] = int(((loop > 0) != (exact > 0)).sum()) if activation == "relu" else 0
+        row["error"] = {"h": error(states, exact), "y": error(y, exact[:, -1] if last else exact)}
+        row["error_loop"] = {"h": error(loop, exact)}
+        for name, grad in zip(("drive", "U", "h_0"), ours, strict=True):
+            row["error"][name] = error(grad, exact_grads[name])
+            row["error_loop"][name] = error(loop_grads[name], exact_grads[name])
+        row["repeats"] = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        limit = BOUNDS[precision]["flipped" if row["flips"] else "clean"]
+        state_limit = max(8 * row["error_loop"]["h"], ULP) if precision == "faithful" else BOUNDS["fast"]["clean"]
+        row["ok"] = (
+            row["repeats"]
+            and max(row["error"]["h"], row["error"]["y"]) <= (state_limit if precision == "faithful" else limit)
+            and all(row["error"][k] <= limit for k in ("drive", "U", "h_0"))
+        )
+        rows.append(row)
+        if not row["ok"]:
+            print("OUT OF BOUNDS", json.dumps(row), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- beyond single cases
+
+
+def same_bits_whatever_the_tiles():
+    "A run's bits do not depend on how many tiles a block works on, nor on the runs beside it."
+    drive, U, h_0, gy = case_inputs(3, 20, 40, 200, True, 1)
+    out = []
+    for tiles in (1, 2, 4):
+        plan = dataclasses.replace(plan_for(200, 8, 1, "faithful"), tiles=tiles)
+        b = DenseBackend(lambda *_, plan=plan: plan)
+        y, kept = b.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+        out.append((y, *b.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful")))
+    y, kept = b.dense_forward(drive[1:2], U[1:2], h_0[1:2], "relu", True, True, "faithful")
+    alone = (y, *b.dense_backward(gy[1:2], drive[1:2], U[1:2], h_0[1:2], y, kept, "relu", True, "faithful"))
+    return all(torch.equal(a, b) for o in out[1:] for a, b in zip(out[0], o, strict=True)) and all(
+        torch.equal(a[1:2], b) for a, b in zip(out[0], alone, strict=True)
+    )
+
+
+def dense_problem(m=100, T=30, B=5, F=2, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    x, V = torch.randn(T, B, F, generator=g), torch.randn(m, F, generator=g)
+    U, b = torch.eye(m) + 0.02 * torch.randn(m, m, generator=g), 0.1 * torch.randn(m, generator=g)
+    return [t.cuda().requires_grad_() for t in (x, U, V, b, torch.randn(B, m, generator=g))]
+
+
+def public_operator_agrees():
+    "dense_scan, its gradients by name, against dense_loop in float64."
+    worst = 0.0
+    for last in (False, True):
+        tensors = dense_problem()
+        double = [t.detach().double().requires_grad_() for t in tensors]
+        y, z = dense_scan(*tensors, last=last), dense_loop(*double, last=last)
+        gy = torch.randn_like(y)
+        ours, exact = torch.autograd.grad(y, tensors, gy), torch.autograd.grad(z, double, gy.double())
+        worst = max(worst, *(error(a[None], b[None]) for a, b in zip((y, *ours), (z, *exact), strict=True)))
+    return worst < 1e-4, worst
+
+
+def vmap_agrees():
+    "vmap over runs gives each run's own bits."
+    runs = [dense_problem(m=64, seed=s) for s in range(3)]
+    stacked = [torch.stack([r[i].detach() for r in runs]) for i in range(5)]
+    loss = lambda *t: dense_scan(*t, last=True).square().mean()  # noqa: E731
+    grads = torch.vmap(torch.func.grad(loss, argnums=(1,)))(*stacked)[0]
+    return all(
+        torch.allclose(grads[i], torch.autograd.grad(loss(*r), r[1])[0], rtol=1e-4, atol=1e-7)
+        for i, r in enumerate(runs)
+    )
+
+
+def graph_replays_the_same_bits():
+    "Forward and backward captured in a CUDA graph."
+    drive, U, h_0, gy = case_inputs(2, 30, 5, 200, True, 5)
+
+    def work():
+        y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+        return (y, *torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful"))
+
+    eager = work()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    for t in captured:
+        t.fill_(float("nan"))
+    graph.replay()
+    return all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+def tf32_switch_does_not_matter():
+    "PyTorch's global tf32 switch does not reach the fused scan."
+    drive, U, h_0, gy = case_inputs(1, 50, 5, 256, True, 6)
+
+    def work():
+        y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+        return (y, *torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful"))
+
+    before = work()
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    after = work()
+    torch.set_float32_matmul_precision(was)
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def a_diverged_run_stays_alone():
+    "Runs beside one that is not finite keep their bits; the bad one is not finite."
+    drive, U, h_0, gy = case_inputs(3, 20, 9, 150, True, 7)
+    y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+    good = torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful")
+    drive[1, 3, 2, 5] = float("nan")
+    y2, kept2 = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+    bad = torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y2, kept2, "relu", True, "faithful")
+    others = all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip((y, *good), (y2, *bad), strict=True))
+    return others and not y2[1].isfinite().all() and not bad[1][1].isfinite().all()
+
+
+def opcheck_passes():
+    drive, U, h_0, gy = case_inputs(2, 4, 3, 33, False, 8)
+    for last in (False, True):
+        args = (drive.clone().requires_grad_(), U.clone().requires_grad_(), h_0, "tanh", last, True, "faithful")
+        torch.library.opcheck(torch.ops.wave_rnns.dense_forward, args)
+        y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "tanh", last, True, "faithful")
+        g = gy[:, 0].contiguous() if last else gy
+        torch.library.opcheck(
+            torch.ops.wave_rnns.dense_backward,
+            (g, drive, U, h_0, y, kept, "tanh", last, "faithful"),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+    return True
+
+
+def every_layout_agrees():
+    "Clusters of 1, 2, 4 and 8 blocks, bells or barriers, one or more tiles: each against the float64 loop."
+    worst = {}
+    for plan in LAYOUTS:
+        drive, U, h_0, gy = case_inputs(2, 40, 21, plan.m, False, 9)
+        exact, grads = reference(drive, U, h_0, gy, "relu", False, torch.float64)
+        b = DenseBackend(lambda *_, plan=plan: plan)
+        y, kept = b.dense_forward(drive, U, h_0, "relu", False, True, "faithful")
+        ours = b.dense_backward(gy, drive, U, h_0, y, kept, "relu", False, "faithful")
+        names = ("cluster", "rows", "deep", "tiles", "bells", "terms", "m")
+        key = " ".join(f"{k}={getattr(plan, k)}" for k in names)
+        worst[key] = [error(y, exact)] + [error(a, grads[k]) for k, a in zip(("drive", "U", "h_0"), ours, strict=True)]
+        bound = 1e-4 if plan.terms == 3 else 5e-2
+        print(
+            f"  {key}: h {worst[key][0]:.1e} drive {worst[key][1]:.1e} U {worst[key][2]:.1e} h_0 {worst[key][3]:.1e}",
+            flush=True,
+        )
+        if not max(worst[key]) < bound:
+            return False, worst
+    return True, worst
+
+
+LAYOUTS = [
+    DensePlan(256, 3, 4, 4, 2),
+    DensePlan(256, 3, 4, 4, 2, bells=False),
+    DensePlan(255, 3, 4, 4, 2, tiles=2),
+    DensePlan(256, 3, 4, 2, 4, tiles=2),
+    DensePlan(256, 3, 8, 2, 2),
+    DensePlan(256, 3, 8, 2, 4, tiles=2),
+    DensePlan(256, 3, 2, 4, 4),
+    DensePlan(256, 2, 4, 4, 2, tiles=4),
+    DensePlan(100, 3, 2, 4, 1),
+    DensePlan(100, 3, 4, 2, 1),
+    DensePlan(100, 3, 1, 4, 2, tiles=2),
+]
+
+
+def run_cases(quick):
+    rows = []
+    Ts, Bs, ms = (
+        ((1, 15), (1, 3), (3, 100, 256)) if quick else ((1, 2, 15, 63, 300), (1, 3, 128), (1, 2, 3, 100, 256, 529))
+    )
+    for i, (T, B, m, R, last) in enumerate(itertools.product(Ts, Bs, ms, (1, 3), (True, False))):
+        for activation in ("relu",) if T not in (1, 15, 63) else ("relu", "tanh", "identity"):
+            check_case(R, T, B, m, activation, last, i // 2 % 2 == 0 or T == 1, rows)
+    return rows
+
+
+def compile_everything(quick):
+    properties = torch.cuda.get_device_properties(0)
+    arch, clusters = architecture_for((properties.major, properties.minor)), properties.major >= 9
+    jobs = []
+    modes = [(False, False), (True, False), (True, True)]
+    sizes = [(m, B, R) for m in (1, 2, 3, 33, 64, 100, 150, 200, 256) for B in (1, 128) for R in (1, 3)]
+    for (m, B, R), precision, act_, mode in itertools.product(sizes, BOUNDS, ("relu", "tanh", "identity"), modes):
+        if plan := plan_for(m, B, R, precision, properties.multi_processor_count, clusters):
+            jobs.append((plan.macros(act_, *mode), arch))
+    precompile(jobs + [(p.macros("relu", *mode), arch) for p in LAYOUTS for mode in modes[:2]])
+
+
+EXTRA = [
+    every_layout_agrees,
+    same_bits_whatever_the_tiles,
+    public_operator_agrees,
+    vmap_agrees,
+    graph_replays_the_same_bits,
+    tf32_switch_does_not_matter,
+    a_diverged_run_stays_alone,
+    opcheck_passes,
+]
+
+
+def summary(rows):
+    "Worst error of each quantity by precision, where no relu mask flips and where one does."
+    table = {}
+    for row in rows:
+        key = (row["precision"], "fused" if row["fused"] else "torch", "flipped" if row["flips"] else "clean")
+        entry = table.setdefault(" ".join(key), {"cases": 0, "flips": 0, "ok": True, "worst": {}, "worst_loop": {}})
+        entry["cases"] += 1
+        entry["flips"] += row["flips"]
+        entry["ok"] &= row["ok"]
+        for name in ("error", "error_loop"):
+            worst = entry[name.replace("error", "worst")]
+            for k, v in row[name].items():
+                worst[k] = max(worst.get(k, 0.0), v)
+        if row["error_loop"]["h"] > ULP:
+            entry["ratio"] = max(entry.get("ratio", 0.0), row["error"]["h"] / row["error_loop"]["h"])
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="a few sizes only")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("highest")
+    start = time.time()
+    compile_everything(options.quick)
+    record = {"environment": environment(), "compile_seconds": time.time() - start, "bounds": BOUNDS, "checks": {}}
+    for check in EXTRA:
+        try:
+            result = check()
+            ok, detail = result if isinstance(result, tuple) else (result, None)
+        except Exception as e:  # one broken check must not hide the others
+            ok, detail = False, f"{type(e).__name__}: {e}"[:2000]
+        record["checks"][check.__name__] = {"ok": bool(ok), "detail": detail, "what": check.__doc__}
+        print(f"{'ok  ' if ok else 'FAIL'} {check.__name__} {detail if not ok else ''}", flush=True)
+    try:
+        rows = run_cases(options.quick)
+    except Exception as e:
+        rows, record["error"] = [], f"{type(e).__name__}: {e}"
+        print("FAIL", record["error"])
+    record |= {"summary": summary(rows), "cases": rows, "seconds": time.time() - start}
+    record["ok"] = bool(rows) and all(r["ok"] for r in rows) and all(c["ok"] for c in record["checks"].values())
+    atomic_write(options.out / "check_dense.json", to_json(record, indent=1))
+    for key, entry in record["summary"].items():
+        worst = " ".join(f"{k} {v:.1e} ({entry['worst_loop'].get(k, 0):.1e})" for k, v in entry["worst"].items())
+        print(
+            f"{key}: {entry['cases']} cases, {entry['flips']} flips, ok {entry['ok']}, x{entry.get('ratio', 0):.1f} of the fp32 loop; {worst}"
+        )
+    print(f"check_dense: {'all within bounds' if record['ok'] else 'OUT OF BOUNDS'}, {record['seconds']:.0f} s")
+    return 0 if record["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
