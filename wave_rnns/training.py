@@ -211,7 +211,7 @@ def outcome(self: Population, params: dict, fixed: dict, x, y) -> tuple[Tensor, 
     out = functional_call(self.model, (params, fixed), (as_dtype(x, self.dtype),))
     return self.task.loss(out, y), self.task.measure(out.detach(), y)
 
-# %% ../nbs/07_training.ipynb #d9768bf6
+# %% ../nbs/07_training.ipynb #54eae069
 @patch
 def train_step(self: Population) -> None:
     "One step of every run: batch, loss, gradient, update, metrics. Nothing waits for the host, so it fits a CUDA graph."
@@ -230,12 +230,12 @@ def update(self: Population, loss: Tensor, sums: dict[str, Tensor], grad: Tensor
     finite = (loss + norm).abs() < math.inf  # NaN compares as False
     t = self.step + 1
     self.diverged.copy_(torch.where(self.running > finite, t, self.diverged))  # a > b: a and not b
-    self.running.logical_and_(finite)
-    grad = torch.where(self.running[:, None], grad * clip_factors(norm, self.clip)[:, None], 0)
+    frozen = self.running.logical_and_(finite).logical_not()
+    grad = (grad * clip_factors(norm, self.clip)[:, None]).masked_fill_(frozen[:, None], 0)
     lr = learning_rates(self.step, self.lr, self.drop_factor, self.drop_steps)
-    adam_update(self.theta, self.m, self.v, grad, t, torch.where(self.running, lr, 0))
-    values = torch.stack([torch.ones_like(loss), loss, *(sums[k] / sums["count"] for k in self.names)]).double()
-    self.sums.add_(torch.where(self.running, values, 0))
+    adam_update(self.theta, self.m, self.v, grad, t, lr.masked_fill_(frozen, 0))
+    means = torch.stack([torch.ones_like(loss), loss, *(sums[k] / sums["count"] for k in self.names)])
+    self.sums.add_(means.masked_fill_(frozen, 0))
     self.step.add_(1)
 
 # %% ../nbs/07_training.ipynb #a8557565
@@ -352,7 +352,7 @@ def step_function(
         )
         return self.train_step
 
-# %% ../nbs/07_training.ipynb #f8a6439c
+# %% ../nbs/07_training.ipynb #c9929752
 @dataclass
 class History:
     "What the host remembers of R runs while they train. Plain data: it goes into checkpoints as JSON."
@@ -360,13 +360,14 @@ class History:
     curves: list[list[dict]]  # of each run: rows with step, epoch, loss, metrics, valid_ metrics
     best: list[dict | None]  # of each run: step and validation metrics of the best weights so far
     stopped: list[int]  # the step at which a rule stopped the run; 0 = none did
+    running: list[int]  # the runs that were neither stopped nor diverged at the last log
     step: int = 0
     seconds: float = 0.0  # spent in training and validation
 
     @classmethod
     def new(cls, R: int) -> "History":
         "The history of runs that have not begun."
-        return cls([[] for _ in range(R)], [None] * R, [0] * R)
+        return cls([[] for _ in range(R)], [None] * R, [0] * R, list(range(R)))
 
     def row(self, r: int, step: int, epoch: float | None) -> dict:
         "Run r's row of this step, made if it is not there yet."
@@ -384,7 +385,7 @@ class History:
             self.best[r] = {"step": step, **metrics}
         return better
 
-# %% ../nbs/07_training.ipynb #6ce06d8f
+# %% ../nbs/07_training.ipynb #19f76716
 class Training:
     "A population on its device, its history on the host, and the rules of when to log, validate and stop."
 
@@ -403,7 +404,6 @@ class Training:
         self.population, self.steps, self.eval_every, self.log_every = population, steps, eval_every, log_every
         self.stop_when, self.max_seconds = stop_when, max_seconds or math.inf
         self.history, self.advance, self.since = History.new(len(population)), None, time.monotonic()
-        self.running = list(range(len(population)))  # as of the last log
 
     def due(self, every: int) -> bool:
         "Every so many steps, and after the last."
@@ -420,7 +420,7 @@ class Training:
         step, per_epoch = self.history.step if step is None else step, self.population.task.steps_per_epoch
         return self.history.row(r, step, step / per_epoch if per_epoch else None)
 
-# %% ../nbs/07_training.ipynb #8ad73ad1
+# %% ../nbs/07_training.ipynb #0e0394ee
 @patch
 def make_step(self: Training, graph: bool | None = None) -> None:
     "One step of the population. At the first step of an epoch the task shuffles; then, or after a resume, recording may begin."
@@ -441,7 +441,7 @@ def log(self: Training) -> None:
     for r, means in enumerate(self.population.read_sums()):
         if means is not None:
             self.row(r, min(step, died[r] - 1) if died[r] else step).update(means)
-    self.running = self.population.running.nonzero().flatten().tolist()
+    self.history.running = self.population.running.nonzero().flatten().tolist()
 
 
 @patch
@@ -465,12 +465,12 @@ def stop(self: Training) -> None:
     if self.history.step == self.steps:
         return
     late, rule = self.clock() > self.max_seconds, self.stop_when or (lambda row: False)
-    stopping = [r for r in self.running if late or rule(dict(self.row(r)))]
+    stopping = [r for r in self.history.running if late or rule(dict(self.row(r)))]
     self.validate([r for r in stopping if f"valid_{self.population.task.metric}" not in self.row(r)])
     for r in stopping:
         self.history.stopped[r] = self.history.step
         self.population.running[r] = False
-        self.running.remove(r)
+        self.history.running.remove(r)
 
 # %% ../nbs/07_training.ipynb #c55f19cf
 @dataclass
@@ -516,8 +516,8 @@ def results(self: Training) -> list[RunResult]:
         )  # fmt: skip
     return out
 
-# %% ../nbs/07_training.ipynb #8a42979e
-RESULT_MODULES = ("core", "cell", "scan", "kernels", "model", "tasks", "training")
+# %% ../nbs/07_training.ipynb #df487768
+RESULT_MODULES = ("core", "cell", "scan", "kernels*", "model", "tasks", "training")
 
 
 def without_docstrings(source: str) -> str:
@@ -533,8 +533,8 @@ def without_docstrings(source: str) -> str:
 def code_hash() -> str:
     "16 hexadecimal digits that change when the code behind a result changes, and not when its explanation does."
     folder = Path(importlib.util.find_spec("wave_rnns").origin).parent
-    files = [folder / f"{name}.py" for name in RESULT_MODULES]
-    return sha256("\n".join(without_docstrings(f.read_text()) for f in files if f.exists()).encode())[:16]
+    files = [f for name in RESULT_MODULES for f in sorted(folder.glob(f"{name}.py"))]
+    return sha256("\n".join(without_docstrings(f.read_text()) for f in files).encode())[:16]
 
 # %% ../nbs/07_training.ipynb #887dd6ca
 class ResumeRefused(CheckpointError):
@@ -566,7 +566,7 @@ def differences(
     changed = (k for k in sorted({*a, *b}) if a.get(k) != b.get(k))
     return [f"{k}: {a.get(k, 'absent')} then, {b.get(k, 'absent')} now" for k in changed]
 
-# %% ../nbs/07_training.ipynb #fd35a5aa
+# %% ../nbs/07_training.ipynb #d057def8
 @patch
 def facts(self: Training, about: dict | None = None) -> dict:
     "What must not change under a half-finished run, as plain data."
@@ -607,7 +607,7 @@ def resume(self: Training, checkpoint, facts: dict) -> bool:
     self.population.load_state(tensors)
     for k, t in fixed.items():
         self.population.fixed[k].copy_(t)
-    self.history, self.running = history, self.population.running.nonzero().flatten().tolist()
+    self.history = history
     warn_other_machine(meta.get("environment"))
     return True
 
@@ -622,7 +622,7 @@ def warn_other_machine(before: dict | None) -> None:
             stacklevel=3,
         )
 
-# %% ../nbs/07_training.ipynb #ec779d31
+# %% ../nbs/07_training.ipynb #31058525
 def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.device, dtype: torch.dtype) -> int:
     "How many runs a CUDA device can train at once, from what a step of one and of two needs; 0 if not even one."
     peaks = []
@@ -644,7 +644,7 @@ def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.devi
 @patch
 def status_line(self: Training) -> str:
     "What a progress bar says: loss and metric, mean over the runs still training, and how many are not."
-    rows = [self.history.curves[r][-1] for r in self.running if self.history.curves[r]]
+    rows = [self.history.curves[r][-1] for r in self.history.running if self.history.curves[r]]
     task, parts = self.population.task, []
     for key in dict.fromkeys(("loss", task.metric, "accuracy", f"valid_{task.metric}")):
         values = [row[key] for row in rows if row.get(key) is not None]
@@ -657,7 +657,7 @@ def status_line(self: Training) -> str:
     }
     return ", ".join(parts + [f"{n} {what}" for what, n in ended.items() if n])
 
-# %% ../nbs/07_training.ipynb #249431b5
+# %% ../nbs/07_training.ipynb #919aec9e
 @patch
 def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, interrupt=None, facts=None) -> None:
     "The loop: step, and whatever is due after it. Raises Interrupted, after a checkpoint, when `interrupt()` says so."
@@ -665,7 +665,7 @@ def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, int
     name = f"{p.task.name} {p.config.kind}" + (f" x {len(p)}" if len(p) > 1 else "")
     bar = progress_bar(total=self.steps, initial=history.step, desc=name, unit="it", disable=None if progress else True)
     with bar:
-        while history.step < self.steps and self.running:
+        while history.step < self.steps and history.running:
             self.make_step(graph)
             bar.update()
             if self.due(self.log_every):
@@ -675,10 +675,10 @@ def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, int
             if self.due(self.log_every):
                 self.stop()
                 bar.set_postfix_str(self.status_line(), refresh=False)
-            stopping = interrupt is not None and interrupt()
-            if checkpoint is not None and (stopping or not self.running or (every and self.due(every))):
+            stopping, over = interrupt is not None and interrupt(), history.step == self.steps or not history.running
+            if checkpoint is not None and (stopping or over or (every and history.step % every == 0)):
                 self.save(checkpoint, facts)
-            if stopping and history.step < self.steps:
+            if stopping and not over:
                 what = (
                     "a checkpoint holds everything, start again to go on"
                     if checkpoint is not None
@@ -686,7 +686,7 @@ def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, int
                 )
                 raise Interrupted(f"stopped at step {history.step} of {self.steps}: {what}")
 
-# %% ../nbs/07_training.ipynb #b3a769f8
+# %% ../nbs/07_training.ipynb #101945d6
 def fit(
     task,  # from `make_task`
     model: ModelConfig,
@@ -697,7 +697,7 @@ def fit(
     log_every: int,  # steps between two rows of the curves
     device=None,  # `default_device()` if None
     checkpoint=None,  # an object with save(tensors, meta) and load(); see notebook 08
-    checkpoint_every: int = 0,  # steps between two checkpoints; 0 = only when interrupted
+    checkpoint_every: int = 0,  # steps between two checkpoints; 0 = only when interrupted, and at the end
     progress: bool = True,  # a bar, where somebody watches
     stop_when: Callable[[dict], bool] | None = None,  # on a run's newest row: True stops that run
     max_seconds: float | None = None,  # then all runs stop at the next log
