@@ -90,11 +90,11 @@ def signature(name: str, obj, types: bool) -> str:
 
 
 def doc(obj) -> str:
-    "The docstring as Markdown; a dollar sign outside of code is an environment variable, not an equation."
+    "The docstring as Markdown."
     text = inspect.getdoc(obj) or ""
     if is_dataclass(obj) and text.startswith(f"{obj.__name__}("):  # the one that dataclass writes
         return ""
-    return "".join(p if p.startswith("`") else p.replace("$", r"\$") for p in re.split(r"(`[^`]*`)", text))
+    return prose(text)
 
 
 def parameters(obj) -> str:
@@ -114,7 +114,7 @@ def parameters(obj) -> str:
             continue
         default = "" if p.get("default", EMPTY) is EMPTY or name == "return" else f"`{cell_text(short(p['default']))}`"
         label = "**returns**" if name == "return" else f"`{name}`"
-        rows.append(f"| {label} | {cell_text(kind)} | {default} | {cell_text(comment)} |")
+        rows.append(f"| {label} | {cell_text(prose(kind))} | {default} | {cell_text(prose(comment))} |")
     if not rows or not any(p.get("docment") for p in found.values()):
         return ""
     return "\n".join(["::: {.api-params}", "", "| | type | default | |", "|---|---|---|---|", *rows, "", ":::"])
@@ -150,9 +150,15 @@ def type_name(anno) -> str:
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", text)
 
 
+def prose(text: str) -> str:
+    "Words out of code as Markdown: outside of backticks a dollar is no equation and a < is no tag."
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else p.replace("$", r"\$").replace("<", r"\<") for p in pieces)
+
+
 def cell_text(text: str) -> str:
-    "Text for a table cell."
-    return " ".join(text.split()).replace("|", "\\|").replace("$", "\\$")
+    "Text on one line, for a table cell."
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def symbols(room: Room, package: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ import yaml
 from api import api_page, symbols
 from check import check_site
 from finish import finish
-from stage import ROOT, Room, relink, room, settings, sidebar, stage_notebook
+from stage import ROOT, Room, pictures, relink, room, settings, sidebar, stage_notebook
 
 WEB = Path(__file__).resolve().parent
 SKIP = "add_show_docs,exec_show_docs,mv_exports,add_links"  # the API has its own pages, and exported code stays in the text
@@ -81,12 +81,11 @@ def assets(pages: Path):
     for name in ("site.css", "favicon.svg"):
         shutil.copy(WEB / name, out)
     bootstrap = Path(__import__("smalldocs").__file__).parent / "assets/vendor/bootstrap/bootstrap.min.css"
-    light = bootstrap.read_text(encoding="utf-8")
-    (pages / "light.css").write_text(light, encoding="utf-8")
+    plain = bootstrap.read_text(encoding="utf-8")
     # the dark sheet is Bootstrap's own dark mode, made the page's default
-    (pages / "dark.css").write_text(
-        light.replace("[data-bs-theme=dark]{", ":root,[data-bs-theme=dark]{", 1), encoding="utf-8"
-    )
+    night = plain.replace("[data-bs-theme=dark]{", ":root,[data-bs-theme=dark]{", 1)
+    for name, sheet in (("light.css", plain), ("dark.css", night)):
+        (pages / name).write_text(sheet + (WEB / name).read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def config(cfg: dict, contents: list) -> dict:
@@ -146,9 +145,10 @@ def build(out: Path) -> list[Room]:
         contents += [{"section": "House", "contents": house}] if house else []
         (pages / "_smalldocs.yml").write_text(yaml.safe_dump(config(cfg, contents), sort_keys=False), encoding="utf-8")
         (pages / "_quarto.yml").unlink(missing_ok=True)
-        for nested in (ROOT / "nbs").glob("images/*"):
-            (pages / "images").mkdir(exist_ok=True)
-            shutil.copy(nested, pages / "images")
+        for r in rooms:
+            for name in pictures(r.path):
+                (pages / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / "nbs" / name, pages / name)
 
         import smalldocs.site
 

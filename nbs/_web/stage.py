@@ -96,11 +96,27 @@ def stage_cell(cell, pages: dict[str, str], blob: str):
 
 
 def relink(text: str, pages: dict[str, str], blob: str) -> str:
-    "Links to notebooks follow them to their new names; links out of `nbs` go to the repository."
+    "Links to notebooks follow them to their new names; links to other files go to the repository, pictures stay."
     text = re.sub(
         r"\]\((?:\./)?([\w-]+)\.ipynb(#[^)\s]*)?\)", lambda m: f"]({pages.get(m[1], m[1])}.ipynb{m[2] or ''})", text
     )
-    return re.sub(r"\]\(\.\./([^)\s]+)\)", rf"]({blob}/\1)", text)
+    text = re.sub(r"\]\(\.\./([^)\s]+)\)", rf"]({blob}/\1)", text)
+    return re.sub(r"(?<!!)(\[[^\]]*\]\()(?![a-z]+:|#|/)([^)\s]+)\)", lambda m: file_link(m, pages, blob), text)
+
+
+def file_link(m: re.Match, pages: dict[str, str], blob: str) -> str:
+    "A link to a file beside the notebooks that is no page of the site."
+    path = m[2].split("#")[0]
+    if path.endswith(".ipynb") or not (ROOT / "nbs" / path).exists():
+        return m[0]
+    return f"{m[1]}{blob}/nbs/{m[2]})"
+
+
+def pictures(path: Path) -> list[str]:
+    "The picture files that a notebook's prose shows."
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+    found = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<(?:img|video|source)\b[^>]*\bsrc=\"([^\"]+)", "\n".join(cells))
+    return [f for pair in found for f in pair if f and not re.match(r"[a-z]+:|/", f) and (path.parent / f).is_file()]
 
 
 def stage_notebook(path: Path, target: Path, pages: dict[str, str], blob: str):
