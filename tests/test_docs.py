@@ -1,0 +1,143 @@
+"The documentation site: it builds, every link lands, nothing is asked of another host, equations and figures are there, a browser agrees."
+
+import functools
+import html
+import http.server
+import importlib
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT, WEB
+
+sys.path.insert(0, str(WEB))
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(p.stem for p in (ROOT / "wave_rnns").glob("*.py") if not p.stem.startswith("_"))
+
+
+def page_of(path: Path) -> str:
+    return re.sub(r"^\d+\w?_", "", path.stem) + ".html"
+
+
+def markdown_of(path: Path) -> str:
+    "The notebook's prose without code, where dollars mean equations."
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", "\n\n".join(cells), flags=re.S)
+    return text.replace(r"\$", "")
+
+
+def test_links_land_and_nothing_is_remote(site):
+    from check import check_site
+
+    assert check_site(site) == []
+
+
+def test_check_site_can_fail(tmp_path):
+    "The link check finds what it is for."
+    from check import check_site
+
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html"></a><a href="#nowhere"></a><img src="gone.png"><script src="https://cdn.example/x.js"></script>'
+        '<link rel="stylesheet" href="s.css"><a href="https://example.org">fine</a>'
+    )
+    (tmp_path / "s.css").write_text("@import 'https://fonts.example/f.css'; p { background: url(no.png) }")
+    assert len(check_site(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_equations_are_rendered(path, site):
+    "As many displayed equations on the page as the notebook has, each numbered one linkable, none in red."
+    page, source = (site / page_of(path)).read_text(encoding="utf-8"), markdown_of(path)
+    displayed = len(re.findall(r"\$\$.+?\$\$", source, re.S)) + len(
+        re.findall(r"(?<!\$)(?<!\$\n)\\begin\{align", source)
+    )
+    outputs = sum(
+        "$$" in "".join(o.get("data", {}).get("text/markdown", ""))
+        for c in nbformat.read(path, as_version=4).cells
+        for o in c.get("outputs", [])
+    )
+    assert page.count('class="katex-display"') >= displayed, "a displayed equation is missing"
+    assert page.count('class="katex-display"') <= displayed + 20 * outputs
+    inline = len(re.findall(r"(?<!\$)\$(?!\s)[^$]+?(?<!\s)\$(?!\$|\d)", re.sub(r"\$\$.+?\$\$", "", source, flags=re.S)))
+    assert page.count('class="math inline"') >= inline, "an equation in a sentence is missing"
+    for tag in re.findall(r"\\tag\{([\w.]+)\}", source):
+        assert f'id="eq-{tag}"' in page, f"equation ({tag}) has no place to link to"
+    assert "katex-error" not in page
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_figures_are_there(path, site):
+    "Every stored figure of a cell that is shown is on the page, with words for who cannot see it."
+    page = (site / page_of(path)).read_text(encoding="utf-8")
+    shown = [
+        c
+        for c in nbformat.read(path, as_version=4).cells
+        if c.cell_type == "code" and not re.search(r"^#\|\s*hide\s*$", c.source, re.M)
+    ]
+    figures = [
+        d
+        for c in shown
+        for o in c.get("outputs", [])
+        if (d := "".join(o.get("data", {}).get("image/png", "")).replace("\n", ""))
+    ]
+    flat = page.replace("\n", "")
+    missing = [i for i, data in enumerate(figures) if data not in flat]
+    assert not missing, f"figures {missing} of {len(figures)} are missing"
+    main = page.split("<main", 1)[1]
+    assert not re.search(r'<img(?![^>]*\balt="[^"]+")', main), "a figure without a description"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_exported_symbols_have_entries(name, site):
+    module = importlib.import_module(f"wave_rnns.{name}")
+    page = (site / f"api/{name}.html").read_text(encoding="utf-8")
+    missing = [s for s in module.__all__ if f'id="{s}"' not in page]
+    assert not missing, f"no entry for {missing}"
+    for symbol in module.__all__:
+        doc = (getattr(module, symbol).__doc__ or "").strip() if callable(getattr(module, symbol)) else ""
+        words = re.match(r"[A-Za-z ]+", doc)
+        if words and len(words[0].strip()) > 12 and getattr(module, symbol).__doc__.startswith(words[0]):
+            assert html.escape(words[0].strip(), quote=False) in page, f"the docstring of {symbol} is missing"
+
+
+def test_exported_code_stays_in_the_text(site):
+    "The site shows what JupyterLab shows: a reader follows the code itself, not only its signature."
+    page = re.sub(r"<[^>]+>", "", (site / "cell.html").read_text(encoding="utf-8"))
+    assert "class WaveCell(Cell):" in html.unescape(page)
+    assert "#| export" not in page and "#|export" not in page
+
+
+def test_sidebar_is_in_the_order_of_numbers(site):
+    page = (site / "index.html").read_text(encoding="utf-8")
+    side = page.split('id="quarto-sidebar"', 1)[1].split("</nav>", 1)[0]
+    listed = [Path(h).name for h in re.findall(r'href="([^"#]+\.html)"', side) if "api/" not in h]
+    expected = ["index.html"] + [page_of(p) for p in NOTEBOOKS if p.stem != "index"]
+    assert [h for h in listed if h in expected] == expected
+
+
+@pytest.mark.browser
+def test_in_a_browser(site, npm_packages, chromium):
+    "Light and dark, desk and phone: no console error, no sideways scrolling, no other host, search and menu work."
+    pages = ["index.html"] + [page_of(p) for p in NOTEBOOKS if p.stem != "index"] + [f"api/{m}.html" for m in MODULES]
+    pages += [name for name in ("contributing.html", "changelog.html") if (site / name).exists()]
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    handler.func.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}/"
+        done = subprocess.run(
+            ["node", str(ROOT / "tests/browser.mjs"), chromium, str(npm_packages), base, json.dumps(pages)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    problems = json.loads(done.stdout)
+    assert not problems, "\n".join(problems[:30])

@@ -1,0 +1,88 @@
+"""Two notebooks in JupyterLab itself, in a browser: opened, Run All pressed, read.
+
+test_notebooks.py runs all of them through the kernel; this is about what a reader sees: equations typeset, figures drawn, no error.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from urllib.request import urlopen
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = ["index.ipynb", "01_wave_equation.ipynb"]
+TOKEN = "a-test-on-this-machine"
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page too
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab with its own configuration on a copy of the notebooks; yields its address."
+    home = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("_web", ".ipynb_checkpoints"))
+    for name, values in SETTINGS.items():
+        file = home / f"settings/{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    env = {
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p),
+    }
+    log = home / "lab.log"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
+    command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home / 'nbs'}"]
+    with open(log, "w") as out:
+        server = subprocess.Popen(command, cwd=home, env=env, stdout=out, stderr=out)
+    try:
+        for _ in range(240):
+            address = re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())
+            if address and answers(address[0]):
+                break
+            assert server.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        else:
+            pytest.fail(f"JupyterLab did not start: {log.read_text()[-3000:]}")
+        yield address[0]
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def answers(address: str) -> bool:
+    try:
+        return urlopen(f"{address}api/status?token={TOKEN}", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def report(lab, npm_packages, chromium):
+    done = subprocess.run(
+        ["node", str(ROOT / "tests/jupyterlab.mjs"), chromium, str(npm_packages), lab, TOKEN, json.dumps(NOTEBOOKS)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_run_all_in_jupyterlab(name, report):
+    seen = report[name]
+    assert not seen["problems"], "\n".join(seen["problems"])
+    assert seen["ran"] == seen["cells"] > 3, f"{seen['ran']} of {seen['cells']} cells ran"
+    assert seen["figures"] >= 1
+    assert seen["equations"] >= 1
