@@ -72,6 +72,14 @@ def test_readme_leaves_no_diff(copied):
     assert_same(before, files(copied, "README.md", "nbs/images/*", "nbs/index.ipynb"), "make readme")
 
 
+def test_tables_leave_no_diff(copied, monkeypatch):
+    "What the tables say is what the records say."
+    monkeypatch.delenv("WAVE_RNNS_RESULTS", raising=False)
+    before = files(copied, "nbs/results/tables/*")
+    run_python("-c", "from wave_rnns.reports import wrnn_tables; wrnn_tables('nbs/results')", cwd=copied)
+    assert_same(before, files(copied, "nbs/results/tables/*"), "make tables")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_form(path):
     "Small, valid, stored line by line; a title and a one-line summary without LaTeX; no warnings kept as outputs."
