@@ -80,8 +80,8 @@ $(READY): settings.ini setup.py
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) \
 	  || { echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	@echo "Installing wave_rnns and its tools into $(VENV) (PyTorch is several GB; this takes a few minutes) ..."
-	@$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	@$(PY) -m pip install -qq --upgrade pip
+	$(PY) -m pip install -qq --editable '.[dev]'
 	@touch $@
 
 $(NPM): $(WEB)/package.json $(WEB)/package-lock.json
