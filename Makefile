@@ -63,13 +63,13 @@ hooks: $(READY) ## install git and Jupyter hooks that keep notebooks clean and m
 	$(BIN)/nbdev_install_hooks
 
 gpu-test: $(READY) ## prove the GPU kernels against the float64 loop (needs an NVIDIA GPU) and record the result
-	$(PY) -m pytest tests -m gpu
+	@for check in tests/gpu/check_*.py; do echo "$$check"; $(PY) $$check --out nbs/results/gpu || exit 1; done
 
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/wrnn_bench
 
 distclean: ## remove .venv, npm packages, the built site and caches
-	rm -rf $(VENV) $(WEB)/node_modules _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WEB)/node_modules _docs _proc build dist *.egg-info .pytest_cache tests/.pytest_cache .ruff_cache .hypothesis
 
 # ---------------------------------------------------------------- installation
 
