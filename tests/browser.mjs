@@ -35,6 +35,10 @@ function measure() {
     background: brightness(body.backgroundColor),
     ink: brightness(body.color),
     font: document.fonts.check('16px "Source Serif 4 Variable"'),
+    covered: [...document.querySelectorAll(".katex-display .tag")].filter(visible).filter((tag) => {
+      const bases = [...tag.parentElement.querySelectorAll(":scope > .base")].map((e) => e.getBoundingClientRect().right);
+      return Math.max(...bases) > tag.getBoundingClientRect().left + 1;
+    }).length,
     flat: [...document.querySelectorAll(".katex")].filter((e) => visible(e) && e.getBoundingClientRect().height < 4).length,
   };
 }
@@ -71,6 +75,7 @@ async function look(tab, page) {
     if (seen.broken) note(`${seen.broken} picture(s) did not load`);
     if (seen.errors) note(`${seen.errors} equation(s) in red`);
     if (seen.flat) note(`${seen.flat} equation(s) without height`);
+    if (seen.covered) note(`${seen.covered} equation(s) run into their numbers`);
     if (seen.raw.length) note(`raw LaTeX: ${seen.raw[0]}`);
     if (!seen.font) note("the text's font is missing");
     if ((colorScheme === "dark") !== seen.background < 100) note(`background brightness ${seen.background}`);

@@ -88,7 +88,7 @@ def test_notebook_form(path):
     nbformat.validate(nb)
     raw = json.loads(path.read_text(encoding="utf-8"))
     assert all(isinstance(c["source"], list) for c in raw["cells"]), (
-        "store it line by line, as JupyterLab does: save it once there"
+        "store it line by line, as JupyterLab does: make clean"
     )
     first = nb.cells[0].source
     assert re.match(r"# \S.*\n\n> \S", first), "the first cell is '# Title', an empty line, '> summary'"

@@ -40,7 +40,7 @@ def entry(name: str, obj, room: Room, level: int = 2) -> str:
     "Heading, link to the defining cell, signature, docstring, parameters, and a class's own methods."
     anchor = room.anchors.get(name) or room.anchors.get(name.split(".")[0])
     link = f"[in the notebook](/{room.page}.ipynb#{anchor}){{.api-source}}" if anchor else ""
-    parts = [f"{'#' * level} `{name}` {{#{name} .api-entry}}", link]
+    parts = [f"{'#' * level} `{name}`{{.nolink}} {{#{name} .api-entry}}", link]
     if inspect.isclass(obj) or callable(obj):
         table = parameters(obj)
         parts += [signature(name, obj, types=not table), doc(obj), table]
