@@ -1,0 +1,216 @@
+"""Milliseconds of the wave kernels.  python tests/gpu/bench_wave.py --out DIR [--runs 1 4 16] [--shapes smnist ...] [--variants]
+
+Forward, backward and the sums over the batch, per run, CUDA events, median and spread. Without --variants: the plans users get.
+Writes DIR/bench_wave.json, one row for each (shape, plan, R).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+
+import wave_rnns.kernels as K
+from wave_rnns.core import environment
+
+# T, B, n, c, features (0: table rows), all states?, rows of the table ("shared" and "own": nsCIFAR10's steps)
+SHAPES = {
+    "smnist": dict(T=784, B=128, n=256, c=16, F=1, states=False),
+    "adding": dict(T=1000, B=128, n=100, c=27, F=2, states=False),
+    "copy": dict(T=510, B=128, n=100, c=6, F=0, states=True, rows=10),
+    "nscifar": dict(T=1000, B=256, n=256, c=16, F=0, states=False, own=32),
+}
+# what to try beside the default plan
+VARIANTS = {
+    "smnist": {
+        "faithful": [dict(mt=m, weights_shared=w, sums_shared=s) for m in (4, 2) for w in (0, 1) for s in (0, 1)]
+        + [
+            dict(mt=1, weights_shared=1),
+            dict(mt=1, weights_shared=1, sums_shared=1),
+            dict(mt=4, order=0),
+            dict(mt=2, order=0),
+        ]
+        + [
+            dict(mt=4, weights_shared=1, sums_shared=1, min_backward=3, min_forward=3),
+            dict(mt=2, weights_shared=1, sums_shared=1, min_backward=2, min_forward=2),
+        ],
+        "fast": [dict(mt=m, weights_shared=w, sums_shared=s) for m in (4, 2) for w in (0, 1) for s in (0, 1)]
+        + [
+            dict(mt=4, order=1),
+            dict(mt=4, ring=4),
+            dict(mt=4, weights_shared=1, sums_shared=1, min_backward=3, min_forward=3),
+            dict(mt=2, sums_shared=1, min_backward=2, min_forward=2),
+        ],
+    },
+    "adding": {
+        "faithful": [
+            dict(mt=1, sums_shared=1),
+            dict(mt=2),
+            dict(mt=2, sums_shared=1),
+            dict(mt=1, order=1),
+            dict(mt=1, min_forward=2),
+        ],
+        "fast": [
+            dict(mt=1, sums_shared=1),
+            dict(mt=2),
+            dict(mt=2, sums_shared=1),
+            dict(mt=1, order=1),
+            dict(mt=1, weights_shared=0),
+            dict(mt=1, min_forward=2),
+        ],
+    },
+    "copy": {
+        p: [dict(mt=1), dict(mt=4), dict(ring=4), dict(mt=2, min_backward=3), dict(mt=2, min_backward=4)]
+        for p in ("faithful", "fast")
+    },
+    "nscifar": {
+        "faithful": [dict(pair=1), dict(mt=2), dict(mt=2, pair=1), dict(mt=4, weights_shared=1)],
+        "fast": [dict(pair=1), dict(mt=2), dict(mt=2, pair=1), dict(mt=4, weights_shared=1), dict(mt=2, ring=4)],
+    },
+}
+
+
+def plan(shape, precision, **more):
+    s = SHAPES[shape]
+    B = K.CudaBackend()
+    if "own" in s and "pair" not in more:
+        more["pair"] = 2
+    if "own" in s:
+        more["emit"] = 2
+    return B.plan(
+        torch.device("cuda", 0), s["n"], s["c"], s["F"], "relu", precision, s["states"], rows=s.get("rows", 0), **more
+    )
+
+
+def median_ms(f, reps):
+    "Median, lower and upper quartile of a replay of f as a CUDA graph (as in training: no Python between launches)."
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        f()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
+    for a, b in events:
+        a.record(), graph.replay(), b.record()
+    torch.cuda.synchronize()
+    del graph
+    ms = sorted(a.elapsed_time(b) for a, b in events)
+    return statistics.median(ms), ms[len(ms) // 4], ms[-1 - len(ms) // 4]
+
+
+def measure(shape, p, R, reps):
+    s = SHAPES[shape]
+    T, B, n, c = s["T"], s["B"], s["n"], s["c"]
+    g = torch.Generator("cuda").manual_seed(0)
+    randn = lambda *z: torch.randn(*z, generator=g, device="cuda")  # noqa: E731
+    u = randn(R, c, c, 3) * 0.1 / (3 * c) ** 0.5
+    for i in range(c):
+        u[:, i, i, 2] += 0.99 * (1 - 0.5 * i / c)
+        u[:, i, i, 1] += 0.99 * 0.5 * i / c
+    extra = {}
+    if p.F:
+        x, V, b = torch.rand(R, T, B, p.F, generator=g, device="cuda"), randn(R, p.F, c, n) * 0.1, randn(R, c, n) * 0.01
+    elif p.rows:
+        x, V, b = torch.randint(0, p.rows, (R, T, B), generator=g, device="cuda"), randn(R, p.rows, c, n) * 0.1, None
+    else:
+        own, t = s["own"], torch.arange(T, device="cuda")[:, None].expand(T, B)
+        x = torch.where(t < own, T - own + t * B + torch.arange(B, device="cuda"), t - own)[None].contiguous()
+        rows = T - own + own * B
+        V, b = randn(R, rows, c, n) * 0.1, None
+        order, offsets = K._sort_rows(x, rows)
+        wait = torch.bfloat16 if p.precision == "fast" else torch.float32
+        extra = dict(
+            place=K.place_rows(x, offsets),
+            deltas=torch.empty(R, T, B, c, n, dtype=wait, device="cuda"),
+            dtable=torch.empty_like(V),
+        )
+    f = median_ms(lambda: K.run_forward(p, u, V, b, None, x, T, B), reps)
+    y, kept = K.run_forward(p, u, V, b, None, x, T, B)
+    gy = torch.randn_like(y) / y.numel() ** 0.5
+    w = median_ms(lambda: K.run_backward(p, gy, u, x, kept, T, B, **extra), reps)
+    sums = (
+        median_ms(lambda: K.sum_rows(p, extra["deltas"], extra["place"], order, offsets, extra["dtable"]), reps)
+        if extra
+        else (0, 0, 0)
+    )
+    return {
+        "forward": f,
+        "backward": w,
+        "row_sums": sums,
+        "per_run": (f[0] + w[0] + sums[0]) / R,
+        "kept_GiB": kept.numel() * 4 / 2**30,
+    }
+
+
+def main():
+    a = argparse.ArgumentParser()
+    a.add_argument("--out", type=Path, required=True)
+    a.add_argument("--runs", type=int, nargs="+", default=[1, 4, 16])
+    a.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    a.add_argument("--variants", action="store_true")
+    a.add_argument("--reps", type=int, default=9)
+    a = a.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    todo = []
+    for shape in a.shapes:
+        for precision in ("faithful", "fast"):
+            plans = [("default", plan(shape, precision))]
+            if a.variants:
+                plans += [
+                    (" ".join(f"{k}={v}" for k, v in m.items()), plan(shape, precision, **m))
+                    for m in VARIANTS[shape][precision]
+                ]
+                plans += [("stub", replace(plans[0][1], stub=1))]
+            todo += [(shape, name, p) for name, p in plans]
+    arch = K.architecture_for(torch.cuda.get_device_capability())
+    macros = {tuple(p.macros(f).items()) for _, _, p in todo for f in (True, False)}
+
+    def build(m):
+        try:
+            K.compile_kernel(K.WAVE_SOURCE, dict(m), arch, "wave scan")
+        except K.KernelError as e:
+            print(e, flush=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build, macros))
+    result = {"environment": environment(), "shapes": SHAPES, "rows": []}
+    for shape, name, p in todo:
+        for R in a.runs:
+            if (shape == "nscifar" and R > 4) or (name == "stub" and R > 4):
+                continue
+            row = dict(shape=shape, variant=name, precision=p.precision, R=R, plan=asdict(p))
+            try:
+                row |= measure(shape, p, R, a.reps)
+                fi = p.module(True, torch.device("cuda", 0)).attributes("wave_forward", p.threads, p.shared()[0])
+                bi = p.module(False, torch.device("cuda", 0)).attributes(
+                    "wave_backward", p.threads * p.pair, p.shared()[1]
+                )
+                row |= {"forward_resources": fi, "backward_resources": bi}
+                one = [row[k][0] / R for k in ("forward", "backward", "row_sums")]
+                print(
+                    f"{shape:8s} {p.precision:8s} {name:40s} mt={p.mt} R={R:2d}  {one[0]:.3f} + {one[1]:.3f} + {one[2]:.3f} = {row['per_run']:.3f} ms"
+                    f" | regs {fi['registers']}/{bi['registers']} local {fi['local_bytes']}/{bi['local_bytes']} blocks {fi['blocks_per_sm']}/{bi['blocks_per_sm']}",
+                    flush=True,
+                )
+            except Exception as e:
+                row["failed"] = repr(e)[:400]
+                print("FAIL", shape, p.precision, name, R, repr(e)[:300], flush=True)
+            result["rows"].append(row)
+            torch.cuda.empty_cache()
+    (a.out / "bench_wave.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""The proof of the wave kernels on a GPU.  python tests/gpu/check_wave.py --out DIR [--quick] [--only NAME]
+
+Every case compares value and every named gradient with a float64 loop, beside the float32 loop on the same numbers.
+Writes DIR/check_wave.json. Exit code 1 if anything is out of bounds.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+
+import wave_rnns.kernels as K
+from wave_rnns.core import environment
+from wave_rnns.scan import Rows, backend_for, rows, wave_loop, wave_scan
+
+# faithful: output within 8 times the float32 loop's error (which is at least one rounding), gradients 5e-5, or 1e-3 when a mask flips
+FAITHFUL, FLIPPED, FAST, ROUNDING = 5e-5, 1e-3, 2e-2, 2.0**-24
+
+
+def problem(n, c, R, B, T, kind, F, activation, seed, u_init="shift"):
+    "Weights near the shift (wave speeds between 1/2 and 1), or random; everything on the GPU in float32."
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    u = randn(R, c, c, 3) * (0.1 if u_init == "shift" else 0.7) / (3 * c) ** 0.5
+    if u_init == "shift":
+        for i in range(c):
+            u[:, i, i, 2] += 0.99 * (1 - 0.5 * i / c)
+            u[:, i, i, 1] += 0.99 * 0.5 * i / c
+    p = {"u": u, "V": randn(R, c, n, F) * 0.1, "b": randn(R, c, n) * 0.01, "h_0": randn(R, B, c, n).abs() * 0.1}
+    p = {k: v.float().cuda() for k, v in p.items()}
+    if kind == "x":
+        x = torch.rand(R, T, B, F, generator=g)
+    elif kind == "tokens":
+        x = torch.randint(0, F, (R, T, B), generator=g)
+    else:  # rows: the first steps have a row for each sample, the others share one, a few rows nobody uses
+        own = T // 3
+        index = torch.arange(T)[:, None].expand(T, B) - own
+        first = T - own + torch.arange(own)[:, None] * B + torch.arange(B)
+        index = torch.cat([first, index[own:]]) if own else index
+        x = Rows(torch.rand(R, T - own + own * B + 2, F, generator=g), index, None, None)
+    return p, x
+
+
+def run_loop(p, x, dtype, activation, last, w, kind):
+    "The reference: -> output, states, gradients, one run after the other."
+    outs, states, grads = [], [], []
+    for r in range(w.shape[0]):
+        q = {k: v[r].to(dtype).requires_grad_() for k, v in p.items()}
+        if kind == "x":
+            q["x"] = x[r].cuda().to(dtype).requires_grad_()
+            xr = q["x"]
+        elif kind == "tokens":
+            xr = x[r].cuda()
+        else:
+            q["table"] = x.table[r].cuda().to(dtype).requires_grad_()
+            xr = Rows(q["table"], x.index.cuda(), None, None)
+        s = wave_loop(xr, q["u"], q["V"], q["b"], q["h_0"], activation, False)
+        y = s[-1] if last else s
+        g = torch.autograd.grad((y * w[r].to(dtype)).sum(), list(q.values()))
+        outs.append(y.detach()), states.append(s.detach()), grads.append(dict(zip(q, g)))
+    return torch.stack(outs), torch.stack(states), {k: torch.stack([g[k] for g in grads]) for k in grads[0]}
+
+
+def run_kernel(p, x, activation, last, precision, w, kind):
+    "The operator under vmap, as the population trainer calls it: -> output, gradients."
+    q = {k: v.clone().requires_grad_() for k, v in p.items()}
+    args = [q["u"], q["V"], q["b"], q["h_0"]]
+    if kind == "x":
+        q["x"] = x.cuda().requires_grad_()
+        f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
+        y = torch.func.vmap(f)(*args, q["x"])
+    elif kind == "tokens":
+        f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
+        y = torch.func.vmap(f)(*args, x.cuda())
+    else:
+        q["table"] = x.table.cuda().requires_grad_()
+        full = rows(q["table"][0].detach(), x.index.cuda())
+        f = lambda u, V, b, h, t: wave_scan(Rows(t, *full[1:]), u, V, b, h, activation, last, precision)  # noqa: E731
+        y = torch.func.vmap(f)(*args, q["table"])
+    g = torch.autograd.grad((y * w).sum(), list(q.values()))
+    return y.detach(), dict(zip(q, g))
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() if torch.isfinite(a).all() else float("inf")
+
+
+def one(case, precisions=("faithful", "fast")):
+    "-> records, one for each precision"
+    p, x = problem(
+        **{k: case[k] for k in ("n", "c", "R", "B", "T", "kind", "F", "activation", "seed")}, u_init=case["u_init"]
+    )
+    R, B, T, c, n, kind, act, last = (case[k] for k in ("R", "B", "T", "c", "n", "kind", "activation", "last"))
+    if not case["h_0"]:
+        p["h_0"] = torch.zeros_like(p["h_0"])
+    gen = torch.Generator().manual_seed(case["seed"] + 1)
+    w = torch.randn(R, *((B,) if last else (T, B)), c, n, generator=gen).cuda() / (R * B * c * n) ** 0.5
+    ref, ref_states, ref_g = run_loop(p, x, torch.float64, act, last, w, kind)
+    f32, f32_states, f32_g = run_loop(p, x, torch.float32, act, last, w, kind)
+    masks = ref_states > 0
+    records = []
+    for precision in precisions:
+        y, g = run_kernel(p, x, act, last, precision, w, kind)
+        y2, g2 = run_kernel(p, x, act, last, precision, w, kind)
+        states = y if not last else run_kernel_states(p, x, act, precision, kind)
+        flips = int(((states > 0) != masks).sum()) if act == "relu" else 0
+        rec = dict(
+            case,
+            precision=precision,
+            flips=flips,
+            flips_float32=int(((f32_states > 0) != masks).sum()) if act == "relu" else 0,
+        )
+        rec["error"] = {"y": relative(y, ref), **{k: relative(v, ref_g[k]) for k, v in g.items()}}
+        rec["float32"] = {"y": relative(f32, ref), **{k: relative(v, ref_g[k]) for k, v in f32_g.items()}}
+        rec["same_bits"] = bool(torch.equal(y, y2) and all(torch.equal(g[k], g2[k]) for k in g))
+        if precision == "faithful":
+            bound = {k: FLIPPED if flips else FAITHFUL for k in g} | {"y": 8 * max(rec["float32"]["y"], ROUNDING)}
+        else:
+            bound = dict.fromkeys(rec["error"], FAST)
+        rec["over"] = [k for k, v in rec["error"].items() if not v <= bound[k]]
+        rec["ok"] = rec["same_bits"] and not rec["over"]
+        records.append(rec)
+    return records
+
+
+def run_kernel_states(p, x, act, precision, kind):
+    with torch.no_grad():
+        return run_kernel_value(p, x, act, False, precision, kind)
+
+
+def run_kernel_value(p, x, activation, last, precision, kind):
+    args = [p["u"], p["V"], p["b"], p["h_0"]]
+    if kind == "rows":
+        f = lambda u, V, b, h, t: wave_scan(Rows(t, x.index.cuda()), u, V, b, h, activation, last, precision)  # noqa: E731
+        return torch.func.vmap(f)(*args, x.table.cuda())
+    f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
+    return torch.func.vmap(f)(*args, x.cuda())
+
+
+def cases(quick):
+    base = dict(
+        n=100, c=6, R=2, B=3, T=15, kind="x", F=1, activation="relu", last=True, h_0=True, u_init="shift", seed=0
+    )
+
+    def case(**k):
+        return base | k | {"seed": zlib.crc32(str(sorted(k.items())).encode()) % 1000}
+
+    Ts, Bs = ((1, 15), (1, 3)) if quick else ((1, 2, 15, 63), (1, 3))
+    for n, c in itertools.product((3, 100) if quick else (3, 100, 256), (1, 6, 16, 27)):
+        for T, B in itertools.product(Ts, Bs):
+            yield case(n=n, c=c, T=T, B=B, F=1 + (c == 27))
+            yield case(n=n, c=c, T=T, B=B, kind="tokens", F=3 if n * c > 2000 else 10, last=False)
+    for T, B in ((1, 1), (2, 1), (15, 3), (16, 4)):
+        yield case(n=97, c=5, T=T, B=B, F=2, last=False)
+        yield case(n=97, c=5, T=T, B=B, kind="rows", F=4)
+        yield case(n=256, c=16, T=T, B=B, kind="rows", F=4)
+        yield case(n=256, c=16, T=T, B=B, kind="rows", F=4, last=False)
+        yield case(n=100, c=6, T=T, B=B, F=7)  # more features than the kernel takes: a table of drives
+        for act in ("tanh", "identity"):
+            yield case(n=100, c=6, T=T, B=B, activation=act, last=False)
+            yield case(n=97, c=16, T=T, B=B, activation=act)
+    yield case(n=5, c=17, T=7, B=2)
+    yield case(n=33, c=20, T=20, B=2, last=False)
+    yield case(n=100, c=16, T=30, B=3, h_0=False, u_init="random")
+    if not quick:
+        yield case(n=100, c=6, T=300, B=128, kind="tokens", F=10, last=False)
+        yield case(n=100, c=27, T=300, B=16, F=2)
+        yield case(n=256, c=16, T=300, B=32)
+        yield case(n=512, c=16, T=20, B=2)
+        yield case(n=256, c=16, T=784, B=8, R=1)
+        yield case(n=100, c=27, T=1000, B=8, F=2, R=1)
+        yield case(n=256, c=16, T=300, B=16, R=1, kind="rows", F=8)
+
+
+def compile_all(todo):
+    "All kernels at once, on all cores."
+    wanted = {}
+    for k in todo:
+        B_ = K.CudaBackend()
+        for precision in ("faithful", "fast"):
+            F = k["F"] if k["kind"] == "x" and k["F"] <= B_.fused_features else 0
+            dev = torch.device("cuda", 0)
+            args = (dev, k["n"], k["c"])
+            for states in (k["last"] is False, True):
+                for keep in (True, False):
+                    p = B_.plan(*args, F, k["activation"], precision, states, keep=keep)
+                    wanted[tuple(p.macros(True).items())] = None
+            if k["kind"] == "x":
+                p = B_.plan(*args, F, k["activation"], precision, not k["last"], emit=1)
+            else:
+                own = k["T"] // 3
+                n_rows = k["F"] if k["kind"] == "tokens" else k["T"] - own + own * k["B"] + 2
+                p = B_.rows_plan(*args, n_rows, k["B"], k["activation"], precision, not k["last"])
+            wanted[tuple(p.macros(False).items())] = None
+    arch = K.architecture_for(torch.cuda.get_device_capability())
+    start = time.time()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda m: K.compile_kernel(K.WAVE_SOURCE, dict(m), arch, "wave scan"), wanted))
+    return {"modules": len(wanted), "seconds": round(time.time() - start, 1)}
+
+
+def diverging():
+    "R = 3, one run explodes: the other two must not notice."
+    p, x = problem(100, 6, 3, 4, 60, "x", 1, "relu", 5)
+    alone = run_kernel_value(p, x, "relu", True, "faithful", "x")
+    q = {k: v.clone() for k, v in p.items()}
+    q["u"][1] = 1e6
+    with_bad = run_kernel_value(q, x, "relu", True, "faithful", "x")
+    return {
+        "others_same_bits": bool(torch.equal(alone[[0, 2]], with_bad[[0, 2]])),
+        "bad_is_not_finite": not bool(torch.isfinite(with_bad[1]).all()),
+    }
+
+
+def graph():
+    "Forward and backward in a CUDA graph give the same bits as outside."
+    p, x = problem(100, 6, 2, 4, 20, "x", 1, "relu", 6)
+    w = torch.randn(2, 4, 6, 100, device="cuda")
+    y, g = run_kernel(p, x, "relu", True, "faithful", w, "x")
+    q = {k: v.clone().requires_grad_() for k, v in p.items()}
+    xg = x.cuda()
+    f = torch.func.vmap(lambda u, V, b, h, x: wave_scan(x, u, V, b, h, "relu", True, "faithful"))
+
+    def step():
+        out = f(q["u"], q["V"], q["b"], q["h_0"], xg)
+        return out, torch.autograd.grad((out * w).sum(), list(q.values()))
+
+    s = torch.cuda.Stream()
+    s.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(s):
+        step()
+    torch.cuda.current_stream().wait_stream(s)
+    cg = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(cg):
+        out, grads = step()
+    cg.replay()
+    torch.cuda.synchronize()
+    return {"same_bits": bool(torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads)))}
+
+
+def opcheck():
+    "torch.library.opcheck on the two forward operators; gradients of dx checked above."
+    p, x = problem(12, 2, 2, 3, 5, "x", 1, "relu", 7)
+    q = {k: v.requires_grad_() for k, v in p.items()}
+    out = {}
+    try:
+        torch.library.opcheck(
+            torch.ops.wave_rnns.wave_forward.default,
+            (x.cuda().requires_grad_(), q["u"], q["V"], q["b"], q["h_0"], "relu", True, True, "faithful"),
+        )
+        out["wave"] = "ok"
+    except Exception as e:
+        out["wave"] = repr(e)[:500]
+    try:
+        index = torch.randint(0, 4, (1, 5, 3), device="cuda")
+        table = torch.randn(2, 4, 2, 12, device="cuda", requires_grad=True)
+        torch.library.opcheck(
+            torch.ops.wave_rnns.rows_forward.default,
+            (index, None, None, table, q["u"], q["h_0"], "relu", False, True, "faithful"),
+        )
+        out["rows"] = "ok"
+    except Exception as e:
+        out["rows"] = repr(e)[:500]
+    return out
+
+
+def fallbacks():
+    "What cannot run says so once and gives the reference's result."
+    out = {}
+    for name, n, c, k in (("c=40", 16, 40, 3), ("kernel size 5", 16, 4, 5), ("float64", 16, 4, 3)):
+        dtype = torch.float64 if name == "float64" else torch.float32
+        u, V, b = (
+            torch.randn(c, c, k).to("cuda", dtype) * 0.05,
+            torch.randn(c, n, 1).to("cuda", dtype),
+            torch.zeros(c, n, device="cuda", dtype=dtype),
+        )
+        x = torch.rand(6, 2, 1, device="cuda", dtype=dtype)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            y = wave_scan(x, u, V, b)
+            wave_scan(x, u, V, b)
+        out[name] = {"error": relative(y, wave_loop(x, u, V, b).double()), "warnings": [str(m.message) for m in seen]}
+    return out
+
+
+SANITIZED = """
+import sys; sys.path.insert(0, {root!r})
+import torch
+from wave_rnns.scan import Rows, rows, wave_scan
+torch.manual_seed(0)
+for n, c, last, kind in ((24, 6, True, "x"), (19, 5, False, "x"), (64, 16, True, "rows"), (20, 27, True, "x"), (24, 6, False, "tokens")):
+    for precision in ("faithful", "fast"):
+        T, B, F = 6, 2, 1 if kind == "x" else 4
+        u = (torch.randn(c, c, 3, device="cuda") * 0.2).requires_grad_()
+        V, b = torch.randn(c, n, F, device="cuda").requires_grad_(), torch.zeros(c, n, device="cuda").requires_grad_()
+        x = torch.rand(T, B, F, device="cuda") if kind == "x" else torch.randint(0, F, (T, B), device="cuda")
+        if kind == "rows": x = rows(torch.rand(3000, F, device="cuda"), torch.arange(T, device="cuda")[:, None].expand(T, B).contiguous())
+        wave_scan(x, u, V, b, None, "relu", last, precision).sum().backward()
+torch.cuda.synchronize()
+print("ran")
+"""
+
+
+def sanitizer():
+    "memcheck and racecheck on a small run."
+    tool, out = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer", {}
+    if not Path(tool).exists():
+        return {"skipped": "compute-sanitizer not found"}
+    script = SANITIZED.format(root=str(Path(__file__).resolve().parents[2]))
+    subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)  # fills the kernel cache
+    for check in ("memcheck", "racecheck"):
+        start = time.time()
+        # only our kernels: the tensor library's own are not under test and take minutes
+        cmd = [
+            tool,
+            "--tool",
+            check,
+            "--kernel-regex",
+            "kns=wave_",
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-c",
+            script,
+        ]
+        try:
+            r = subprocess.run(
+                cmd,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            text = (r.stdout + r.stderr)[-1500:]
+            out[check] = {
+                "ok": r.returncode == 0 and "ran" in r.stdout,
+                "seconds": round(time.time() - start, 1),
+                "output": text,
+            }
+        except subprocess.TimeoutExpired:
+            out[check] = {"ok": False, "output": "timed out"}
+    return out
+
+
+def main():
+    a = argparse.ArgumentParser()
+    a.add_argument("--out", type=Path, required=True)
+    a.add_argument("--quick", action="store_true")
+    a.add_argument("--only", default="")
+    a.add_argument("--no-sanitizer", action="store_true")
+    a = a.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    a.out.mkdir(parents=True, exist_ok=True)
+    todo = [k for k in cases(a.quick) if a.only in str(k)]
+    record = {"environment": environment(), "compiled": compile_all(todo), "cases": []}
+    print(record["compiled"], flush=True)
+    start = time.time()
+    for k in todo:
+        try:
+            found = one(k)
+        except Exception as e:
+            found = [dict(k, ok=False, precision="?", failed=repr(e)[:600])]
+        for rec in found:
+            record["cases"].append(rec)
+            if not rec["ok"]:
+                short = {
+                    x: rec.get(x)
+                    for x in (
+                        "n",
+                        "c",
+                        "T",
+                        "B",
+                        "kind",
+                        "F",
+                        "activation",
+                        "last",
+                        "precision",
+                        "flips",
+                        "flips_float32",
+                        "over",
+                        "same_bits",
+                        "failed",
+                    )
+                }
+                print(
+                    "BAD",
+                    short,
+                    {x: f"{v:.1e} ({rec['float32'][x]:.1e})" for x, v in rec.get("error", {}).items()},
+                    flush=True,
+                )
+    record["seconds"] = round(time.time() - start, 1)
+    good = [r for r in record["cases"] if "error" in r]
+    for precision in ("faithful", "fast"):
+        mine = [r for r in good if r["precision"] == precision]
+        for flipped in (False, True):
+            some = [r for r in mine if bool(r["flips"]) == flipped]
+            worst = {}
+            for r in some:
+                for k, v in r["error"].items():
+                    worst[k] = max(worst.get(k, 0), v)
+            ratio = max((r["error"]["y"] / max(r["float32"]["y"], ROUNDING) for r in some), default=0)
+            record[f"worst_{precision}{'_flipped' if flipped else ''}"] = {
+                "cases": len(some),
+                "y_over_float32": ratio,
+                **worst,
+            }
+            print(
+                f"{precision:9s} flips={flipped!s:5s} {len(some):3d} cases, y/fp32 {ratio:.1f}:",
+                {k: f"{v:.1e}" for k, v in worst.items()},
+                flush=True,
+            )
+    for f in (diverging, graph, opcheck, fallbacks) + (() if a.no_sanitizer else (sanitizer,)):
+        try:
+            record[f.__name__] = f()
+        except Exception as e:
+            record[f.__name__] = {"failed": repr(e)[:600]}
+        print(f.__name__, json.dumps(record[f.__name__])[:1500], flush=True)
+    bad = sum(not r["ok"] for r in record["cases"])
+    record["ok"] = not bad and all("failed" not in record[f.__name__] for f in (diverging, graph, opcheck, fallbacks))
+    (a.out / "check_wave.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    print(f"{len(record['cases'])} cases, {bad} out of bounds, {record['seconds']} s", flush=True)
+    return int(not record["ok"])
+
+
+if __name__ == "__main__":
+    backend_for.cache_clear()
+    sys.exit(main())
