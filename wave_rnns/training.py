@@ -385,7 +385,7 @@ class History:
             self.best[r] = {"step": step, **metrics}
         return better
 
-# %% ../nbs/07_training.ipynb #19f76716
+# %% ../nbs/07_training.ipynb #8d314989
 class Training:
     "A population on its device, its history on the host, and the rules of when to log, validate and stop."
 
@@ -403,7 +403,8 @@ class Training:
                 raise ConfigError(f"{name} must be a whole number of steps, at least 1, got {value!r}")
         self.population, self.steps, self.eval_every, self.log_every = population, steps, eval_every, log_every
         self.stop_when, self.max_seconds = stop_when, max_seconds or math.inf
-        self.history, self.advance, self.since = History.new(len(population)), None, time.monotonic()
+        self.history, self.since = History.new(len(population)), time.monotonic()
+        self.advance = self.machine = None  # how a step is made, where: known when first needed
 
     def due(self, every: int) -> bool:
         "Every so many steps, and after the last."
@@ -566,7 +567,7 @@ def differences(
     changed = (k for k in sorted({*a, *b}) if a.get(k) != b.get(k))
     return [f"{k}: {a.get(k, 'absent')} then, {b.get(k, 'absent')} now" for k in changed]
 
-# %% ../nbs/07_training.ipynb #d057def8
+# %% ../nbs/07_training.ipynb #fc5102a0
 @patch
 def facts(self: Training, about: dict | None = None) -> dict:
     "What must not change under a half-finished run, as plain data."
@@ -578,11 +579,19 @@ def facts(self: Training, about: dict | None = None) -> dict:
 
 
 @patch
+def in_order(self: Training, row: dict) -> dict:
+    "A row's keys in the order in which they are made; JSON has sorted them."
+    names = self.population.names
+    return {k: row[k] for k in ("step", "epoch", "loss", *names, *(f"valid_{k}" for k in names)) if k in row}
+
+
+@patch
 def save(self: Training, checkpoint, facts: dict) -> None:
     "Hand everything needed to go on to `checkpoint.save(tensors, meta)`."
     self.clock()
     frozen = {f"fixed.{k}": t for k, t in self.population.fixed.items()}
-    meta = {"facts": facts, "history": asdict(self.history), "environment": environment()}
+    self.machine = self.machine or environment()  # asked once: it looks up the commit
+    meta = {"facts": facts, "history": asdict(self.history), "environment": self.machine}
     checkpoint.save({**self.population.state(), **frozen}, plain(meta))
 
 
@@ -599,6 +608,8 @@ def resume(self: Training, checkpoint, facts: dict) -> bool:
                 + "; ".join(changed)
             )
         history = History(**meta["history"])
+        history.curves = [[self.in_order(row) for row in curve] for curve in history.curves]
+        history.best = [row and self.in_order(row) for row in history.best]
         if not len(history.curves) == len(history.best) == len(history.stopped) == len(self.population):
             raise CheckpointError(f"the history is not that of {len(self.population)} runs")
         fixed = {k: tensors.pop(f"fixed.{k}") for k in self.population.fixed}

@@ -1,0 +1,610 @@
+"Every way we know of spoiling a file, and what must come of it: one error type, a name, a cause, and the file left where it was."
+
+import errno
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
+
+import wave_rnns.checkpoints
+import wave_rnns.training
+from wave_rnns.checkpoints import (
+    HEADER_LIMIT,
+    CheckpointFile,
+    hashes_of,
+    listen_for,
+    load_checkpoint,
+    load_weights,
+    pack,
+    previous,
+    resumable_fit,
+    save_checkpoint,
+    save_weights,
+    unpack,
+    write_hashes,
+)
+from wave_rnns.core import CheckpointError, sha256
+from wave_rnns.model import ModelConfig, build_model
+from wave_rnns.training import ResumeRefused, RunSettings, fit
+
+TENSORS = {
+    "theta": torch.randn(3, 40, generator=torch.Generator().manual_seed(0)),
+    "step": torch.tensor(17),
+    "running": torch.tensor([True, False]),
+    "sums": torch.tensor([[0.1, float("nan")], [float("inf"), -0.0]], dtype=torch.float64),
+    "half": torch.tensor([1.5], dtype=torch.bfloat16),
+    "nothing": torch.empty(0, 3),
+    "view": torch.arange(12.0).view(3, 4).T[1:],
+}
+
+
+def bits(t):
+    return t.contiguous().view(torch.uint8) if t.dim() else t[None].view(torch.uint8)
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def two(tmp_path):
+    "A checkpoint of step 10 and, after it, one of step 20."
+    path = tmp_path / "run.safetensors"
+    for step in (10, 20):
+        save_checkpoint(path, {**TENSORS, "step": torch.tensor(step)}, {"step": step})
+    return path
+
+
+def test_round_trip_is_exact(tmp_path):
+    meta = {"a": [0.1, 1 / 3, 1e-320, 2**60], "b": {"c": None, "d": "ü"}}
+    save_checkpoint(tmp_path / "deep" / "x.safetensors", TENSORS, meta)
+    tensors, back = load_checkpoint(tmp_path / "deep" / "x.safetensors")
+    assert back == meta and tensors.keys() == TENSORS.keys()
+    for k, t in TENSORS.items():
+        assert tensors[k].dtype == t.dtype and tensors[k].shape == t.shape and torch.equal(bits(tensors[k]), bits(t))
+
+
+def test_two_generations_and_nothing_else(two):
+    assert sorted(files(two.parent)) == ["run.previous.safetensors", "run.safetensors", "run.safetensors.sha256"]
+    assert load_checkpoint(two)[1] == {"step": 20}
+    assert (
+        subprocess.run(["sha256sum", "-c", "run.safetensors.sha256"], cwd=two.parent, capture_output=True).returncode
+        == 0
+    )
+    assert two.stat().st_mode & 0o777 == 0o666 & ~umask()
+    two.unlink()
+    with pytest.warns(UserWarning, match="there is no such file.*run.previous.safetensors"):
+        assert load_checkpoint(two)[1] == {"step": 10}
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Innocent:
+    "A pickle that leaves a mark when it is opened."
+
+    def __reduce__(self):
+        return os.mkdir, ("OPENED",)
+
+
+def torch_saved(folder, value):
+    torch.save(value, folder / "saved")
+    data = (folder / "saved").read_bytes()
+    (folder / "saved").unlink()
+    return data
+
+
+ATTACKS = {
+    "truncated by one": lambda d, f: (d[:-1], "cut off"),
+    "truncated in the table": lambda d, f: (d[:60], "cut off"),
+    "truncated in the length": lambda d, f: (d[:5], "no safetensors"),
+    "empty": lambda d, f: (b"", "is empty"),
+    "trailing junk": lambda d, f: (d + b"junk", "4 bytes too many"),
+    "a data bit flipped": lambda d, f: (d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "changed bytes"),
+    "a table bit flipped": lambda d, f: (d[:8] + b"[" + d[9:], "no safetensors"),
+    "a table key changed": lambda d, f: (d.replace(b"theta", b"thetb"), "changed bytes"),
+    "an endless table": lambda d, f: ((2**62).to_bytes(8, "little") + d[8:], "cut off"),
+    "zeros": lambda d, f: (bytes(len(d)), "no safetensors"),
+    "noise": lambda d, f: (random.Random(1).randbytes(500), "no safetensors"),
+    "a pickle": lambda d, f: (pickle.dumps(Innocent()), "pickle"),
+    "an old pickle": lambda d, f: (pickle.dumps(Innocent(), protocol=0), "no safetensors"),
+    "torch.save": lambda d, f: (torch_saved(f, {"theta": torch.zeros(3)}), "torch.save"),
+    "another's safetensors": lambda d, f: (safetensors.torch.save({"x": torch.zeros(3)}), "changed bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_damage_is_named_and_the_one_before_is_used(two, attack, monkeypatch):
+    monkeypatch.chdir(two.parent)
+    bad, cause = attack(two.read_bytes(), two.parent)
+    two.write_bytes(bad)
+    before = files(two.parent)
+    with pytest.warns(UserWarning, match="run.safetensors.*" + cause):
+        tensors, meta = load_checkpoint(two)
+    assert meta == {"step": 10} and int(tensors["step"]) == 10
+    assert files(two.parent) == before  # nothing deleted, nothing executed
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_without_one_before_it_is_an_error(two, attack, monkeypatch):
+    monkeypatch.chdir(two.parent)
+    bad, cause = attack(two.read_bytes(), two.parent)
+    two.write_bytes(bad)
+    previous(two).write_bytes(b"{}")
+    before = files(two.parent)
+    with pytest.raises(CheckpointError, match=f"(?s)run.safetensors.*{cause}.*run.previous.safetensors"):
+        load_checkpoint(two)
+    assert files(two.parent) == before
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_even_a_listed_hash_opens_no_pickle_and_no_nonsense(two, attack, monkeypatch):
+    "Whoever can write the list too still gets nothing executed."
+    monkeypatch.chdir(two.parent)
+    bad, _ = attack(two.read_bytes(), two.parent)
+    two.write_bytes(bad)
+    previous(two).unlink()
+    write_hashes(two, [sha256(bad)])
+    try:
+        load_checkpoint(two)
+    except CheckpointError as e:
+        assert "run.safetensors" in str(e)
+    assert not (two.parent / "OPENED").exists()
+
+
+@pytest.mark.parametrize("listed", [None, b"", b"not a hash\n", b"\xff\xfe" * 3000, b"0" * 64 + b"\n"])
+def test_a_list_that_says_nothing_is_believed_in_nothing(two, listed):
+    beside = two.with_name("run.safetensors.sha256")
+    beside.unlink() if listed is None else beside.write_bytes(listed)
+    with pytest.raises(CheckpointError, match="run.safetensors"):
+        load_checkpoint(two)
+
+
+def test_nothing_there(tmp_path):
+    assert CheckpointFile(tmp_path / "x.safetensors").load() is None
+    with pytest.raises(CheckpointError, match="x.safetensors: there is no such file"):
+        load_checkpoint(tmp_path / "x.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="folder.safetensors"):
+        load_checkpoint(tmp_path / "folder.safetensors")
+
+
+def test_a_bad_file_does_not_push_out_a_good_one(two):
+    two.write_bytes(b"junk")
+    save_checkpoint(two, TENSORS, {"step": 30})
+    two.write_bytes(b"junk again")
+    with pytest.warns(UserWarning):
+        assert load_checkpoint(two)[1] == {"step": 10}
+
+
+def test_killed_often_between_list_and_file(two, monkeypatch):
+    "However often the new hash was listed and the file never came: both files that exist stay believed."
+
+    real = os.replace
+
+    def killed():
+        raise Break
+
+    for step in range(30, 35):
+        monkeypatch.setattr(
+            os, "replace", lambda a, b: killed() if str(a) == f"{two}.new" or str(a) == str(two) else real(a, b)
+        )
+        with pytest.raises(Break):
+            save_checkpoint(two, TENSORS, {"step": step})
+        assert load_checkpoint(two)[1] == {"step": 20}
+    monkeypatch.undo()
+    two.write_bytes(b"junk")
+    with pytest.warns(UserWarning):
+        assert load_checkpoint(two)[1] == {"step": 10}
+
+
+def test_left_overs_of_killed_writers_go(two):
+    (two.parent / ".run.safetensors.123-abcd.tmp").write_bytes(b"half a checkpoint")
+    (two.parent / ".run.safetensors.new.123-abcd.tmp").write_bytes(b"half a checkpoint")
+    (two.parent / "run.safetensors.new").write_bytes(b"a checkpoint that was never named")
+    (two.parent / ".other.safetensors.123-abcd.tmp").write_bytes(b"not ours")
+    save_checkpoint(two, TENSORS, {"step": 30})
+    assert ".other.safetensors.123-abcd.tmp" in files(two.parent) and len(files(two.parent)) == 4
+    CheckpointFile(two).remove()
+    assert sorted(files(two.parent)) == [".other.safetensors.123-abcd.tmp"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_changes_nothing(two, monkeypatch, failing):
+    before, real = files(two.parent), getattr(os, failing)
+
+    def full(*args, **kwargs):
+        if failing == "fsync" and not os.readlink(f"/proc/self/fd/{args[0]}").endswith(".tmp"):
+            return real(*args, **kwargs)  # a folder
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError) as e:
+        save_checkpoint(two, TENSORS, {"step": 30})
+    monkeypatch.undo()
+    assert e.value.errno == errno.ENOSPC
+    assert load_checkpoint(two)[1] == {"step": 20} and files(two.parent)["run.safetensors"] == before["run.safetensors"]
+    assert not [name for name in files(two.parent) if name.endswith(".tmp")]
+
+
+def test_a_really_full_disk(tmp_path):
+    "A tmpfs of 1 MB, where mounting is allowed."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        path = disk / "run.safetensors"
+        save_checkpoint(path, {"x": torch.zeros(50_000)}, {"step": 1})
+        with pytest.raises(OSError, match="run.safetensors") as e:
+            save_checkpoint(path, {"x": torch.zeros(500_000)}, {"step": 2})
+        assert e.value.errno == errno.ENOSPC and "no space left" in str(e.value)
+        assert load_checkpoint(path)[1] == {"step": 1}
+        assert not [p for p in disk.iterdir() if p.suffix == ".tmp"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# Random bytes into every loader. Examples are few in CI; WAVE_RNNS_FUZZ raises them.
+FUZZ = settings(
+    max_examples=int(os.environ.get("WAVE_RNNS_FUZZ", 300)),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+GOOD = pack({"x": torch.arange(6.0), "n": torch.tensor(3)}, {"step": 3, "list": [1, None]})
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+
+
+header = st.dictionaries(
+    st.sampled_from(["x", "n", "__metadata__", ""]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "I64"]),
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "meta"]), inner, max_size=4),
+        max_leaves=12,
+    ),
+    max_size=3,
+)  # fmt: skip
+
+
+def with_table(table, tail):
+    text = json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + tail
+
+
+@st.composite
+def spoiled(draw):
+    "A good file with some bytes overwritten, cut or inserted."
+    data = bytearray(GOOD)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        data[at : at + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+@FUZZ
+@given(data=st.binary(max_size=400) | spoiled() | st.builds(with_table, header, st.binary(max_size=64)))
+def test_any_bytes_give_a_result_or_one_error(data):
+    before = peak()
+    try:
+        tensors, meta = unpack(data)
+        assert isinstance(meta, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values())
+    except ValueError as e:
+        assert type(e) is ValueError
+    assert peak() - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (HEADER_LIMIT + 1).to_bytes(8, "little") + b"{" + b" " * (HEADER_LIMIT + 8),
+        with_table({"__metadata__": {"meta": "[" * 100_000}}, b""),
+        (200_008).to_bytes(8, "little") + b'{"a":' + b"[" * 200_003,
+        with_table({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"1234"),
+        with_table({"x": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 0]}}, b""),
+        with_table({"__metadata__": {"meta": "3"}}, b""),
+        with_table({"__metadata__": {"meta": "9" * 5000}}, b""),
+        with_table({"__metadata__": []}, b""),
+    ],
+    ids=[
+        "table too long",
+        "deep meta",
+        "deep table",
+        "big shape",
+        "bigger shape",
+        "meta a number",
+        "long number",
+        "a list",
+    ],
+)
+def test_bombs(data):
+    before = peak()
+    with pytest.raises(ValueError):
+        unpack(data)
+    assert peak() - before < 300_000
+
+
+@FUZZ
+@given(data=st.binary(max_size=200) | st.builds(lambda t: json.dumps(t).encode(), header))
+def test_any_config_gives_one_error(data, tmp_path):
+    folder = tmp_path / "weights"
+    if not folder.exists():
+        save_weights(folder, build_model(WAVE, 0).state_dict(), WAVE)
+    (folder / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_weights(folder)
+
+
+MODELS = {
+    "wrnn": WAVE,
+    "irnn": ModelConfig("irnn", 2, 3, n=7),
+    "irnn sigma tanh": ModelConfig("irnn", 2, 3, n=7, U_init="sigma", activation="tanh"),
+    "local": ModelConfig("local", 2, 3, n=7, c=2),
+    "mlp": ModelConfig("mlp", 8, 3, n=7),
+    "mlp readout": ModelConfig("wrnn", 2, 3, n=7, c=3, readout="mlp"),
+    "every step": ModelConfig("wrnn", 10, 10, n=7, every_step=True, kernel_size=5),
+    "no bias": ModelConfig("wrnn", 2, 3, n=7, bias=False, u_init="random", V_init="normal"),
+    "frozen": ModelConfig("wrnn", 2, 3, n=7, freeze=("recurrent", "encoder")),
+}
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_weights_come_back(tmp_path, config):
+    model = build_model(config, 5)
+    save_weights(tmp_path / "w", model.state_dict(), config, about={"task": "x", "accuracy": 0.5})
+    assert sorted(files(tmp_path / "w")) == ["config.json", "model.safetensors", "model.safetensors.sha256"]
+    back = load_weights(tmp_path / "w")
+    assert back.config == config and back.about == {"task": "x", "accuracy": 0.5}
+    x = torch.randn(4, 3, config.input_size if config.kind != "mlp" else 2)
+    assert torch.equal(back(x), model(x))
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in model.parameters()]
+    save_weights(tmp_path / "w", build_model(config, 6).state_dict(), config)  # again, over the old ones
+    assert torch.equal(load_weights(tmp_path / "w")(x), build_model(config, 6)(x))
+
+
+def test_double_precision_weights_stay_double(tmp_path):
+    save_weights(tmp_path, build_model(WAVE, 0).double().state_dict(), WAVE)
+    assert {p.dtype for p in load_weights(tmp_path).parameters()} == {torch.float64}
+
+
+SPOILED_CONFIGS = {
+    "other n": (lambda c: c["model"].update(n=13), "weight 'layer.cells.0.V' is .24, 1., the model has .26, 1."),
+    "huge n": (lambda c: c["model"].update(n=10**12), "n is 1000000000000, but there are"),
+    "huge c": (lambda c: c["model"].update(c=10**9), "c is 1000000000, but there are"),
+    "unknown key": (lambda c: c["model"].update(neurons=3), "unknown key 'neurons'"),
+    "missing key": (lambda c: c["model"].pop("kind"), "config.json is no config of ours.*kind"),
+    "wrong type": (lambda c: c["model"].update(n="12"), "n must be int, got '12'"),
+    "true as a number": (lambda c: c["model"].update(n=True), "n must be int, got True"),
+    "unknown kind": (lambda c: c["model"].update(kind="gru"), "unknown model kind 'gru'"),
+    "unknown activation": (lambda c: c["model"].update(activation="gelu"), "gelu"),
+    "too few neurons": (lambda c: c["model"].update(n=2), "n: expected at least"),
+    "another format": (lambda c: c.update(format=2), "format 2 is not known"),
+    "no model": (lambda c: c.pop("model"), "config.json"),
+    "a list for a model": (lambda c: c.update(model=[]), "config.json"),
+}
+
+
+@pytest.mark.parametrize("spoil, said", SPOILED_CONFIGS.values(), ids=SPOILED_CONFIGS)
+def test_configs_that_do_not_belong(tmp_path, spoil, said):
+    save_weights(tmp_path, build_model(WAVE, 0).state_dict(), WAVE)
+    content = json.loads((tmp_path / "config.json").read_text())
+    spoil(content)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    before = peak()
+    with pytest.raises(CheckpointError, match=said):
+        load_weights(tmp_path)
+    assert peak() - before < 100_000
+
+
+def test_weights_that_do_not_belong(tmp_path):
+    weights = build_model(WAVE, 0).state_dict()
+    for wrong in ({k: t for k, t in weights.items() if k != "readout.bias"}, {**weights, "more": torch.zeros(2)}):
+        with pytest.raises(CheckpointError, match="readout.bias|more"):
+            save_weights(tmp_path / "x", wrong, WAVE)
+    with pytest.raises(CheckpointError, match="expected floating-point"):
+        save_weights(tmp_path / "x", {**weights, "readout.bias": torch.zeros(1, dtype=torch.int64)}, WAVE)
+    assert not (tmp_path / "x").exists()
+    save_weights(tmp_path / "x", weights, WAVE)
+    data = (tmp_path / "x" / "model.safetensors").read_bytes()
+    (tmp_path / "x" / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="model.safetensors has changed bytes"):
+        load_weights(tmp_path / "x")
+    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+        load_weights(tmp_path / "nowhere")
+
+
+# Going on, in one process. Processes that are killed: test_resume_kill.py.
+
+
+class Break(Exception):
+    pass
+
+
+class BreakAfter(CheckpointFile):
+    "Save a number of times, then break."
+
+    def __init__(self, path, saves):
+        super().__init__(path)
+        self.left = saves
+
+    def save(self, tensors, meta):
+        super().save(tensors, meta)
+        self.left -= 1
+        if not self.left:
+            raise Break
+
+
+@pytest.mark.parametrize("every, saves", [(1, 1), (1, 5), (1, 13), (2, 6), (7, 3), (1, 42), (1, 43)])
+def test_resumed_equals_uninterrupted(tmp_path, every, saves):
+    "Broken at a log, an evaluation, the end of an epoch, in between, before and after the end."
+    whole = fit(TinyTask(), WAVE, RUNS, **RHYTHM)
+    place = BreakAfter(tmp_path / "x.safetensors", saves)
+    with pytest.raises(Break):
+        fit(TinyTask(), WAVE, RUNS, checkpoint=place, checkpoint_every=every, **RHYTHM)
+    assert load_checkpoint(place.path)[1]["history"]["step"] == every * saves
+    again = fit(TinyTask(), WAVE, RUNS, checkpoint=CheckpointFile(place.path), checkpoint_every=every, **RHYTHM)
+    for a, b in zip(whole, again, strict=True):
+        assert (a.status, a.diverged_step, a.curve, a.best_step) == (b.status, b.diverged_step, b.curve, b.best_step)
+        assert (a.valid_best, a.valid_final, a.test_best, a.test_final) == (
+            b.valid_best,
+            b.valid_final,
+            b.test_best,
+            b.test_final,
+        )
+        assert all(torch.equal(t, b.weights[k]) for k, t in a.weights.items())
+
+
+def test_all_dead_before_the_next_log(tmp_path):
+    "The row of the broken interval is written after the resume too."
+    rhythm = {**RHYTHM, "log_every": 20}
+    whole = fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], **rhythm)
+    place = BreakAfter(tmp_path / "x.safetensors", 9)
+    with pytest.raises(Break):
+        fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], checkpoint=place, checkpoint_every=1, **rhythm)
+    again = fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], checkpoint=CheckpointFile(place.path), **rhythm)
+    assert (
+        whole[0].curve == again[0].curve and whole[0].curve[-1]["step"] == 7 and whole[0].steps == again[0].steps == 20
+    )
+
+
+def test_frozen_parts_are_part_of_a_checkpoint(tmp_path):
+    config = ModelConfig("wrnn", 1, 1, n=12, freeze=("recurrent",))
+    place = BreakAfter(tmp_path / "x.safetensors", 1)
+    with pytest.raises(Break):
+        fit(TinyTask(), config, RUNS, checkpoint=place, checkpoint_every=5, **RHYTHM)
+    assert "fixed.layer.cells.0.u" in load_checkpoint(place.path)[0]
+    again = fit(TinyTask(), config, RUNS, checkpoint=CheckpointFile(place.path), **RHYTHM)
+    assert all(
+        torch.equal(a.weights[k], b.weights[k])
+        for a, b in zip(again, fit(TinyTask(), config, RUNS, **RHYTHM), strict=True)
+        for k in a.weights
+    )
+
+
+@pytest.fixture
+def half(tmp_path):
+    "A half-finished run, at step 10."
+    place = BreakAfter(tmp_path / "x.safetensors", 2)
+    with pytest.raises(Break):
+        fit(TinyTask(), WAVE, RUNS, checkpoint=place, checkpoint_every=5, about={"recipe": 1}, **RHYTHM)
+    return CheckpointFile(place.path)
+
+
+CHANGES = {
+    "a run": (dict(runs=[RunSettings(0, 1e-3), *RUNS[1:]]), r"runs.0.lr: 0.01 then, 0.001 now"),
+    "fewer runs": (dict(runs=RUNS[:2]), r"runs.2.seed: 2 then, absent now"),
+    "the model": (dict(model=ModelConfig("wrnn", 1, 1, n=12, c=3)), r"model.c: 2 then, 3 now"),
+    "the task": (dict(task=TinyTask(batch_size=4)), r"task.batch_size: 8 then, 4 now"),
+    "the length": (dict(steps=50), r"steps: 43 then, 50 now"),
+    "the rhythm": (dict(log_every=5), r"log_every: 6 then, 5 now"),
+    "the recipe": (dict(about={"recipe": 2}), r"about.recipe: 1 then, 2 now"),
+    "the precision": (dict(dtype=torch.float64), r"dtype: 'torch.float32' then, 'torch.float64' now"),
+}
+
+
+@pytest.mark.parametrize("change, said", CHANGES.values(), ids=CHANGES)
+def test_a_changed_configuration_is_refused(half, change, said):
+    before = files(half.path.parent)
+    call = {"task": TinyTask(), "model": WAVE, "runs": RUNS, "about": {"recipe": 1}, **RHYTHM, **change}
+    with pytest.raises(ResumeRefused, match=said):
+        fit(**call, checkpoint=half)
+    assert files(half.path.parent) == before
+
+
+def test_changed_code_is_refused(half, monkeypatch):
+    monkeypatch.setattr(wave_rnns.training, "code_hash", lambda: "0123456789abcdef")
+    with pytest.raises(ResumeRefused, match="code: .* then, '0123456789abcdef' now"):
+        fit(TinyTask(), WAVE, RUNS, checkpoint=half, about={"recipe": 1}, **RHYTHM)
+
+
+def test_another_machine_is_told(half, monkeypatch):
+    there = {**wave_rnns.training.environment(), "torch": "3.0"}
+    monkeypatch.setattr(wave_rnns.training, "environment", lambda: there)
+    with pytest.warns(UserWarning, match="another machine.*torch: .* then, '3.0' now"):
+        fit(TinyTask(), WAVE, RUNS, checkpoint=half, about={"recipe": 1}, **RHYTHM)
+
+
+FORGED = {
+    "a shape": lambda t, m: t.update(theta=t["theta"][:, :-1]),
+    "a dtype": lambda t, m: t.update(m=t["m"].double()),
+    "a missing tensor": lambda t, m: t.pop("v"),
+    "one more": lambda t, m: t.update(extra=torch.zeros(1)),
+    "no history": lambda t, m: m.pop("history"),
+    "no facts": lambda t, m: m.pop("facts"),
+    "a strange history": lambda t, m: m.update(history={"curves": []}),
+    "a short history": lambda t, m: m["history"].update(stopped=[]),
+    "a number for a history": lambda t, m: m.update(history=3),
+}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_a_valid_file_of_something_else(half, forge):
+    tensors, meta = half.load()
+    forge(tensors, meta)
+    half.save(tensors, meta)
+    with pytest.raises(CheckpointError):
+        fit(TinyTask(), WAVE, RUNS, checkpoint=half, about={"recipe": 1}, **RHYTHM)
+
+
+def test_signals_leave_a_note_and_the_old_ears_come_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with listen_for() as heard:
+        assert not heard()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_other_threads_may_train(tmp_path):
+    got = []
+    rhythm = {**RHYTHM, "steps": 3}
+    thread = threading.Thread(
+        target=lambda: got.extend(
+            resumable_fit(TinyTask(), WAVE, RUNS, checkpoint=tmp_path / "x.safetensors", checkpoint_every=2, **rhythm)
+        )
+    )
+    thread.start()
+    thread.join()
+    assert len(got) == 3
+
+
+def test_finished_and_called_again(tmp_path):
+    "A worker killed between its last checkpoint and its record only has to test again."
+    call = dict(checkpoint=tmp_path / "x.safetensors", checkpoint_every=10, **RHYTHM)
+    first = resumable_fit(TinyTask(), WAVE, RUNS, **call)
+    task = TinyTask()
+    second = resumable_fit(task, WAVE, RUNS, **call)
+    assert task.epochs == [] and [r.curve for r in first] == [r.curve for r in second]
+    assert [r.test_best for r in first] == [r.test_best for r in second]
+
+
+def test_no_warning_in_ordinary_life(two):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(two)
+        save_checkpoint(two, TENSORS, {"step": 30})
+        load_checkpoint(two)
+    assert len(hashes_of(two)) == 3
+    shutil.rmtree(two.parent)

@@ -1,0 +1,420 @@
+"The trainer: equal to torch.optim, equal alone and in company, frozen when it must be, and never asking the host in a step."
+
+import math
+import time
+
+import pytest
+import torch
+from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wave_rnns.core import ConfigError
+from wave_rnns.model import ModelConfig, build_model
+from wave_rnns.tasks import have_data, make_task
+from wave_rnns.training import (
+    History,
+    Layout,
+    Population,
+    RunSettings,
+    Training,
+    code_hash,
+    differences,
+    fit,
+    without_docstrings,
+)
+
+
+def copy_task(**options):
+    return make_task("copy", **{"T": 1, "batch_size": 8, "valid_size": 20, "test_size": 20, **options})
+
+
+def small(task, kind="wrnn", **options):
+    size = task.input_size * (task.T if kind == "mlp" else 1)
+    return ModelConfig(kind, size, task.output_size, n=9, every_step=task.every_step, **options)
+
+
+CASES = {
+    "copy wrnn": (copy_task, dict(c=2)),
+    "copy irnn": (copy_task, dict(kind="irnn")),
+    "copy local": (copy_task, dict(kind="local", c=2)),
+    "adding wrnn": (lambda: make_task("adding", T=10, batch_size=8, valid_size=20, test_size=20), dict(c=3)),
+    "adding mlp readout": (lambda: make_task("adding", T=10, batch_size=8, valid_size=20, test_size=20), dict(readout="mlp")),
+    "adding mlp": (lambda: make_task("adding", T=10, batch_size=8, valid_size=20, test_size=20), dict(kind="mlp")),
+    "frozen encoder": (copy_task, dict(c=2, freeze=("encoder",))),
+    "frozen recurrence": (copy_task, dict(c=2, freeze=("recurrent",))),
+    "epochs": (TinyTask, dict(c=2)),
+}  # fmt: skip
+case = pytest.mark.parametrize("make, options", CASES.values(), ids=CASES)
+
+
+def with_torch_optim(task, config, run, steps):
+    "The same run in PyTorch's words and double precision: losses and final weights."
+    model = build_model(config, run.seed).double()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=run.lr)
+    every = run.drop_every * (task.steps_per_epoch or 1) or steps + 1
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, every, 1 / run.drop_factor)
+    seeds, losses = torch.tensor([run.seed]), []
+    for step in range(steps):
+        if task.steps_per_epoch and step % task.steps_per_epoch == 0:
+            task.prepare_epoch(seeds, step // task.steps_per_epoch)
+        x, y = (a[0] for a in task.train_batch(seeds, torch.tensor(step)))
+        loss = task.loss(model(x.double() if x.is_floating_point() else x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        for p in (
+            trained
+        ):  # autograd may let two .grad share memory (both biases of the untied cell): the clip would scale it twice
+            p.grad = p.grad.clone()
+        if run.clip:
+            torch.nn.utils.clip_grad_norm_(trained, run.clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+@case
+@pytest.mark.parametrize(
+    "run",
+    [RunSettings(3, 1e-2), RunSettings(4, 5e-3, clip=0.05, drop_factor=3.33, drop_every=7)],
+    ids=["plain", "clip, drops"],
+)
+def test_one_run_is_torch_optim(make, options, run):
+    task = make().to("cpu")
+    config, steps = small(task, **options), 25
+    expected, weights = with_torch_optim(task, config, run, steps)
+    (r,) = fit(
+        make(),
+        config,
+        [run],
+        steps=steps,
+        eval_every=steps,
+        log_every=1,
+        device="cpu",
+        dtype=torch.float64,
+        progress=False,
+    )
+    # float64, 25 steps: what is left is the order of additions.
+    torch.testing.assert_close(
+        torch.tensor([row["loss"] for row in r.curve]), torch.tensor(expected), rtol=1e-9, atol=1e-12
+    )
+    assert r.weights.keys() == weights.keys()
+    for k, t in weights.items():
+        torch.testing.assert_close(r.weights[k], t, rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
+
+
+@case
+def test_alone_and_in_company(make, options):
+    config = small(make(), **options)
+    runs = [RunSettings(5, 1e-2, clip=0.1), RunSettings(6, 3e-3), RunSettings(5, 1e-3, drop_factor=10, drop_every=3)]
+    rhythm = dict(steps=20, eval_every=5, log_every=1, device="cpu", dtype=torch.float64, progress=False)
+    together = fit(make(), config, runs, **rhythm)
+    for run, inside in zip(runs, together, strict=True):
+        (alone,) = fit(make(), config, [run], **rhythm)
+        assert alone.best_step == inside.best_step
+        for a, b in zip(alone.curve, inside.curve, strict=True):
+            assert a.keys() == b.keys()
+            assert [a[k] for k in a if k != "epoch"] == pytest.approx(
+                [b[k] for k in a if k != "epoch"], rel=1e-9, abs=1e-12
+            )
+    assert together[0].curve != together[1].curve != together[2].curve
+
+
+def test_alone_and_in_company_in_float32():
+    "Single precision: equal to a few units in the last place while rounding has not had time to grow."
+    task = copy_task()
+    runs = [RunSettings(seed, 1e-2, clip=1.0) for seed in range(3)]
+    rhythm = dict(steps=5, eval_every=5, log_every=1, device="cpu", progress=False)
+    together = fit(task, small(task, c=2), runs, **rhythm)
+    for run, inside in zip(runs, together, strict=True):
+        (alone,) = fit(task, small(task, c=2), [run], **rhythm)
+        assert [row["loss"] for row in alone.curve] == pytest.approx([row["loss"] for row in inside.curve], rel=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", [RunSettings(9, 1e12), RunSettings(9, 1e30), RunSettings(9, 1e30, clip=1e-3)])
+def test_a_diverging_run_leaves_the_others_to_the_bit(place, bad):
+    calm = [RunSettings(s, 1e-2, clip=1.0) for s in range(3)]
+    wild = [bad if i == place else run for i, run in enumerate(calm)]
+    good, mixed = (fit(TinyTask(), WAVE, runs, **RHYTHM) for runs in (calm, wild))
+    for i in {0, 1, 2} - {place}:
+        assert good[i].curve == mixed[i].curve and good[i].test_best == mixed[i].test_best and mixed[i].status == "done"
+        assert all(torch.equal(t, mixed[i].weights[k]) for k, t in good[i].weights.items())
+    r = mixed[place]
+    assert r.status == "diverged" and 1 < r.diverged_step <= RHYTHM["steps"]
+    assert all(t.isfinite().all() for t in r.weights.values())
+    assert max((row["step"] for row in r.curve), default=0) < r.diverged_step
+    assert len(r.curve) < len(mixed[(place + 1) % 3].curve)
+
+
+@pytest.mark.parametrize("step", [0, 1, 17])
+def test_frozen_at_the_last_finite_weights(step):
+    "A NaN in one run's batch: the step is recorded, the weights are those before it, the row before it keeps its mean."
+    runs, rhythm = [RunSettings(0, 1e-2), RunSettings(1, 1e-2)], {**RHYTHM, "steps": 25}
+    r = fit(TinyTask(poison=(1, step)), WAVE, runs, **rhythm)[1]
+    assert (r.status, r.diverged_step) == ("diverged", step + 1)
+    p, task = Population(TinyTask(), WAVE, runs, "cpu"), TinyTask()
+    losses = []
+    for s in range(step):
+        if s % task.steps_per_epoch == 0:
+            p.task.prepare_epoch(p.seeds, s // task.steps_per_epoch)
+        p.train_step()
+        losses.append(p.read_sums()[1]["loss"])
+    expected = p.weights(p.theta, 1)
+    if r.best_step is None:  # nothing was validated before: then these are the weights handed out
+        assert all(torch.equal(t, expected[k]) for k, t in r.weights.items())
+        assert r.test_best is None and r.valid_best is None
+    else:
+        assert r.best_step <= step
+    assert r.valid_final == p.evaluate("valid")[1] and r.test_final == p.evaluate("test")[1]
+    since = step - step % rhythm["log_every"]
+    if step > since:
+        assert r.curve[-1]["step"] == step and r.curve[-1]["loss"] == pytest.approx(
+            sum(losses[since:]) / (step - since), rel=1e-12
+        )
+
+
+def test_it_ends_when_all_are_dead():
+    task = TinyTask()
+    results = fit(task, WAVE, [RunSettings(s, 1e12) for s in range(2)], **{**RHYTHM, "steps": 10**9})
+    assert [r.status for r in results] == ["diverged"] * 2 and results[0].steps < 100
+
+
+def test_rows_average_every_step_since_the_last():
+    each = fit(TinyTask(), WAVE, RUNS[:1], **{**RHYTHM, "log_every": 1})[0].curve
+    some = fit(TinyTask(), WAVE, RUNS[:1], **RHYTHM)[0].curve
+    logged = [row for row in some if "loss" in row]
+    assert [row["step"] for row in logged] == [6, 12, 18, 24, 30, 36, 42, 43]
+    for before, row in zip([0, *(row["step"] for row in logged)], logged, strict=False):
+        part = each[before : row["step"]]
+        for key in ("loss", "mse"):
+            assert row[key] == pytest.approx(sum(p[key] for p in part) / len(part), rel=1e-12)
+    assert [row["step"] for row in some if "valid_mse" in row] == [8, 16, 24, 32, 40, 43]
+    assert [row["epoch"] for row in some] == [row["step"] / 5 for row in some]
+
+
+def test_selection_is_on_validation_and_test_is_looked_at_once():
+    task = TinyTask()
+    (r,) = fit(task, WAVE, [RunSettings(0, 0.05)], **RHYTHM)
+    valid = {row["step"]: row["valid_mse"] for row in r.curve if "valid_mse" in row}
+    assert r.valid_best == {"mse": min(valid.values())} and valid[r.best_step] == min(valid.values())
+    assert r.valid_final == {"mse": valid[43]}
+    assert "test" not in task.looked_at[: task.looked_at.index("test")] and task.looked_at.count("test") <= 2
+    assert task.looked_at[-1] == "test" and set(task.looked_at[task.looked_at.index("test") :]) == {"test"}
+    model = build_model(WAVE, 0)
+    model.load_state_dict(r.weights)
+    with torch.no_grad():
+        sums = [task.measure(model(x), y) for x, y in task.eval_batches("test")]
+    measured = sum(float(s["mse"]) for s in sums) / sum(float(s["count"]) for s in sums)
+    assert measured == pytest.approx(r.test_best["mse"], rel=1e-6)
+
+
+def test_earlier_wins_a_tie_and_nan_never_wins():
+    h = History.new(1)
+    won = [h.choose(0, i, {"accuracy": a}, "accuracy", True) for i, a in enumerate([None, 0.5, 0.5, 0.4, 0.6])]
+    assert won == [False, True, False, False, True] and h.best == [{"step": 4, "accuracy": 0.6}]
+
+
+def test_epochs_are_prepared_when_they_begin():
+    task = TinyTask()
+    fit(task, WAVE, RUNS, **{**RHYTHM, "steps": 11})
+    assert task.epochs == [0, 1, 2]
+
+
+def test_rates_drop_by_epochs_or_by_steps():
+    from wave_rnns.training import learning_rates
+
+    for task, unit in ((TinyTask(), 5), (copy_task(), 1)):
+        p = Population(
+            task, small(task), [RunSettings(0, 0.1, drop_factor=4, drop_every=3), RunSettings(1, 0.1)], "cpu"
+        )
+        rates = [
+            learning_rates(torch.tensor(s), p.lr, p.drop_factor, p.drop_steps)
+            for s in (0, 3 * unit - 1, 3 * unit, 6 * unit)
+        ]
+        torch.testing.assert_close(
+            torch.stack(rates)[:, 0], torch.tensor([0.1, 0.1, 0.025, 0.00625], dtype=torch.float64)
+        )
+        assert (torch.stack(rates)[:, 1] == 0.1).all()
+
+
+def test_stop_when_freezes_and_validates():
+    def solved(row):
+        return row["loss"] < 0.01
+
+    runs = [RunSettings(0, 1e-2), RunSettings(1, 0.0)]
+    stopped, plodding = fit(TinyTask(), WAVE, runs, **{**RHYTHM, "steps": 200}, stop_when=solved)
+    assert (stopped.status, plodding.status) == ("stopped", "done")
+    last = stopped.curve[-1]
+    assert last["step"] == stopped.stopped_step < 200 and last["loss"] < 0.01 and "valid_mse" in last
+    assert stopped.valid_final["mse"] == last["valid_mse"]
+    without = fit(TinyTask(), WAVE, runs, **{**RHYTHM, "steps": 200})[1]
+    assert without.curve == plodding.curve  # the neighbour got no extra rows
+    start = build_model(WAVE, 1).state_dict()
+    assert all(torch.equal(t, start[k]) for k, t in plodding.weights.items())  # lr = 0: nothing moves
+
+
+def test_time_is_up():
+    start = time.monotonic()
+    results = fit(TinyTask(), WAVE, RUNS[:1] + RUNS[2:], **{**RHYTHM, "steps": 10**9}, max_seconds=0.3)
+    assert [r.status for r in results] == ["stopped"] * 2 and time.monotonic() - start < 30
+    assert results[0].stopped_step == results[0].curve[-1]["step"] == results[0].steps
+
+
+def test_frozen_parts_do_not_move():
+    task = copy_task()
+    config = small(task, c=2, freeze=("recurrent", "encoder"))
+    (r,) = fit(task, config, [RunSettings(0, 0.1)], steps=5, eval_every=5, log_every=5, device="cpu", progress=False)
+    start = build_model(config, 0).state_dict()
+    moved = {k for k, t in r.weights.items() if not torch.equal(t, start[k])}
+    assert moved == {"readout.weight", "readout.bias"} and r.weights.keys() == start.keys()
+
+
+def test_layout_is_aligned_and_invertible():
+    model = build_model(ModelConfig("wrnn", 3, 2, n=11, c=3), 0)
+    layout = Layout.of(model)
+    assert all(start % 64 == 0 for start in layout.starts.values()) and layout.width % 64 == 0
+    flat = layout.pack([p.detach().expand(2, *p.shape) for p in model.parameters()])
+    assert flat.shape == (2, layout.width)
+    assert all(torch.equal(layout.views(flat)[k][1], p) for k, p in model.named_parameters())
+    assert torch.equal(layout.pack(list(layout.views(flat).values())), flat)
+    assert flat.count_nonzero() <= 2 * sum(p.numel() for p in model.parameters())
+
+
+class Watch(TorchDispatchMode):
+    "Collect the names of all operations."
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+HOST = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2", "equal", "is_nonzero", "item"}
+
+
+@pytest.mark.parametrize("name", ["copy", "adding", "smnist", "psmnist", "nscifar10", "nscifar10 fresh"])
+@pytest.mark.parametrize("kind", ["wrnn", "irnn"])
+def test_a_step_never_asks_the_host(name, kind):
+    "What a CUDA graph needs: no value is read back, and none is uploaded."
+    name, *variant = name.split()
+    data = {"smnist": "mnist", "psmnist": "mnist", "nscifar10": "cifar10"}.get(name)
+    if data and not have_data(data):
+        pytest.skip(f"{data} is not on this machine")
+    generated = dict(T=8, valid_size=8, test_size=8) if data is None else dict(limit=64, pool=2)
+    task = make_task(name, batch_size=4, **generated, **({"noise": "fresh"} if variant else {}))
+    p = Population(task, small(task, kind), [RunSettings(0, 1e-3, 1.0, 3, 4), RunSettings(1, 1e-3)], "cpu")
+    p.task.prepare_epoch(p.seeds, 0)
+    p.train_step()  # what is made once may be made now
+    before = {k: t.data_ptr() for k, t in p.state().items()}
+    with Watch() as watch:
+        p.train_step()
+    assert not watch.names & HOST, watch.names & HOST
+    assert before == {k: t.data_ptr() for k, t in p.state().items()}  # the state stays where it is
+    assert int(p.step) == 2
+
+
+def test_warm_up_and_back():
+    "What recording a graph does to the state, undone to the bit; then training goes on as if nothing had been."
+    a, b = (Population(copy_task(), small(copy_task()), RUNS, "cpu") for _ in range(2))
+    for p in (a, b):
+        for _ in range(3):
+            p.train_step()
+    before = {k: t.clone() for k, t in a.state().items()}
+    for _ in range(3):
+        a.train_step()
+    a.load_state(before)
+    for p in (a, b):
+        for _ in range(3):
+            p.train_step()
+    assert all(torch.equal(t, b.state()[k]) for k, t in a.state().items())
+
+
+def test_a_graph_that_cannot_be_recorded(monkeypatch):
+    "Falls back with one warning; with graph=True it is an error."
+    from wave_rnns.core import WaveRNNError
+
+    p = Population(copy_task(), small(copy_task()), RUNS, "cpu")
+    p.device = torch.device("cuda")  # pretend
+
+    def fail(self):
+        raise RuntimeError("operation not permitted when stream is capturing\nlong story")
+
+    monkeypatch.setattr(Population, "record_step", fail)
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing.*graph=False"):
+        assert p.step_function() == p.train_step
+    with pytest.raises(WaveRNNError, match="graph=False trains without one"):
+        p.step_function(graph=True)
+    assert p.step_function(graph=False) == p.train_step
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(seed=-1), dict(seed=0.5), dict(seed=True), dict(seed=2**63), dict(lr=-1e-2), dict(lr=math.inf), dict(lr=math.nan),
+        dict(lr=1e31), dict(lr="0.1"), dict(clip=-1), dict(clip=math.nan), dict(drop_factor=0), dict(drop_every=-1), dict(drop_every=1.5),
+        dict(lr=None),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        RunSettings(**{"seed": 0, "lr": 1e-3, **wrong})
+
+
+def test_settings_are_normal_numbers():
+    assert RunSettings(0, 1, clip=2, drop_every=3.0) == RunSettings(0, 1.0, 2.0, 1.0, 3)
+    assert type(RunSettings(0, 1).lr) is float and type(RunSettings(0, 1, drop_every=3.0).drop_every) is int
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(steps=0), dict(eval_every=0), dict(log_every=-1), dict(steps=2.5), dict(log_every=True)]
+)
+def test_rhythms_that_cannot_be_meant(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, **wrong})
+
+
+def test_models_that_do_not_fit_the_task():
+    for wrong, word in (
+        (dict(input_size=2), "input_size must be 1"),
+        (dict(output_size=3), "output_size"),
+        (dict(every_step=True), "every_step"),
+    ):
+        config = ModelConfig(**{**dict(kind="wrnn", input_size=1, output_size=1, n=5), **wrong})
+        with pytest.raises(ConfigError, match=word):
+            fit(TinyTask(), config, RUNS, **RHYTHM)
+    with pytest.raises(ConfigError, match="at least one run"):
+        fit(TinyTask(), WAVE, [], **RHYTHM)
+    with pytest.raises(ConfigError, match="train on 'cuda'"):
+        fit(TinyTask(), WAVE, RUNS, **RHYTHM, graph=True)
+
+
+def test_the_code_hash_sees_code_and_not_words():
+    assert len(code_hash()) == 16 and code_hash() == code_hash()
+    a = 'X = """kernel"""\ndef f(x):\n    "Doc."\n    # why\n    return x'
+    assert without_docstrings(a) == without_docstrings('X = """kernel"""\ndef f(x):\n    "Other."\n\n    return x')
+    assert without_docstrings(a) != without_docstrings(a.replace("kernel", "colonel"))
+    assert without_docstrings(a) != without_docstrings(a.replace("return x", "return -x"))
+
+
+def test_differences_name_what_changed():
+    then = {"model": {"n": 5, "freeze": []}, "runs": [{"lr": 0.1}, {"lr": 0.2}], "about": {}}
+    now = {"model": {"n": 6, "freeze": ["encoder"]}, "runs": [{"lr": 0.1}], "about": {}}
+    assert differences(then, then) == []
+    said = "; ".join(differences(then, now))
+    assert "model.n: 5 then, 6 now" in said and "runs.1.lr: 0.2 then, absent now" in said and "encoder" in said
+    assert differences({"lr": 1}, {"lr": 1.0}) and differences({"lr": 1}, {"lr": True})
+
+
+def test_the_status_line():
+    t = Training(Population(TinyTask(), WAVE, RUNS, "cpu"), 4, 4, 2)
+    for _ in range(4):
+        t.make_step()
+    t.log()
+    t.validate()
+    line = t.status_line()
+    assert line.startswith("loss 0.") and "mse 0." in line and "valid_mse 0." in line and "1 diverged" in line
