@@ -108,14 +108,12 @@ def dense_loop(
     "The recurrence of an ordinary RNN, one step after the other."
     return _loop(lambda h, drive: apply_activation(h @ U.T + drive, activation), x, V, b, h_0, last)
 
-# %% ../nbs/03_scan.ipynb #322f4d93
+# %% ../nbs/03_scan.ipynb #82a18d4b
 class Backend:
     """What a fast path implements. `supports` and `kept_shape` are pure functions of sizes; they are also asked while tracing.
 
     Every tensor carries the run dimension R in front. All but `gy` arrive contiguous, in one dtype, on one device.
-    `kept` is whatever the backward needs beside inputs and output; it has size R in dimension `kept_run_dim`, or is empty."""
-
-    kept_run_dim = 0
+    `kept` is whatever the backward needs beside inputs and output; it has size R in dimension `kept_run_dim(kind)`, or is empty."""
 
     def supports(
         self,
@@ -135,6 +133,10 @@ class Backend:
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision) -> tuple[tuple, torch.dtype | None]:
         "Shape and dtype (None: that of the state) of `kept` when a gradient will be asked for; `((0,), None)` for nothing."
         raise NotImplementedError
+
+    def kept_run_dim(self, kind: str) -> int:
+        "Which dimension of `kept` counts the runs."
+        return 0
 
     def wave_forward(self, x, u, V, b, h_0, activation, last, keep, precision):
         raise NotImplementedError
@@ -419,11 +421,10 @@ class _Lookup:
         else:
             self.grad[r].index_add_(0, i, delta.t())
 
-# %% ../nbs/03_scan.ipynb #4b28032c
+# %% ../nbs/03_scan.ipynb #ccdfb5c9
 class TorchBackend(Backend):
     "Plain PyTorch, any device: the state lies batch last, [T + 1, R, n + 2p, c, B], with p halo rows at both ends of a ring."
 
-    kept_run_dim = 1
     few_rows = 64  # up to here a table is multiplied by one-hot columns instead of looked up
 
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision):
@@ -433,6 +434,9 @@ class TorchBackend(Backend):
         if kind == "dense":
             return ((R, T, B, n) if last else (0,)), None
         return (T + 1, R, n + k - 1, c, B), None
+
+    def kept_run_dim(self, kind):
+        return 0 if kind == "dense" else 1
 
     def _linear(self, x, V, b):
         R, c, n, F = V.shape
@@ -602,7 +606,7 @@ def _gradients(ctx, gy, need_x):
         grads = None, None, None, *grads
     return *grads[:-1], None if tensors[-1] is None else grads[-1]
 
-# %% ../nbs/03_scan.ipynb #bfdb19e8
+# %% ../nbs/03_scan.ipynb #b4f3b708
 class ScanFunction(torch.autograd.Function):
     "The operator for autograd and for `torch.func`."
 
@@ -629,10 +633,10 @@ class ScanFunction(torch.autograd.Function):
         y = y.unflatten(0, (V, R))
         if kept.dim() == 1:
             return (y, kept), (0, None)
-        dim = _backend_of(kind, folded, activation, precision).kept_run_dim
+        dim = _backend_of(kind, folded, activation, precision).kept_run_dim(kind)
         return (y, kept.unflatten(dim, (V, R))), (0, dim)
 
-# %% ../nbs/03_scan.ipynb #9d01a94f
+# %% ../nbs/03_scan.ipynb #d25d2b92
 class ScanGradient(torch.autograd.Function):
     "The operator's gradient, itself ready for `vmap`."
 
@@ -657,7 +661,9 @@ class ScanGradient(torch.autograd.Function):
             _fold(t, d, V, R, i in _SHARED[kind]) for i, (t, d) in enumerate(zip(tensors, in_dims[8:], strict=True))
         ]
         if kept.dim() > 1:
-            kept = _fold(kept, in_dims[7], V, R, False, _backend_of(kind, tensors, activation, precision).kept_run_dim)
+            kept = _fold(
+                kept, in_dims[7], V, R, False, _backend_of(kind, tensors, activation, precision).kept_run_dim(kind)
+            )
         grads = ScanGradient.apply(kind, activation, last, precision, need_x, gy, y, kept, *tensors)
         out = [g if g.dim() == 1 else g.unflatten(0, (V, R)) for g in grads]
         return tuple(out), tuple(None if g.dim() == 1 else 0 for g in grads)
