@@ -7,13 +7,15 @@ __all__ = ['KINDS', 'MLP_READOUT', 'BIASES', 'RecurrentLayers', 'check_input', '
            'check_layers', 'IdentityRNN', 'LocalRNN', 'ModelConfig', 'SequenceModel', 'WholeSequenceMLP', 'build_model',
            'count_parameters']
 
-# %% ../nbs/05_model.ipynb #6c94d8dc
+# %% ../nbs/05_model.ipynb #40e09391
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import wave_rnns.kernels
+import wave_rnns.kernels_dense  # noqa: F401  both register the GPU's fast path with the scan
 from .cell import DenseCell, LocalCell, WaveCell
 from .core import ConfigError
 from .scan import Rows, dense_scan, wave_loop, wave_scan
