@@ -511,7 +511,7 @@ template <bool EDGE> __device__ __forceinline__ void conv(Acc &m, Acc &c, const 
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #f96a49cb
+# %% ../nbs/04_kernels.ipynb #ff66ef7f
 FORWARD = r"""
 #if FORWARD
 // x [R|1][T][B][F], V [R][F][C][N], b [R][C][N]  or  index [R|1][T][B], table [R][rows][C][N] (in V); h0 [R][B][C][N] or null.
@@ -581,14 +581,18 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
     auto &mm = *(FAITHFUL ? &m : &c);                                   // fast: one sum for everything
     Frag a;
     u32 *H = p.H + r * p.hrun + b * (T + 1) * HTERMS * TILE + L.warp * MATS * 32 + L.lane;
-    auto keep = [&]() {
+    auto keep = [&]() {                                                 // for backward: whole terms, not the short ones of the products
 #pragma unroll
-        for (int k = 0; k < HTERMS; k++)
+        for (int i = 0; i < MATS; i++) {
+            const int s = i / CQ, q = i % CQ;
+            float x = c[s % MT][q][s / MT * 2], y = c[s % MT][q][s / MT * 2 + 1];
 #pragma unroll
-            for (int i = 0; i < MATS; i++) {
-                const int s = i / CQ, q = i % CQ;
-                H[k * TILE + i * 32] = FAITHFUL && HTERMS == 1 ? pack(c[s % MT][q][s / MT * 2], c[s % MT][q][s / MT * 2 + 1]) : a[k][s][q];
+            for (int k = 0; k < HTERMS; k++) {
+                const u32 term = FAITHFUL ? pack(x, y) : a[k][s][q];
+                H[k * TILE + i * 32] = term;
+                x -= low(term), y -= high(term);
             }
+        }
         H += HTERMS * TILE;
     };
     float *y = p.y + (STATES ? r * T * p.B + b : rb) * CN;
@@ -598,8 +602,9 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
             const float v = act(FAITHFUL ? AT(m) + AT(c) : AT(c));
             AT(c) = TAIL && L.last && e_ / (4 * CQ) + (e_ % 4 >> 1) * MT >= TAIL ? 0.f : v;
         }
+        if (HTERMS && FAITHFUL) keep();                                 // before the products' terms need their registers
         split(a, c);
-        if (HTERMS) keep();
+        if (HTERMS && !FAITHFUL) keep();
         if (STATES) {
             store(y, c, L);
             y += p.B * CN;
@@ -635,7 +640,7 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
 #else
 """
 
-# %% ../nbs/04_kernels.ipynb #1c9d1693
+# %% ../nbs/04_kernels.ipynb #899ed4ac
 BACKWARD = r"""
 // gy as y. Per block, to be summed afterwards: pU [R][blocks][C][C][3], pV [R][blocks][F+1 or rows][VALS][TH] float4 (last: db).
 // dh0 [R][B][C][N]. D: deltas in natural order: EMIT 1 [R][T][B][C][N] float; EMIT 2 the same as Store, a pair of samples with
@@ -837,7 +842,7 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
 #pragma unroll
                 for (int hk = 0; hk < HTERMS; hk++)
 #pragma unroll
-                    for (int dk = 0; dk < (hk ? 1 : DT); dk++)
+                    for (int dk = 0; dk < DT; dk++)
 #pragma unroll
                         for (int k = 0; k < MT; k++)
 #pragma unroll

@@ -22,7 +22,7 @@ from wave_rnns.kernels import architecture_for, compile_kernel
 from wave_rnns.kernels_dense import SOURCE, DenseBackend, DensePlan, plan_for
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 
-ULP = 2.0**-23  # nothing in float32 can be asked to be closer than one unit in the last place
+ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that does better on a few numbers was lucky
 BOUNDS = {"faithful": {"clean": 5e-5, "flipped": 1e-3}, "fast": {"clean": 1e-2, "flipped": 5e-2}}
 
 
@@ -87,7 +87,7 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
             row["error_loop"][name] = error(loop_grads[name], exact_grads[name])
         row["repeats"] = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
         limit = BOUNDS[precision]["flipped" if row["flips"] else "clean"]
-        state_limit = max(8 * row["error_loop"]["h"], ULP) if precision == "faithful" else BOUNDS["fast"]["clean"]
+        state_limit = 8 * max(row["error_loop"]["h"], ROUNDING) if precision == "faithful" else BOUNDS["fast"]["clean"]
         row["ok"] = (
             row["repeats"]
             and max(row["error"]["h"], row["error"]["y"]) <= (state_limit if precision == "faithful" else limit)
@@ -299,7 +299,7 @@ def summary(rows):
             worst = entry[name.replace("error", "worst")]
             for k, v in row[name].items():
                 worst[k] = max(worst.get(k, 0.0), v)
-        if row["error_loop"]["h"] > ULP:
+        if row["error_loop"]["h"] > ROUNDING:
             entry["ratio"] = max(entry.get("ratio", 0.0), row["error"]["h"] / row["error_loop"]["h"])
     return table
 

@@ -68,7 +68,7 @@ def run_loop(p, x, dtype, activation, last, w, kind):
         s = wave_loop(xr, q["u"], q["V"], q["b"], q["h_0"], activation, False)
         y = s[-1] if last else s
         g = torch.autograd.grad((y * w[r].to(dtype)).sum(), list(q.values()))
-        outs.append(y.detach()), states.append(s.detach()), grads.append(dict(zip(q, g)))
+        outs.append(y.detach()), states.append(s.detach()), grads.append(dict(zip(q, g, strict=True)))
     return torch.stack(outs), torch.stack(states), {k: torch.stack([g[k] for g in grads]) for k in grads[0]}
 
 
@@ -89,7 +89,7 @@ def run_kernel(p, x, activation, last, precision, w, kind):
         f = lambda u, V, b, h, t: wave_scan(Rows(t, *full[1:]), u, V, b, h, activation, last, precision)  # noqa: E731
         y = torch.func.vmap(f)(*args, q["table"])
     g = torch.autograd.grad((y * w).sum(), list(q.values()))
-    return y.detach(), dict(zip(q, g))
+    return y.detach(), dict(zip(q, g, strict=True))
 
 
 def relative(a, b):
@@ -246,7 +246,7 @@ def graph():
         out, grads = step()
     cg.replay()
     torch.cuda.synchronize()
-    return {"same_bits": bool(torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads)))}
+    return {"same_bits": bool(torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads, strict=True)))}
 
 
 def opcheck():
