@@ -1,0 +1,113 @@
+"""Training on a GPU.  python tests/gpu/check_training.py --out DIR [--quick]
+
+The step as a CUDA graph gives the bits of the step without one; a population gives its members' curves; a diverging run
+stays alone; a run on the GPU follows the run on the CPU. Writes DIR/check_training.json, exit code 1 if anything fails.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+
+from wave_rnns.core import environment, to_json
+from wave_rnns.model import ModelConfig
+from wave_rnns.tasks import have_data, make_task
+from wave_rnns.training import RunSettings, fit
+
+CASES = {
+    "copy wRNN": ("copy", dict(T=10), ModelConfig("wrnn", 10, 10, 40, 4, every_step=True), 1e-3),
+    "copy iRNN": ("copy", dict(T=10), ModelConfig("irnn", 10, 10, 40, every_step=True), 1e-3),
+    "adding wRNN": ("adding", dict(T=50), ModelConfig("wrnn", 2, 1, 40, 5), 1e-3),
+    "adding iRNN": ("adding", dict(T=50), ModelConfig("irnn", 2, 1, 40), 1e-3),
+    "sMNIST wRNN": ("smnist", dict(limit=2000), ModelConfig("wrnn", 1, 10, 64, 8), 1e-3),
+    "psMNIST wRNN + MLP": ("psmnist", dict(limit=2000), ModelConfig("wrnn", 1, 10, 64, 8, readout="mlp"), 1e-3),
+    "nsCIFAR10 wRNN": ("nscifar10", dict(limit=2000, batch_size=64), ModelConfig("wrnn", 96, 10, 64, 8), 1e-3),
+    "nsCIFAR10 iRNN": ("nscifar10", dict(limit=2000, batch_size=64), ModelConfig("irnn", 96, 10, 64), 1e-3),
+}
+
+
+def curves(name, options, config, runs, steps, device="cuda", graph=None):
+    results = fit(
+        make_task(name, **options),
+        config,
+        runs,
+        steps=steps,
+        eval_every=steps,
+        log_every=5,
+        device=device,
+        graph=graph,
+        progress=False,
+    )
+    return results
+
+
+def losses(result):
+    return [row["loss"] for row in result.curve]
+
+
+def worst_gap(a, b):
+    "Largest relative difference of two loss curves."
+    return max(abs(p - q) / max(abs(q), 1e-12) for p, q in zip(losses(a), losses(b), strict=True))
+
+
+def check(name, options, config, lr, steps):
+    runs = [RunSettings(seed, lr, clip=1.0) for seed in (0, 1, 2)]
+    with_graph = curves(name, options, config, runs, steps, graph=True)
+    without = curves(name, options, config, runs, steps, graph=False)
+    again = curves(name, options, config, runs, steps, graph=True)
+    alone = [curves(name, options, config, [run], steps, graph=True)[0] for run in runs[:2]]
+    cpu = curves(name, options, config, runs[:1], min(steps, 10), device="cpu")[0]
+    wild = curves(name, options, config, [runs[0], RunSettings(9, 1e30), runs[2]], steps, graph=True)
+    short = curves(name, options, config, runs[:1], min(steps, 10), graph=True)[0]
+    row = {
+        "graph_gives_the_same_bits": [losses(r) for r in with_graph] == [losses(r) for r in without],
+        "repeats": [losses(r) for r in with_graph] == [losses(r) for r in again],
+        "population_against_alone": max(worst_gap(a, p) for a, p in zip(alone, with_graph[:2], strict=True)),
+        "gpu_against_cpu": worst_gap(short, cpu),
+        "diverged": [r.status for r in wild],
+        "neighbours_untouched": [losses(wild[0]), losses(wild[2])] == [losses(with_graph[0]), losses(with_graph[2])],
+        "steps_per_second": with_graph[0].steps_per_second,
+        "last_loss": [losses(r)[-1] for r in with_graph],
+    }
+    row["ok"] = (
+        row["graph_gives_the_same_bits"]
+        and row["repeats"]
+        and row["population_against_alone"] < 1e-3
+        and row["gpu_against_cpu"] < 1e-3
+        and row["diverged"] == ["done", "diverged", "done"]
+        and row["neighbours_untouched"]
+    )
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    start, cases = time.time(), {}
+    for title, (name, options, config, lr) in CASES.items():
+        needs = {"smnist": "mnist", "psmnist": "mnist", "nscifar10": "cifar10"}.get(name)
+        if needs and not have_data(needs):
+            cases[title] = {"skipped": f"no {needs} in the data root", "ok": True}
+            continue
+        try:
+            cases[title] = check(name, options, config, lr, 20 if args.quick else 60)
+        except Exception as e:  # a case that breaks is a finding, and the others still run
+            cases[title] = {"failed": f"{type(e).__name__}: {e}"[:600], "ok": False}
+        print(title, json.dumps(cases[title]), flush=True)
+    ok = all(case["ok"] for case in cases.values())
+    record = {"environment": environment(), "ok": ok, "seconds": time.time() - start, "cases": cases}
+    (args.out / "check_training.json").write_text(to_json(record, indent=1) + "\n")
+    print(f"check_training: {'all as they should be' if ok else 'SOMETHING IS WRONG'}, {time.time() - start:.0f} s")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
