@@ -46,9 +46,9 @@ check: $(READY) ## is the house in order? export, clean and README without a dif
 export: $(READY) ## write wave_rnns/*.py from the notebooks
 	$(BIN)/nbdev_export
 
-clean: $(READY) ## strip execution counts and metadata from the notebooks (outputs stay), store them line by line
+clean: $(READY) ## bring the notebooks into one form: no execution counts, no metadata, line by line (outputs stay)
 	$(BIN)/nbdev_clean
-	@$(PY) -c "from pathlib import Path; from execnb.nbio import read_nb, write_nb; [write_nb(read_nb(p), p) for p in Path('nbs').glob('*.ipynb')]"  # line by line
+	$(PY) $(WEB)/tidy.py
 
 format: $(READY) ## format notebooks and tests with ruff (never wave_rnns, which is exported)
 	$(BIN)/ruff check --fix --quiet .

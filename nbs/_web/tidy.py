@@ -1,0 +1,35 @@
+"""One form for every notebook, after nbdev_clean: python nbs/_web/tidy.py [NOTEBOOK ...]
+
+Stored line by line, so that a diff shows lines. The title cell holds `# Title` and `> summary` and nothing else: nbdev reads it
+as front matter and would drop any text after it from the documentation; such text moves to a cell of its own.
+"""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+from execnb.nbio import mk_cell, read_nb, write_nb
+
+TITLE = re.compile(r"(# \S[^\n]*\n\n> \S[^\n]*)\n*(.*)", re.S)
+
+
+def tidy(path: Path) -> bool:
+    "Rewrite the notebook; returns whether that changed it."
+    before = path.read_bytes()
+    nb = read_nb(path)
+    m = TITLE.fullmatch(nb.cells[0].source) if nb.cells and nb.cells[0].cell_type == "markdown" else None
+    if m and m[2]:
+        nb.cells[0].source = m[1]
+        cell = mk_cell(m[2], "markdown")
+        cell.id = hashlib.sha1(m[2].encode()).hexdigest()[:8]  # the same on every machine
+        nb.cells.insert(1, cell)
+    write_nb(nb, path)
+    return path.read_bytes() != before
+
+
+if __name__ == "__main__":
+    names = [Path(a) for a in sys.argv[1:]] or sorted(Path(__file__).resolve().parents[1].glob("*.ipynb"))
+    for name in names:
+        if tidy(name):
+            print(f"tidied {name.name}")
