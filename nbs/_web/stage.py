@@ -91,7 +91,10 @@ def stage_cell(cell, pages: dict[str, str], blob: str):
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             if "text/markdown" in data:
-                data["text/markdown"] = relink(data["text/markdown"], pages, blob)
+                text = relink(data["text/markdown"], pages, blob)
+                data["text/markdown"] = re.sub(
+                    r"^#{1,6}\s+(.+)$", r"**\1**", text, flags=re.M
+                )  # an output is no chapter
     return cell
 
 
