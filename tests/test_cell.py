@@ -1,0 +1,307 @@
+"What is too broad to read in 02_cell: awkward sizes against independent references, initial values, bad options."
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from wave_rnns.cell import ACTIVATIONS, DenseCell, LocalCell, WaveCell
+from wave_rnns.core import ConfigError
+
+SIZES = [(1, 3, 1, 3), (1, 4, 2, 3), (2, 5, 3, 5), (3, 7, 1, 1), (10, 100, 6, 3), (2, 9, 4, 9)]  # F, n, c, k
+
+
+def randomise(cell, seed=0):
+    "All parameters random, so that no term of the step can hide behind a zero."
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return cell
+
+
+def batch(F, *state, B=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(B, *shape, generator=generator, dtype=torch.float64) for shape in ((F,), state))
+
+
+def u_init_for(k):
+    return "shift" if k > 1 else "identity"
+
+
+@pytest.mark.parametrize("F, n, c, k", SIZES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_wave_step_equals_the_frameworks_layers(F, n, c, k, activation, bias):
+    "The same numbers in nn.Linear and a circular nn.Conv1d."
+    cell = randomise(WaveCell(F, n, c, k, activation, u_init_for(k), bias=bias, dtype=torch.float64))
+    linear = nn.Linear(F, c * n, bias=bias, dtype=torch.float64)
+    conv = nn.Conv1d(c, c, k, padding=k // 2, padding_mode="circular", bias=bias, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(cell.V)
+        conv.weight.copy_(cell.u)
+        if bias:
+            linear.bias.copy_(cell.V_bias)
+            conv.bias.copy_(cell.u_bias)
+    x, h = batch(F, c, n)
+    z = linear(x).view(4, c, n) + conv(h)
+    expected = {"relu": z.relu(), "tanh": z.tanh(), "identity": z}[activation]
+    torch.testing.assert_close(cell(x, h), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("F, n, c, k", [s for s in SIZES if s[1] < 50])
+@pytest.mark.parametrize("kind", [WaveCell, LocalCell])
+def test_step_equals_index_formula(F, n, c, k, kind):
+    cell = randomise(kind(F, n, c, k, u_init=u_init_for(k), dtype=torch.float64))
+    x, h = batch(F, c, n)
+    expected = torch.zeros(4, c, n, dtype=torch.float64)
+    for o in range(c):
+        for place in range(n):
+            u = cell.u[place] if kind is LocalCell else cell.u
+            z = cell.V.view(c, n, F)[o, place] @ x.T + cell.V_bias.view(c, n)[o, place]
+            z = z + (cell.u_bias[o, place] if kind is LocalCell else cell.u_bias[o])
+            for i in range(c):
+                for tap in range(k):
+                    z = z + u[o, i, tap] * h[:, i, (place + tap - k // 2) % n]
+            expected[:, o, place] = z.clamp(min=0).detach()
+    torch.testing.assert_close(cell.step(x, h).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("F, n", [(1, 1), (3, 2), (10, 100)])
+@pytest.mark.parametrize("activation, bias", [("relu", True), ("tanh", True), ("relu", False)])
+def test_dense_step_equals_rnn_cell(F, n, activation, bias):
+    cell = randomise(DenseCell(F, n, activation, bias=bias, dtype=torch.float64))
+    theirs = nn.RNNCell(F, n, bias=bias, nonlinearity=activation, dtype=torch.float64)
+    with torch.no_grad():
+        theirs.weight_ih.copy_(cell.V)
+        theirs.weight_hh.copy_(cell.U)
+        if bias:
+            theirs.bias_ih.copy_(cell.b)
+            theirs.bias_hh.zero_()
+    x, h = batch(F, n)
+    torch.testing.assert_close(cell(x, h), theirs(x, h), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [WaveCell, LocalCell])
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_gradients(kind, activation):
+    cell = randomise(kind(2, 5, 2, activation=activation, dtype=torch.float64))
+    names, values = zip(*cell.named_parameters(), strict=True)
+    x, h = batch(2, 2, 5)
+
+    def step(x, h, *parameters):
+        return torch.func.functional_call(cell, dict(zip(names, parameters, strict=True)), (x, h))
+
+    assert torch.autograd.gradcheck(step, (x.requires_grad_(), h.requires_grad_(), *values))
+
+
+# -------------------------------------------------------------------------------------------------- initial values
+
+
+@pytest.mark.parametrize("k", [3, 5, 7])
+def test_shift_moves_by_one_whatever_the_kernel(k):
+    cell = WaveCell(1, 20, c=2, kernel_size=k, bias=False)
+    h = torch.rand(3, 2, 20)
+    assert torch.equal(cell(torch.zeros(3, 1), h), h.roll(-1, -1))
+
+
+def test_identity_stays():
+    cell = WaveCell(1, 20, c=2, u_init="identity", bias=False)
+    h = torch.rand(3, 2, 20)
+    assert torch.equal(cell(torch.zeros(3, 1), h), h)
+
+
+def within(values, bound):
+    "Uniform within +-bound, by its largest value and its variance."
+    return values.abs().max() <= bound and abs(values.var() / (bound**2 / 3) - 1) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wave_initial_values(seed):
+    torch.manual_seed(seed)
+    cell = WaveCell(4, 500, c=40, u_init="random", V_init="uniform")
+    assert within(cell.u, 1 / math.sqrt(120)) and within(cell.V, 0.5) and within(cell.V_bias, 0.5)
+    biases = torch.cat([WaveCell(1, 3, c=40).u_bias.detach() for _ in range(50)])
+    assert within(biases, 1 / math.sqrt(120))
+    cell = WaveCell(4, 500, c=40, V_init="normal")
+    assert abs(cell.V.std() / 0.001 - 1) < 0.02 and within(cell.V_bias, 0.5)
+    cell = WaveCell(4, 500, c=40)
+    assert cell.V_bias.eq(0).all() and cell.V.sum() == 40 * 4 and cell.V_rings[:, 0].eq(1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_local_initial_values(seed):
+    torch.manual_seed(seed)
+    assert within(LocalCell(1, 100, c=8, u_init="random").u, 1 / math.sqrt(24))
+    assert within(LocalCell(1, 100, c=8, u_init="xavier").u, math.sqrt(6 / (8 * 100 * 3 * 9)))
+    for u_init in ("shift", "identity"):
+        cell, tied = LocalCell(1, 10, c=3, u_init=u_init), WaveCell(1, 10, c=3, u_init=u_init)
+        assert torch.equal(cell.u, tied.u.expand(10, 3, 3, 3)) and cell.u_bias.eq(0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dense_initial_values(seed):
+    torch.manual_seed(seed)
+    cell = DenseCell(1, 400, U_init="random", V_init="sparse")
+    assert within(cell.U, 0.05) and within(cell.b, 0.05) and cell.V[0] == 1 and cell.V[1:].eq(0).all()
+    cell = DenseCell(4, 4000, V_init="uniform", U_init="identity")
+    assert within(cell.V, 0.5) and within(cell.b, 0.5) and torch.equal(cell.U, torch.eye(4000))
+    cell = DenseCell(4, 4000)
+    assert abs(cell.V.std() / 0.001 - 1) < 0.05 and within(cell.b, 0.5)
+    assert torch.equal(DenseCell(1, 5, U_init="sigma").U, torch.eye(5).roll(1, 1))
+    assert DenseCell(1, 5, V_init="sparse").b.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WaveCell(2, 10, c=3, u_init="random", V_init="normal"),
+        lambda: LocalCell(2, 10, c=3, u_init="xavier", V_init="uniform"),
+        lambda: DenseCell(2, 10, U_init="random"),
+    ],
+)
+def test_seed_decides_and_reset_draws_anew(make):
+    torch.manual_seed(3)
+    one = make()
+    torch.manual_seed(3)
+    other = make()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    before = copy.deepcopy(one.state_dict())
+    one.reset_parameters()
+    zero = {"u_bias"} if isinstance(one, LocalCell) else set()  # starts at zero, drawn or not
+    assert {name for name, value in one.state_dict().items() if torch.equal(value, before[name])} == zero
+    torch.manual_seed(3)
+    one.reset_parameters()
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------- counting, freezing
+
+
+@pytest.mark.parametrize(
+    "cell, weights, biases",
+    [
+        (WaveCell(10, 100, 6), 36 * 3 + 600 * 10, 6 + 600),
+        (WaveCell(2, 100, 27), 10_287 - 2_700, 27 + 2_700),
+        (WaveCell(1, 256, 16), 45_824 - 40_960, 16 + 4_096),
+        (WaveCell(96, 256, 16), 434_944 - 40_960, 16 + 4_096),
+        (WaveCell(1, 9, 2, kernel_size=5), 4 * 5 + 18, 2 + 18),
+        (DenseCell(10, 625), 403_125 - 6_250, 625),
+        (DenseCell(2, 100), 10_300 - 100, 100),
+        (DenseCell(96, 529), 335_915 - 5_290, 529),
+        (LocalCell(1, 256, 16), 256 * 768 + 4_096, 4_096 + 4_096),
+    ],
+)
+def test_parameter_counts(cell, weights, biases):
+    numbers = {name: p.numel() for name, p in cell.named_parameters()}
+    bias_names = {"u_bias", "V_bias", "b"}
+    assert sum(v for k, v in numbers.items() if k not in bias_names) == weights
+    assert sum(v for k, v in numbers.items() if k in bias_names) == biases
+
+
+@pytest.mark.parametrize("kind", [WaveCell, LocalCell])
+@pytest.mark.parametrize("bias", [True, False])
+def test_freeze(kind, bias):
+    recurrent, encoder = {"u", "u_bias"}, {"V", "V_bias"}
+    for freeze, frozen in [((), set()), (("recurrent",), recurrent), (["encoder"], encoder), ("encoder", encoder),
+                           (("encoder", "recurrent"), recurrent | encoder)]:  # fmt: skip
+        cell = kind(1, 5, bias=bias, freeze=freeze)
+        names = {name for name, p in cell.named_parameters() if not p.requires_grad}
+        assert names == (frozen if bias else frozen - {"u_bias", "V_bias"})
+
+
+def test_freeze_dense():
+    for freeze, frozen in [((), set()), (("recurrent",), {"U"}), (("encoder",), {"V"}),
+                           (("recurrent", "encoder"), {"U", "V", "b"})]:  # fmt: skip
+        cell = DenseCell(1, 5, freeze=freeze)
+        assert {name for name, p in cell.named_parameters() if not p.requires_grad} == frozen
+    DenseCell(1, 5, bias=False, freeze=("recurrent", "encoder"))
+
+
+@pytest.mark.parametrize("kind, shape", [(WaveCell, (1, 5)), (LocalCell, (1, 5)), (DenseCell, (5,))])
+def test_drive_bias(kind, shape):
+    cell = kind(1, 5, bias=False)
+    assert cell.drive_bias.shape == shape and cell.drive_bias.eq(0).all()
+    cell = randomise(kind(1, 5))
+    silent = cell(torch.zeros(1, 1), torch.zeros(1, *shape))
+    torch.testing.assert_close(silent[0], cell.drive_bias.relu())
+
+
+# ------------------------------------------------------------------------------------------------------ errors, use
+
+
+BAD = [
+    (lambda: WaveCell(0, 10), "input_size: expected a positive integer, got 0"),
+    (lambda: WaveCell(1, -3), "n: expected a positive integer, got -3"),
+    (lambda: WaveCell(1, 10.0), "n: expected a positive integer, got 10.0"),
+    (lambda: WaveCell(1, True), "n: expected a positive integer, got True"),
+    (lambda: WaveCell(1, 10, c=0), "c: expected a positive integer"),
+    (lambda: WaveCell(1, 10, kernel_size=0), "kernel_size: expected a positive integer"),
+    (lambda: WaveCell(1, 10, kernel_size=4), "kernel_size: expected an odd number"),
+    (lambda: WaveCell(1, 2), "n: expected at least kernel_size = 3"),
+    (lambda: WaveCell(1, 10, kernel_size=1), "u_init='shift' reads from a neighbour"),
+    (lambda: WaveCell(1, 10, activation="ReLU"), "activation: expected one of 'relu', 'tanh', 'identity', got 'ReLU'"),
+    (lambda: WaveCell(1, 10, u_init="xavier"), "u_init: expected one of 'shift', 'identity', 'random', got 'xavier'"),
+    (lambda: WaveCell(1, 10, V_init="no"), "V_init: expected one of 'sparse', 'normal', 'uniform', got 'no'"),
+    (lambda: WaveCell(1, 10, bias="no"), "bias: expected one of True, False, got 'no'"),
+    (lambda: WaveCell(1, 10, freeze=("u",)), "freeze: expected one of 'recurrent', 'encoder', got 'u'"),
+    (lambda: WaveCell(1, 10, freeze="yes"), "freeze: expected one of 'recurrent', 'encoder', got 'yes'"),
+    (lambda: LocalCell(1, 10, u_init="sigma"), "'random', 'xavier', got 'sigma'"),
+    (lambda: DenseCell(1, 10, U_init="shift"), "U_init: expected one of 'identity', 'sigma', 'random', got 'shift'"),
+    (lambda: DenseCell(1, 0), "n: expected a positive integer"),
+    (lambda: WaveCell(2, 10)(torch.zeros(3, 1), torch.zeros(3, 1, 10)), r"Expected input size \[B, 2\], got \[3, 1\]"),
+    (lambda: WaveCell(2, 10)(torch.zeros(2), torch.zeros(3, 1, 10)), r"Expected input size \[B, 2\], got \[2\]"),
+    (lambda: WaveCell(1, 10, 6)(torch.zeros(3, 1), torch.zeros(3, 60)), r"Expected hidden size \[3, 6, 10\], got \[3, 60\]"),
+    (lambda: DenseCell(1, 10)(torch.zeros(3, 1), torch.zeros(2, 10)), r"Expected hidden size \[3, 10\], got \[2, 10\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, message", BAD)
+def test_bad_options(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+    with pytest.raises(ValueError):
+        make()
+
+
+CELLS = [
+    lambda **kw: WaveCell(2, 8, c=3, **kw),
+    lambda **kw: LocalCell(2, 8, c=3, **kw),
+    lambda **kw: DenseCell(2, 8, **kw),
+]
+
+
+@pytest.mark.parametrize("make", CELLS)
+def test_a_well_behaved_module(make):
+    cell = make()
+    x = torch.rand(4, 2)
+    h = torch.rand(4, 8) if isinstance(cell, DenseCell) else torch.rand(4, 3, 8)
+    for twin in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
+        assert torch.equal(twin(x, h), cell(x, h))
+    other = make()
+    other.load_state_dict(cell.state_dict())
+    assert torch.equal(other(x, h), cell(x, h))
+    assert make(device="meta").V.device.type == "meta"
+    assert all(p.dtype == torch.float64 for p in make(dtype=torch.float64).parameters())
+    assert cell.double()(x.double(), h.double()).dtype == torch.float64
+    assert "activation='relu'" in repr(cell) and "freeze=()" in repr(cell)
+
+
+@pytest.mark.parametrize("make", CELLS)
+def test_a_population_under_vmap(make):
+    "Three cells of their own seeds, stepped at once, equal three steps."
+    cells = [randomise(make(), seed) for seed in range(3)]
+    parameters, _ = torch.func.stack_module_state(cells)
+    x = torch.rand(4, 2)
+    h = torch.rand(4, 8) if isinstance(cells[0], DenseCell) else torch.rand(4, 3, 8)
+    at_once = torch.func.vmap(lambda p: torch.func.functional_call(cells[0], p, (x, h)))(parameters)
+    torch.testing.assert_close(at_once, torch.stack([cell(x, h) for cell in cells]), rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batch():
+    assert WaveCell(2, 8, c=3)(torch.zeros(0, 2), torch.zeros(0, 3, 8)).shape == (0, 3, 8)
+    assert DenseCell(2, 8)(torch.zeros(0, 2), torch.zeros(0, 8)).shape == (0, 8)
