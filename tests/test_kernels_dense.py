@@ -1,0 +1,192 @@
+"The dense kernels as far as a machine without a GPU can look: do they compile, fit, and step aside when they must?"
+
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from wave_rnns import kernels_dense
+from wave_rnns.kernels import KernelError, compile_kernel, compile_report, nvrtc, nvrtc_architectures
+from wave_rnns.kernels_dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.scan import BACKENDS, backend_for
+
+try:
+    nvrtc()
+    no_compiler = False
+except KernelError as reason:
+    no_compiler = str(reason)
+needs_compiler = pytest.mark.skipif(bool(no_compiler), reason=str(no_compiler))
+
+HOPPER, AMPERE = (132, True), (108, False)
+REGISTERS = 65536
+
+
+def plans(gpu):
+    "Every layout `plan_for` can choose on this GPU."
+    seen = {}
+    for m in (1, 3, 32, 33, 64, 65, 96, 97, 128, 129, 255, 256):
+        for R in (1, 4, 64):
+            for precision in ("faithful", "fast"):
+                if plan := plan_for(m, 128, R, precision, *gpu):
+                    seen[plan] = None
+    return list(seen)
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE])
+def test_every_plan_is_consistent(gpu):
+    for plan in plans(gpu):
+        wm, wk = plan.warps
+        tiles_of_16 = plan.padded // 16
+        assert plan.padded >= plan.m and plan.padded - plan.m < 32 * plan.cluster
+        assert wm * plan.rows * plan.cluster == tiles_of_16 and wk * plan.deep == tiles_of_16
+        assert plan.items <= plan.threads <= 1024
+        crews = 1 if plan.threads % plan.items else plan.threads // plan.items
+        assert plan.tiles <= crews or plan.tiles % crews == 0
+        assert plan.shared(2) <= 227 * 1024 - 1024
+        assert plan.cluster <= 8
+
+
+def test_grid_covers_the_batch():
+    for plan in plans(HOPPER):
+        for B in (1, 7, 8, 9, 128):
+            blocks, runs = plan.grid(B, 5)
+            assert runs == 5 and blocks % plan.cluster == 0
+            assert blocks // plan.cluster * 8 * plan.tiles >= B > (blocks // plan.cluster - 1) * 8 * plan.tiles
+
+
+def test_what_does_not_fit_has_no_plan():
+    assert plan_for(FUSED_UNITS + 1, 128, 1, "faithful", *HOPPER) is None
+    assert plan_for(FUSED_UNITS, 128, 1, "faithful", *HOPPER) is not None
+    assert plan_for(129, 128, 1, "faithful", *AMPERE) is None
+    assert plan_for(128, 128, 1, "faithful", *AMPERE).cluster == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["faithful", "fast"])
+@pytest.mark.parametrize("m", [100, 256])
+def test_hopper_kernels_fit_in_registers(m, precision):
+    plan = plan_for(m, 128, 1, precision, *HOPPER)
+    for backward, last in ((False, False), (True, False), (True, True)):
+        report = compile_report(SOURCE, plan.macros("relu", backward, last), "sm_90", "dense")
+        kernels = {"dense_scan"} | ({"dense_outer", "dense_sum"} if backward else set())
+        assert set(report) == kernels
+        for name, use in report.items():
+            assert use["spill_stores"] == use["spill_loads"] == use["stack"] == 0, (name, use)
+            threads = plan.threads if name == "dense_scan" else 256
+            assert use["registers"] * threads * plan.blocks <= REGISTERS
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["relu", "tanh", "identity"])
+def test_ampere_kernels_compile(activation):
+    plan = plan_for(100, 128, 4, "faithful", *AMPERE)
+    report = compile_report(SOURCE, plan.macros(activation, True, False), "sm_80", "dense")
+    assert all(use["spill_stores"] == 0 for use in report.values())
+
+
+@needs_compiler
+@pytest.mark.parametrize("m", [1, 3, 97])
+def test_odd_sizes_compile(m):
+    for backward in (False, True):
+        assert compile_report(
+            SOURCE, plan_for(m, 1, 3, "fast", *HOPPER).macros("identity", backward, True), "sm_90", "dense"
+        )
+
+
+@needs_compiler
+def test_newest_architecture_compiles():
+    newest = nvrtc_architectures()[-1]
+    compile_report(
+        SOURCE, plan_for(200, 8, 1, "faithful", *HOPPER).macros("tanh", False, False), f"sm_{newest}", "dense"
+    )
+
+
+@needs_compiler
+def test_a_layout_that_cannot_work_does_not_compile(tmp_path, monkeypatch):
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    with pytest.raises(KernelError, match="crews"):
+        compile_kernel(
+            SOURCE, DensePlan(256, 3, cluster=4, rows=4, deep=16).macros("relu", False, False), "sm_90", "dense"
+        )
+    with pytest.raises(KernelError, match="crews"):
+        three = replace(plan_for(256, 8, 1, "fast", *HOPPER), tiles=3)
+        compile_kernel(SOURCE, three.macros("relu", False, False), "sm_90", "dense")
+
+
+def test_no_float_atomics_and_no_headers():
+    "Sums have one order (same bits twice), and NVRTC needs no files."
+    assert not re.search(r"atomicAdd|red\.(global|shared)|#include", SOURCE)
+
+
+def test_supports_only_what_it_can(monkeypatch):
+    backend = DenseBackend()
+    usual = dict(device=torch.device("cuda:0"), dtype=torch.float32, c=1, n=100, k=0, F=0, activation="relu")
+
+    def ask(kind="dense", precision="faithful", **different):
+        return backend.supports(kind, precision=precision, **(usual | different))
+
+    assert not ask(device=torch.device("cpu")) and not ask(dtype=torch.float64) and not ask(kind="wave")
+    for major, minor, widest in ((9, 0, 256), (8, 6, 128)):
+        gpu = type("Properties", (), dict(multi_processor_count=100, major=major, minor=minor))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=(major, minor): c)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, gpu=gpu: gpu)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert ask(n=widest) and not ask(n=widest + 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "an old GPU")
+    with pytest.warns(UserWarning, match="compute capability 8.0"):
+        assert not ask()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last, fails_in):
+    "Whichever half fails, the numbers are the torch path's, and its message reaches the user once."
+    torch_backend, message = BACKENDS["torch"], f"no such kernel ({fails_in}, {last})"
+    plan = plan_for(7, 3, 2, "faithful")
+    backend = DenseBackend(lambda *_: plan)
+    monkeypatch.setattr(backend, "_plan", lambda *_: plan)
+    g = torch.Generator().manual_seed(0)
+    drive, U, h_0 = (torch.randn(*s, generator=g) for s in ((2, 5, 3, 7), (2, 7, 7), (2, 3, 7)))
+
+    def broken(*_):
+        raise KernelError(message)
+
+    def works(plan, drive, U, h_0, activation, states, end):  # stands for the kernel
+        y, _ = torch_backend.dense_forward(drive, U, h_0, activation, False, True, "faithful")
+        states.copy_(y)
+        if end is not None:
+            end.copy_(y[:, -1])
+
+    monkeypatch.setattr(kernels_dense, "scan_forward", broken if fails_in == "forward" else works)
+    monkeypatch.setattr(kernels_dense, "scan_backward", broken)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        y, kept = backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
+        gy = torch.randn(y.shape, generator=g)
+        ours = backend.dense_backward(gy, drive, U, h_0, y, kept, "relu", last, "faithful")
+    shape, _ = backend.kept_shape("dense", 2, 5, 3, 1, 7, 0, 0, "relu", last, "faithful")
+    assert tuple(kept.shape) == shape
+    assert not backend.supports("dense", torch.device("cpu"), torch.float32, 1, 7, 0, 0, "relu", "faithful")
+    z, z_kept = torch_backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
+    exact = torch_backend.dense_backward(gy, drive, U, h_0, z, z_kept, "relu", last, "faithful")
+    assert torch.equal(y, z)
+    for name, a, b in zip(("drive", "U", "h_0"), ours, exact, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_the_cpu_is_left_to_torch():
+    assert backend_for("dense", torch.device("cpu"), torch.float32, 1, 100, 0, 0) is BACKENDS["torch"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_proof_on_the_gpu(tmp_path):
+    script = Path(__file__).parent / "gpu/check_dense.py"
+    done = subprocess.run([sys.executable, script, "--out", tmp_path, "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
