@@ -229,7 +229,7 @@ def fall_back(reason: str) -> None:
         _WARNED.add(reason)
         warnings.warn(f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}", stacklevel=3)
 
-# %% ../nbs/04_kernels.ipynb #e3d2a1e3
+# %% ../nbs/04_kernels.ipynb #be00e8bd
 SIZES = r"""
 using u32 = unsigned int;
 using i64 = long long;
@@ -241,6 +241,7 @@ constexpr int CQ = (C + 7) / 8, MC = (CQ + 1) / 2;    // channel tiles of 8, of 
 constexpr int MATS = SL * CQ, TILE = W * MATS * 32;   // 8x8 tiles of a warp; 32-bit words of one bf16 term of a state
 constexpr int EV = (NT * CQ + 3) / 4;                 // uint4 of one edge row
 constexpr int VALS = MT * CQ;                         // float4 of a thread's share of a state
+constexpr int CHUNK = 512, FX = F ? F : 1, AHEAD = CHUNK * FX;   // steps whose inputs come on chip together; words of them
 constexpr int WV = WSM ? 3 * NT * CQ * CQ / 4 : 0;    // uint4 of weights a lane keeps in shared memory
 constexpr int VW = N % 4 == 0 && SL % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;   // floats of one access to a natural array
 constexpr bool FAITHFUL = NT == 3;
@@ -511,7 +512,7 @@ template <bool EDGE> __device__ __forceinline__ void conv(Acc &m, Acc &c, const 
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #ff66ef7f
+# %% ../nbs/04_kernels.ipynb #48f943b8
 FORWARD = r"""
 #if FORWARD
 // x [R|1][T][B][F], V [R][F][C][N], b [R][C][N]  or  index [R|1][T][B], table [R][rows][C][N] (in V); h0 [R][B][C][N] or null.
@@ -524,7 +525,8 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
     const i64 b = blockIdx.x, r = blockIdx.y, rb = r * p.B + b;
     const int T = (int)p.T;
     uint4 *eb = sm, *wsm = eb + 4 * EV * TH;
-    Piece *ring = (Piece *)(wsm + WV * 32);
+    float *soon = (float *)(wsm + WV * 32);                             // [CHUNK][F], or the table rows of CHUNK steps
+    Piece *ring = (Piece *)(soon + AHEAD);
 
     Wreg w;
     load_weights<false>(w, wsm, p.u + r * C * C * 3, (float *)ring, L);
@@ -537,31 +539,29 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
     } else
         ring_zero(ring, RING, L);
 
-    // The drive: an affine map of x_t, which is fetched one step ahead, or a table row, fetched RING steps ahead.
+    // The drive: an affine map of x_t, or a table row, fetched RING steps ahead. What the next CHUNK steps need to know (x_t,
+    // or which row) comes on chip at once: a look into memory costs as much time as a whole step.
     const float *x = p.x + r * p.xrun + b * F, *table = p.V + r * p.rows * CN;
     const i64 *index = p.index + r * p.xrun + b;
-    float ahead[F > 0 ? F : 1];
-    i64 row_ahead = 0;
-    auto peek = [&](int t) {
-        if (F) {
-#pragma unroll
-            for (int f = 0; f < F; f++) ahead[f] = t < T ? x[(i64)t * p.B * F + f] : 0.f;
-        } else
-            row_ahead = t >= T ? 0 : p.index ? index[(i64)t * p.B] : t * p.B + b;
+    auto look = [&](int t) {
+        if (t % CHUNK || t >= T) return;
+        __syncthreads();
+        for (int i = L.tid; i < AHEAD && t + i / FX < T; i += TH)
+            if (F) soon[i] = x[(t + i / FX) * p.B * F + i % FX];
+            else ((int *)soon)[i] = p.index ? (int)index[(t + i) * p.B] : (int)((t + i) * p.B + b);
+        __syncthreads();
     };
     auto fetch = [&](int t) {
         if (!F) {
-            if (t < T) ring_fetch(ring + t % RING * PIECES * TH, table + row_ahead * CN, m, L);
+            look(t);
+            if (t < T) ring_fetch(ring + t % RING * PIECES * TH, table + (i64)((int *)soon)[t % CHUNK] * CN, m, L);
             copy_commit();
-            peek(t + 1);
         }
     };
     auto drive = [&](int t) {
         if (F) {
-            float now[F > 0 ? F : 1];
-#pragma unroll
-            for (int f = 0; f < F; f++) now[f] = ahead[f];
-            peek(t + 1);
+            look(t);
+            const float *now = soon + t % CHUNK * F;
             EACH {
                 float d = AT(bias);
 #pragma unroll
@@ -611,7 +611,6 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
         }
     };
 
-    peek(0);
 #pragma unroll 1
     for (int t = 0; t < RING - 1; t++) fetch(t);
     load(c, p.h0 ? p.h0 + rb * CN : nullptr, L);
@@ -640,7 +639,7 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
 #else
 """
 
-# %% ../nbs/04_kernels.ipynb #899ed4ac
+# %% ../nbs/04_kernels.ipynb #64172130
 BACKWARD = r"""
 // gy as y. Per block, to be summed afterwards: pU [R][blocks][C][C][3], pV [R][blocks][F+1 or rows][VALS][TH] float4 (last: db).
 // dh0 [R][B][C][N]. D: deltas in natural order: EMIT 1 [R][T][B][C][N] float; EMIT 2 the same as Store, a pair of samples with
@@ -660,7 +659,9 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     const i64 b = (i64)blockIdx.x * SPB + sub, r = blockIdx.y, rb = r * p.B + b, blk = r * gridDim.x + blockIdx.x;
     const int T = (int)p.T;
     constexpr int HV = HTERMS * TILE / 4, GV = STATES ? PIECES * TH * VW / 4 : 0, STAGE = HV + GV;   // uint4: h[t], gy[t-1]
-    uint4 *eb = sm + sub * 4 * EV * TH, *wsm = sm + SPB * 4 * EV * TH, *rings = wsm + WV * 32, *ring = rings + sub * RING * STAGE;
+    uint4 *eb = sm + sub * 4 * EV * TH, *wsm = sm + SPB * 4 * EV * TH;
+    float *soons = (float *)(wsm + WV * 32);                            // [SPB][CHUNK][F], or the rows of CHUNK steps
+    uint4 *rings = (uint4 *)(soons + SPB * AHEAD), *ring = rings + sub * RING * STAGE;
     float4 *sums = (float4 *)(rings + SPB * RING * STAGE);              // SUMS: [F+1 or rows][VALS][TH] gradients of the drive
     constexpr bool SUMS = DTAB == 1 || (F && DVSM);
     Piece *waiting = (Piece *)sums;                                     // EMIT 2, SPB 2: deltas of both samples, two steps
@@ -682,16 +683,20 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
         }
         copy_commit();
     };
-    // x[t] or the row of step t, one step ahead
+    // x[t], or the row of step t, for CHUNK steps at once
     const float *x = p.x + r * p.xrun + b * F;
     const i64 *index = (EMIT == 2 ? p.place : p.index) + r * p.xrun + b;
-    float ahead[F > 0 ? F : 1];
-    i64 row_ahead = 0, mate_ahead = 0, row = 0, mate = 0;
-    auto peek = [&](int t) {
-#pragma unroll
-        for (int f = 0; f < F; f++) ahead[f] = t >= 0 ? x[(i64)t * p.B * F + f] : 0.f;
-        if (!F && (DTAB == 1 || EMIT == 2)) row_ahead = t >= 0 ? index[(i64)t * p.B] : 0;
-        if (SPB == 2) mate_ahead = t >= 0 ? index[(i64)t * p.B + 1 - 2 * sub] : 0;
+    constexpr bool ROWS = !F && (DTAB == 1 || EMIT == 2);
+    float *soon = soons + sub * AHEAD;
+    i64 row = 0, mate = 0;
+    auto look = [&](int t) {
+        if (!(F || ROWS) || ((t + 1) % CHUNK && t != T - 1)) return;
+        const int t0 = t / CHUNK * CHUNK;
+        __syncthreads();
+        for (int i = L.tid; i < (t - t0 + 1) * FX; i += TH)
+            if (F) soon[i] = x[(t0 + i / FX) * p.B * F + i % FX];
+            else ((int *)soon)[i] = (int)index[(t0 + i) * p.B];
+        __syncthreads();
     };
 
     // ldmatrix addresses (bytes within a stage) of h transposed, two pairs of tiles a load; pair (k, q): slots 2k-off,
@@ -747,6 +752,7 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     };
     // c (dL/dh[t+1]) -> delta[t]: times act'(h[t+1]); add up what it gives to the drive's gradients; split
     auto delta = [&](int t) {
+        look(t);
         const u32 st = smem(ring + (t + 1) % RING * STAGE) + L.warp * MATS * 128;
         if (STATES) ring_add(c, (Piece *)(ring + (t + 1) % RING * STAGE + HV), true, L);
 #pragma unroll
@@ -769,11 +775,9 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
                     if (TAIL && L.last && s >= TAIL) lo = hi = 0.f;
                 }
         }
-        float now[F > 0 ? F : 1];
-#pragma unroll
-        for (int f = 0; f < F; f++) now[f] = ahead[f];
-        row = row_ahead, mate = mate_ahead;
-        peek(t - 1);
+        const float *now = soon + t % CHUNK * F;
+        if (ROWS) row = ((int *)soon)[t % CHUNK];
+        if (SPB == 2) mate = ((int *)soons)[(1 - sub) * AHEAD + t % CHUNK];
         split(a, c);
         if (F && !SUMS) {
             EACH {
@@ -861,7 +865,6 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     };
 
     __syncthreads();                                                    // ring_zero and sums before the copies
-    peek(T - 1);
     for (int t = T; t > T - RING; t--) fetch(t);
     load(c, STATES ? nullptr : p.gy + rb * CN, L);
     copy_wait<0>();
@@ -1013,7 +1016,7 @@ extern "C" __global__ void sum_rows(const Store *D, const i64 *place, const i64 
 # %% ../nbs/04_kernels.ipynb #3dcea885
 WAVE_SOURCE = "".join([SIZES, INSTRUCTIONS, NATURAL, SPLIT, WEIGHTS, EDGES, CONV, FORWARD, BACKWARD, SUMS])
 
-# %% ../nbs/04_kernels.ipynb #b8b5a2d9
+# %% ../nbs/04_kernels.ipynb #0bb6c975
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {80: 163, 87: 163, 86: 99, 89: 99, 120: 99, 121: 99}  # KB a block may use, by compute capability; others 227
 MAX_CHANNELS, MAX_THREADS = 32, 512
@@ -1036,7 +1039,7 @@ class Plan:
     mt: int = 0  # neurons of a thread / 2
     ring: int = 0  # steps fetched ahead
     weights_shared: int = -1  # weights in shared memory instead of registers
-    sums_shared: int = 0  # the sums of dV and db too
+    sums_shared: int = -1  # the sums of dV and db too
     order: int = -1  # which operand of a product stays longest in hand
     min_forward: int = 1  # blocks per multiprocessor asked of the compiler
     min_backward: int = 1
@@ -1050,7 +1053,9 @@ class Plan:
         if self.weights_shared < 0:
             put("weights_shared", int(self.cq == 4))
         if self.order < 0:
-            put("order", int(self.terms == 3 and not self.weights_shared))
+            put("order", int(self.terms == 3 and not self.weights_shared and not (self.F and self.mt == 4)))
+        if self.sums_shared < 0:
+            put("sums_shared", int(self.terms == 3 and self.F > 0 and self.mt == 4 and self.cq == 2))
         if not self.ring:
             put("ring", 8 if self.terms == 2 and (self.F or self.n * self.c < 2000) and not self.emit else 4)
             while self.ring > 2 and max(self.shared()) > self.limit:
@@ -1089,12 +1094,13 @@ class Plan:
         state = self.vals * self.threads * 16
         edges = 4 * -(-self.terms * self.cq // 4) * self.threads * 16
         weights = 3 * self.terms * self.cq**2 // 4 * 512 if self.weights_shared else 0
-        forward = edges + weights + max(0 if self.F else self.ring * state, 12 * self.c**2)
+        ahead = 4 * 512 * max(self.F, 1)
+        forward = edges + weights + ahead + max(0 if self.F else self.ring * state, 12 * self.c**2)
         ring = self.pair * self.ring * (self.kept_terms * self.tile * 4 + (state if self.states else 0))
         sums = state * (self.rows if not self.F else (self.F + 1) * self.sums_shared)
         waiting = 2 * self.pair * state if self.pair == 2 else 0
         reduce = 3 * 16 * ((self.cq + 1) // 2) * 8 * self.cq * 4
-        return forward, self.pair * edges + weights + max(ring + sums + waiting, 12 * self.c**2, reduce)
+        return forward, self.pair * (edges + ahead) + weights + max(ring + sums + waiting, 12 * self.c**2, reduce)
 
     def macros(self, forward: bool) -> dict:
         "Macros of the forward or of the backward module; each only those it depends on, so that they are compiled once."

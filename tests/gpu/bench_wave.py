@@ -30,24 +30,15 @@ SHAPES = {
 # what to try beside the default plan
 VARIANTS = {
     "smnist": {
-        "faithful": [dict(mt=m, weights_shared=w, sums_shared=s) for m in (4, 2) for w in (0, 1) for s in (0, 1)]
-        + [dict(mt=4, order=0, sums_shared=1), dict(mt=2, order=0)],
-        "fast": [
-            dict(mt=4, ring=4),
-            dict(mt=4, order=1, ring=4),
-            dict(mt=2, weights_shared=1),
-            dict(mt=4, weights_shared=1, ring=4),
-        ],
+        "faithful": [dict(mt=4, order=1), dict(mt=4, weights_shared=1, sums_shared=0), dict(mt=2, order=1), dict(mt=2)],
+        "fast": [dict(mt=4, ring=4), dict(mt=4, order=1, ring=4), dict(mt=2)],
     },
     "adding": {
-        "faithful": [dict(sums_shared=1), dict(sums_shared=1, min_forward=2), dict(mt=2, sums_shared=1)],
-        "fast": [dict(min_forward=2), dict(order=1, min_forward=2), dict(order=1, ring=4, min_forward=2), dict(mt=2)],
+        "faithful": [dict(order=1), dict(order=1, ring=2), dict(sums_shared=1), dict(min_forward=2)],
+        "fast": [dict(min_forward=2), dict(order=1), dict(order=1, min_forward=2)],
     },
-    "copy": {p: [dict(mt=1), dict(mt=4), dict(ring=4), dict(ring=2), dict(order=0)] for p in ("faithful", "fast")},
-    "nscifar": {
-        "faithful": [dict(pair=1), dict(order=0), dict(mt=4, weights_shared=1)],
-        "fast": [dict(pair=1), dict(ring=8)],
-    },
+    "copy": {p: [dict(mt=1), dict(ring=2), dict(mt=1, ring=2)] for p in ("faithful", "fast")},
+    "nscifar": {"faithful": [dict(pair=1)], "fast": [dict(pair=1)]},
 }
 
 
