@@ -345,11 +345,14 @@ def test_a_graph_that_cannot_be_recorded(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nlong story")
 
     monkeypatch.setattr(Population, "record_step", fail)
+    monkeypatch.setattr(Population, "warm_up", lambda self: [self.train_step() for _ in range(3)])
+    before = {k: t.clone() for k, t in p.state().items()}
     with pytest.warns(UserWarning, match="not permitted when stream is capturing.*graph=False"):
         assert p.step_function() == p.train_step
     with pytest.raises(WaveRNNError, match="graph=False trains without one"):
         p.step_function(graph=True)
     assert p.step_function(graph=False) == p.train_step
+    assert all(torch.equal(t, before[k]) for k, t in p.state().items())  # the warm-up left no trace
 
 
 @pytest.mark.parametrize(
@@ -417,4 +420,8 @@ def test_the_status_line():
     t.log()
     t.validate()
     line = t.status_line()
-    assert line.startswith("loss 0.") and "mse 0." in line and "valid_mse 0." in line and "1 diverged" in line
+    assert line.startswith("loss 0.") and ", valid_mse 0." in line and line.endswith(", 1 diverged")
+    t = Training(Population(copy_task(), small(copy_task()), RUNS[:1], "cpu"), 1, 1, 1)
+    t.make_step()
+    t.log()
+    assert ", accuracy " in t.status_line() and "%" in t.status_line() and "cross_entropy" not in t.status_line()

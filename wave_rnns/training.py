@@ -281,7 +281,7 @@ def weights(self: Population, theta: Tensor, r: int) -> dict[str, Tensor]:
     rows = {**self.layout.views(theta), **self.fixed}
     return {k: rows[k][r].detach().cpu().clone() for k in self.model.state_dict()}
 
-# %% ../nbs/07_training.ipynb #e05e2f99
+# %% ../nbs/07_training.ipynb #33fa73b3
 @patch
 def state(self: Population) -> dict[str, Tensor]:
     "Everything that a step or a validation changes: the live tensors, not copies."
@@ -307,31 +307,34 @@ WARM_UP = 3  # steps before recording
 
 
 @patch
-def record_step(self: Population) -> Callable[[], None]:
-    "`train_step` as one CUDA graph: call the result to make a step. The state is as before."
-    before = {k: t.clone() for k, t in self.state().items()}
-    try:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.train_step()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+def warm_up(self: Population) -> None:
+    "A few steps on a stream of their own, which is where CUDA wants first steps of a graph to run."
+    side = torch.cuda.Stream(self.device)
+    side.wait_stream(torch.cuda.current_stream(self.device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
             self.train_step()
-        return graph.replay
-    finally:
-        self.load_state(before)
+    torch.cuda.current_stream(self.device).wait_stream(side)
 
-# %% ../nbs/07_training.ipynb #39c1aaf1
+
+@patch
+def record_step(self: Population) -> Callable[[], None]:
+    "`train_step` as one CUDA graph: call the result to make a step."
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        self.train_step()
+    return graph.replay
+
+# %% ../nbs/07_training.ipynb #f963a52d
 @patch
 def step_function(
     self: Population,
     graph: bool
     | None = None,  # True: a CUDA graph or an error; None: a graph where possible; False: operation by operation
 ) -> Callable[[], None]:  # call it to make one step
-    "The fastest way to make a step here. Raises ConfigError for a graph without CUDA, WaveRNNError for one that cannot be recorded."
+    """The fastest way to make a step here; the state is as before.
+
+    Raises ConfigError for a graph without CUDA, WaveRNNError for one that cannot be recorded."""
     on_cuda = self.device.type == "cuda"
     if graph and not on_cuda:
         raise ConfigError(
@@ -339,18 +342,23 @@ def step_function(
         )
     if not on_cuda or graph is False:
         return self.train_step
+    before = {k: t.clone() for k, t in self.state().items()}
     try:
-        return self.record_step()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as e:
-        reason = f"the training step could not be recorded as a CUDA graph ({str(e).splitlines()[0]})"
-        if graph:
-            raise WaveRNNError(f"{reason}; graph=False trains without one") from e
-        warnings.warn(
-            f"{reason}: training goes on operation by operation, slower; graph=False silences this", stacklevel=2
-        )
-        return self.train_step
+        self.warm_up()  # an error in here is one of the step itself
+        try:
+            return self.record_step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            reason = f"the training step could not be recorded as a CUDA graph ({str(e).splitlines()[0]})"
+            if graph:
+                raise WaveRNNError(f"{reason}; graph=False trains without one") from e
+            warnings.warn(
+                f"{reason}: training goes on operation by operation, slower; graph=False silences this", stacklevel=2
+            )
+            return self.train_step
+    finally:
+        self.load_state(before)
 
 # %% ../nbs/07_training.ipynb #c9929752
 @dataclass
@@ -633,7 +641,7 @@ def warn_other_machine(before: dict | None) -> None:
             stacklevel=3,
         )
 
-# %% ../nbs/07_training.ipynb #31058525
+# %% ../nbs/07_training.ipynb #c74f6e7d
 def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.device, dtype: torch.dtype) -> int:
     "How many runs a CUDA device can train at once, from what a step of one and of two needs; 0 if not even one."
     peaks = []
@@ -654,10 +662,10 @@ def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.devi
 
 @patch
 def status_line(self: Training) -> str:
-    "What a progress bar says: loss and metric, mean over the runs still training, and how many are not."
+    "What a progress bar says: loss and accuracy, mean over the runs still training, and how many are not."
     rows = [self.history.curves[r][-1] for r in self.history.running if self.history.curves[r]]
-    task, parts = self.population.task, []
-    for key in dict.fromkeys(("loss", task.metric, "accuracy", f"valid_{task.metric}")):
+    headline, parts = "accuracy" if "accuracy" in self.population.names else self.population.task.metric, []
+    for key in ("loss", "accuracy", f"valid_{headline}"):
         values = [row[key] for row in rows if row.get(key) is not None]
         if values:
             mean = sum(values) / len(values)
