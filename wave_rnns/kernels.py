@@ -229,7 +229,7 @@ def fall_back(reason: str) -> None:
         _WARNED.add(reason)
         warnings.warn(f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}", stacklevel=3)
 
-# %% ../nbs/04_kernels.ipynb #be00e8bd
+# %% ../nbs/04_kernels.ipynb #7bae840f
 SIZES = r"""
 using u32 = unsigned int;
 using i64 = long long;
@@ -241,10 +241,10 @@ constexpr int CQ = (C + 7) / 8, MC = (CQ + 1) / 2;    // channel tiles of 8, of 
 constexpr int MATS = SL * CQ, TILE = W * MATS * 32;   // 8x8 tiles of a warp; 32-bit words of one bf16 term of a state
 constexpr int EV = (NT * CQ + 3) / 4;                 // uint4 of one edge row
 constexpr int VALS = MT * CQ;                         // float4 of a thread's share of a state
-constexpr int CHUNK = 512, FX = F ? F : 1, AHEAD = CHUNK * FX;   // steps whose inputs come on chip together; words of them
 constexpr int WV = WSM ? 3 * NT * CQ * CQ / 4 : 0;    // uint4 of weights a lane keeps in shared memory
 constexpr int VW = N % 4 == 0 && SL % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;   // floats of one access to a natural array
 constexpr bool FAITHFUL = NT == 3;
+static_assert((RING & (RING - 1)) == 0 && RING >= 2 && C <= 32 && !(WSM && CQ % 2));
 
 using Acc = float[MT][CQ][4];                         // [j][q]: 0, 1 are slot j, channels 2*q4, 2*q4+1; 2, 3 are slot MT+j
 using Frag = u32[NT][SL][CQ];                         // [term][slot][q]: two channels packed
@@ -261,7 +261,7 @@ struct Lane {                                         // who this thread is, wit
 };
 """
 
-# %% ../nbs/04_kernels.ipynb #3ed80a40
+# %% ../nbs/04_kernels.ipynb #22f3b5d2
 INSTRUCTIONS = r"""
 __device__ __forceinline__ u32 pack(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
 __device__ __forceinline__ float low(u32 p) { return __uint_as_float(p << 16); }
@@ -286,7 +286,12 @@ template <int BYTES, bool CACHE> __device__ __forceinline__ void copy_async(u32 
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(to), "l"(from), "n"(BYTES) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <int K> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(K) : "memory"); }
+// lo and hi, each where its half of h is not 0: one comparison for both (as half floats: only the bits matter)
+__device__ __forceinline__ void where_not_zero(float &lo, float &hi, u32 h) {
+    asm("{.reg .pred p, q; setp.neu.f16x2 p|q, %2, %3; selp.f32 %0, %0, 0f00000000, p; selp.f32 %1, %1, 0f00000000, q;}" : "+f"(lo), "+f"(hi) : "r"(h), "r"(0));
+}
 __device__ __forceinline__ float act(float v) {
     if (ACT == 1) { float d; asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(d) : "f"(v)); return d; }   // NaN must not vanish
     if (ACT == 2) return tanhf(v);
@@ -294,7 +299,7 @@ __device__ __forceinline__ float act(float v) {
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #79b7e873
+# %% ../nbs/04_kernels.ipynb #42716141
 NATURAL = r"""
 template <int K> struct Vec { using T = float4; };
 template <> struct Vec<2> { using T = float2; };
@@ -349,12 +354,19 @@ __device__ __forceinline__ void ring_add(Acc &a, const Piece *stage, bool add, c
         for (int s = 0; s < VW; s++) *e[s] = (add ? *e[s] : 0.f) + ((const float *)&v)[s];
     });
 }
+// What step t of the sample needs from outside (x_t, or a table row) goes through shared memory too, 32 steps at a time, two
+// such chunks beside each other: a load of the same step would have to arrive within a step. One warp fetches, all read.
+constexpr int FW = F > 0 ? F : 1, FEED = 16 * FW;                      // words of a step; uint4 of the two chunks
+__device__ __forceinline__ void feed_fetch(u32 *feed, const float *x, const i64 *rows, int chunk, i64 B, int T, const Lane &L) {
+    const int t = 32 * chunk + L.lane;
+    if (L.warp || t < 0 || t >= T) return;
+#pragma unroll
+    for (int f = 0; f < FW; f++) copy_async<4, true>(smem(feed + t % 64 * FW + f), F ? (const void *)(x + t * B * F + f) : (const void *)(rows + t * B));
+}
 """
 
-# %% ../nbs/04_kernels.ipynb #c4425123
+# %% ../nbs/04_kernels.ipynb #2776deac
 SPLIT = r"""
-__device__ __forceinline__ float six_bits(float x) { return __uint_as_float((__float_as_uint(x) + 0x20000u) & 0xfffc0000u); }
-
 __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a[0] + a[1] (+ a[2])
 #pragma unroll
     for (int s = 0; s < SL; s++)
@@ -363,20 +375,14 @@ __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a
             float x = v[s % MT][q][s / MT * 2], y = v[s % MT][q][s / MT * 2 + 1];
 #pragma unroll
             for (int k = 0; k < NT; k++) {
-                if (FAITHFUL && k == 0) {
-                    const float hx = six_bits(x), hy = six_bits(y);
-                    a[k][s][q] = __byte_perm(__float_as_uint(hx), __float_as_uint(hy), 0x7632);
-                    x -= hx, y -= hy;
-                } else {
-                    a[k][s][q] = pack(x, y);
-                    x -= low(a[k][s][q]), y -= high(a[k][s][q]);
-                }
+                a[k][s][q] = pack(x, y);
+                x -= low(a[k][s][q]), y -= high(a[k][s][q]);
             }
         }
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #5806cd04
+# %% ../nbs/04_kernels.ipynb #3b100b50
 WEIGHTS = r"""
 // Two neighbouring weights of one tap as a right operand; FLIP: the transposed, mirrored kernel of the backward pass.
 template <bool FLIP> __device__ __forceinline__ void weight(u32 (&w)[NT], const float *u, float grid, int tap, int kq, int nq, const Lane &L) {
@@ -397,11 +403,11 @@ template <bool FLIP> __device__ __forceinline__ void load_weights(Wreg &w, uint4
     for (int i = threadIdx.x; i < C * C * 3; i += blockDim.x) us[i] = u[i];
     __syncthreads();
     float grid = 0.f;
-    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 256
+    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 64
         float x = 0.f;
         for (int i = L.lane; i < C * C * 3; i += 32) x = fmaxf(x, fabsf(us[i]));
         const u32 most = __reduce_max_sync(~0u, __float_as_uint(x));
-        grid = __uint_as_float(min((most >> 23) + 16, 250u) << 23 | 0x400000u);
+        grid = __uint_as_float(min((most >> 23) + 18, 250u) << 23 | 0x400000u);
     }
     if constexpr (WSM) {
         u32 *o = (u32 *)wsm;
@@ -512,7 +518,7 @@ template <bool EDGE> __device__ __forceinline__ void conv(Acc &m, Acc &c, const 
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #48f943b8
+# %% ../nbs/04_kernels.ipynb #38c6f3be
 FORWARD = r"""
 #if FORWARD
 // x [R|1][T][B][F], V [R][F][C][N], b [R][C][N]  or  index [R|1][T][B], table [R][rows][C][N] (in V); h0 [R][B][C][N] or null.
@@ -525,8 +531,8 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
     const i64 b = blockIdx.x, r = blockIdx.y, rb = r * p.B + b;
     const int T = (int)p.T;
     uint4 *eb = sm, *wsm = eb + 4 * EV * TH;
-    float *soon = (float *)(wsm + WV * 32);                             // [CHUNK][F], or the table rows of CHUNK steps
-    Piece *ring = (Piece *)(soon + AHEAD);
+    u32 *feed = (u32 *)(wsm + WV * 32);
+    Piece *ring = (Piece *)(wsm + WV * 32 + FEED);
 
     Wreg w;
     load_weights<false>(w, wsm, p.u + r * C * C * 3, (float *)ring, L);
@@ -539,33 +545,22 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
     } else
         ring_zero(ring, RING, L);
 
-    // The drive: an affine map of x_t, or a table row, fetched RING steps ahead. What the next CHUNK steps need to know (x_t,
-    // or which row) comes on chip at once: a look into memory costs as much time as a whole step.
+    // The drive: an affine map of x_t, or a table row, fetched RING steps ahead.
     const float *x = p.x + r * p.xrun + b * F, *table = p.V + r * p.rows * CN;
     const i64 *index = p.index + r * p.xrun + b;
-    auto look = [&](int t) {
-        if (t % CHUNK || t >= T) return;
-        __syncthreads();
-        for (int i = L.tid; i < AHEAD && t + i / FX < T; i += TH)
-            if (F) soon[i] = x[(t + i / FX) * p.B * F + i % FX];
-            else ((int *)soon)[i] = p.index ? (int)index[(t + i) * p.B] : (int)((t + i) * p.B + b);
-        __syncthreads();
-    };
     auto fetch = [&](int t) {
-        if (!F) {
-            look(t);
-            if (t < T) ring_fetch(ring + t % RING * PIECES * TH, table + (i64)((int *)soon)[t % CHUNK] * CN, m, L);
-            copy_commit();
-        }
+        if (F) return;
+        const int at = min(t, T - 1);                                   // past the end: again the last, nobody reads it
+        const i64 row = p.index ? (i64)feed[at % 64] : at * p.B + b;
+        ring_fetch(ring + t % RING * PIECES * TH, table + row * CN, m, L);
+        copy_commit();
     };
     auto drive = [&](int t) {
         if (F) {
-            look(t);
-            const float *now = soon + t % CHUNK * F;
             EACH {
                 float d = AT(bias);
 #pragma unroll
-                for (int f = 0; f < F; f++) d += AT(V[f]) * now[f];
+                for (int f = 0; f < F; f++) d += AT(V[f]) * __uint_as_float(feed[t % 64 * FW + f]);
                 AT(c) = FAITHFUL ? AT(c) + d : d;
             }
         } else {
@@ -574,6 +569,15 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
             fetch(t + RING - 1);
         }
     };
+    auto feed_ahead = [&](int t) {                                      // the chunk after next; it has half a chunk to arrive
+        if (t % 16) return;
+        if (t % 32) {
+            if (F) copy_wait_all();
+        } else if (F || p.index) feed_fetch(feed, x, index, t / 32 + 1, p.B, T, L);
+    };
+    if (F || p.index) feed_fetch(feed, x, index, 0, p.B, T, L);
+    copy_wait_all();
+    __syncthreads();
     auto start = [&](int t) {                                           // fast: sums start from the drive; faithful: it comes last
         EACH AT(m) = AT(c) = 0.f;
         if (!FAITHFUL) drive(t);
@@ -581,18 +585,11 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
     auto &mm = *(FAITHFUL ? &m : &c);                                   // fast: one sum for everything
     Frag a;
     u32 *H = p.H + r * p.hrun + b * (T + 1) * HTERMS * TILE + L.warp * MATS * 32 + L.lane;
-    auto keep = [&]() {                                                 // for backward: whole terms, not the short ones of the products
+    auto keep = [&]() {
 #pragma unroll
-        for (int i = 0; i < MATS; i++) {
-            const int s = i / CQ, q = i % CQ;
-            float x = c[s % MT][q][s / MT * 2], y = c[s % MT][q][s / MT * 2 + 1];
+        for (int k = 0; k < HTERMS; k++)
 #pragma unroll
-            for (int k = 0; k < HTERMS; k++) {
-                const u32 term = FAITHFUL ? pack(x, y) : a[k][s][q];
-                H[k * TILE + i * 32] = term;
-                x -= low(term), y -= high(term);
-            }
-        }
+            for (int i = 0; i < MATS; i++) H[k * TILE + i * 32] = a[k][i / CQ][i % CQ];
         H += HTERMS * TILE;
     };
     float *y = p.y + (STATES ? r * T * p.B + b : rb) * CN;
@@ -602,9 +599,8 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
             const float v = act(FAITHFUL ? AT(m) + AT(c) : AT(c));
             AT(c) = TAIL && L.last && e_ / (4 * CQ) + (e_ % 4 >> 1) * MT >= TAIL ? 0.f : v;
         }
-        if (HTERMS && FAITHFUL) keep();                                 // before the products' terms need their registers
         split(a, c);
-        if (HTERMS && !FAITHFUL) keep();
+        if (HTERMS) keep();
         if (STATES) {
             store(y, c, L);
             y += p.B * CN;
@@ -623,6 +619,7 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
 #pragma unroll 1
     for (int t = 0; t < T - 1; t++) {
         __syncthreads();
+        feed_ahead(t);
         get_edges(E, eb + (t & 1) * 2 * EV * TH, L);
         conv<true>(mm, c, a, E, w, wsm, L);
         finish(t);
@@ -639,7 +636,7 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
 #else
 """
 
-# %% ../nbs/04_kernels.ipynb #64172130
+# %% ../nbs/04_kernels.ipynb #7ee879c1
 BACKWARD = r"""
 // gy as y. Per block, to be summed afterwards: pU [R][blocks][C][C][3], pV [R][blocks][F+1 or rows][VALS][TH] float4 (last: db).
 // dh0 [R][B][C][N]. D: deltas in natural order: EMIT 1 [R][T][B][C][N] float; EMIT 2 the same as Store, a pair of samples with
@@ -659,9 +656,8 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     const i64 b = (i64)blockIdx.x * SPB + sub, r = blockIdx.y, rb = r * p.B + b, blk = r * gridDim.x + blockIdx.x;
     const int T = (int)p.T;
     constexpr int HV = HTERMS * TILE / 4, GV = STATES ? PIECES * TH * VW / 4 : 0, STAGE = HV + GV;   // uint4: h[t], gy[t-1]
-    uint4 *eb = sm + sub * 4 * EV * TH, *wsm = sm + SPB * 4 * EV * TH;
-    float *soons = (float *)(wsm + WV * 32);                            // [SPB][CHUNK][F], or the rows of CHUNK steps
-    uint4 *rings = (uint4 *)(soons + SPB * AHEAD), *ring = rings + sub * RING * STAGE;
+    uint4 *eb = sm + sub * 4 * EV * TH, *wsm = sm + SPB * 4 * EV * TH, *rings = wsm + WV * 32 + SPB * FEED, *ring = rings + sub * RING * STAGE;
+    u32 *feed = (u32 *)(wsm + WV * 32 + sub * FEED);
     float4 *sums = (float4 *)(rings + SPB * RING * STAGE);              // SUMS: [F+1 or rows][VALS][TH] gradients of the drive
     constexpr bool SUMS = DTAB == 1 || (F && DVSM);
     Piece *waiting = (Piece *)sums;                                     // EMIT 2, SPB 2: deltas of both samples, two steps
@@ -673,31 +669,19 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     const uint4 *Hs = (const uint4 *)(p.H + r * p.hrun + b * (T + 1) * HTERMS * TILE) + L.tid;
     Acc m, c;
     if (STATES) for (int i = 0; i < RING; i++) ring_zero((Piece *)(ring + i * STAGE + HV), 1, L);
-    auto fetch = [&](int t) {
-        if (t >= 0) {
-            const u32 to = smem(ring + t % RING * STAGE + L.tid);
+    auto fetch = [&](int t) {                                           // before the start: anything, nobody reads it
+        uint4 *stage = ring + (t & (RING - 1)) * STAGE;
+        const uint4 *from = Hs + (i64)max(t, 0) * HV;
 #pragma unroll
-            for (int i = 0; i < (HV + TH - 1) / TH; i++)
-                if (HV % TH == 0 || L.tid + i * TH < HV) copy_async<16, false>(to + i * TH * 16, Hs + (i64)t * HV + i * TH);
-            if (STATES && t) ring_fetch((Piece *)(ring + t % RING * STAGE + HV), p.gy + ((r * T + t - 1) * p.B + b) * CN, m, L);
-        }
+        for (int i = 0; i < (HV + TH - 1) / TH; i++)
+            if (HV % TH == 0 || L.tid + i * TH < HV) copy_async<16, false>(smem(stage + L.tid) + i * TH * 16, from + i * TH);
+        if (STATES) ring_fetch((Piece *)(stage + HV), p.gy + ((r * T + max(t - 1, 0)) * p.B + b) * CN, m, L);
         copy_commit();
     };
-    // x[t], or the row of step t, for CHUNK steps at once
     const float *x = p.x + r * p.xrun + b * F;
-    const i64 *index = (EMIT == 2 ? p.place : p.index) + r * p.xrun + b;
-    constexpr bool ROWS = !F && (DTAB == 1 || EMIT == 2);
-    float *soon = soons + sub * AHEAD;
-    i64 row = 0, mate = 0;
-    auto look = [&](int t) {
-        if (!(F || ROWS) || ((t + 1) % CHUNK && t != T - 1)) return;
-        const int t0 = t / CHUNK * CHUNK;
-        __syncthreads();
-        for (int i = L.tid; i < (t - t0 + 1) * FX; i += TH)
-            if (F) soon[i] = x[(t0 + i / FX) * p.B * F + i % FX];
-            else ((int *)soon)[i] = (int)index[(t0 + i) * p.B];
-        __syncthreads();
-    };
+    const i64 *rows = (EMIT == 2 ? p.place : p.index) + r * p.xrun + b;
+    constexpr bool FED = F || DTAB == 1 || EMIT == 2;
+    int row = 0, mate = 0;                                              // the rows of this sample and of the block's other one
 
     // ldmatrix addresses (bytes within a stage) of h transposed, two pairs of tiles a load; pair (k, q): slots 2k-off,
     // 2k+1-off of channel tile q. off 0: the middle tap; off 1: the others (their outer slots lie in the next groups).
@@ -752,7 +736,6 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     };
     // c (dL/dh[t+1]) -> delta[t]: times act'(h[t+1]); add up what it gives to the drive's gradients; split
     auto delta = [&](int t) {
-        look(t);
         const u32 st = smem(ring + (t + 1) % RING * STAGE) + L.warp * MATS * 128;
         if (STATES) ring_add(c, (Piece *)(ring + (t + 1) % RING * STAGE + HV), true, L);
 #pragma unroll
@@ -765,7 +748,7 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
                 if (4 * i + e < MATS) {
                     const int s = (4 * i + e) / CQ, q = (4 * i + e) % CQ;
                     float &lo = c[s % MT][q][s / MT * 2], &hi = c[s % MT][q][s / MT * 2 + 1];
-                    if (ACT == 1) lo = h[0][e] & 0xffffu ? lo : 0.f, hi = h[0][e] >= 0x10000u ? hi : 0.f;
+                    if (ACT == 1) where_not_zero(lo, hi, h[0][e]);
                     if (ACT == 2) {
                         float x = low(h[0][e]), y = high(h[0][e]);
 #pragma unroll
@@ -775,9 +758,12 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
                     if (TAIL && L.last && s >= TAIL) lo = hi = 0.f;
                 }
         }
-        const float *now = soon + t % CHUNK * F;
-        if (ROWS) row = ((int *)soon)[t % CHUNK];
-        if (SPB == 2) mate = ((int *)soons)[(1 - sub) * AHEAD + t % CHUNK];
+        float now[FW];
+        if (F)
+#pragma unroll
+            for (int f = 0; f < F; f++) now[f] = __uint_as_float(feed[t % 64 * FW + f]);
+        if (!F && FED) row = (int)feed[t % 64];
+        if (SPB == 2) mate = (int)feed[t % 64 + (sub ? -64 : 64)];
         split(a, c);
         if (F && !SUMS) {
             EACH {
@@ -846,7 +832,7 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
 #pragma unroll
                 for (int hk = 0; hk < HTERMS; hk++)
 #pragma unroll
-                    for (int dk = 0; dk < DT; dk++)
+                    for (int dk = 0; dk < DT - (hk > 0); dk++)
 #pragma unroll
                         for (int k = 0; k < MT; k++)
 #pragma unroll
@@ -865,6 +851,8 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     };
 
     __syncthreads();                                                    // ring_zero and sums before the copies
+    if (FED)
+        for (int k = 0; k < 2; k++) feed_fetch(feed, x, rows, (T - 1) / 32 - k, p.B, T, L);
     for (int t = T; t > T - RING; t--) fetch(t);
     load(c, STATES ? nullptr : p.gy + rb * CN, L);
     copy_wait<0>();
@@ -876,6 +864,7 @@ extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const
     auto body = [&](int t) {
         __syncthreads();
         fetch(t + 1 - RING);
+        if (FED && t % 32 == 31) feed_fetch(feed, x, rows, t / 32 - 1, p.B, T, L);
         emit(t);
         get_edges(E, eb + ((T - 1 - t) & 1) * 2 * EV * TH, L);
         conv<true>(mm, c, a, E, w, wsm, L);
@@ -1016,7 +1005,7 @@ extern "C" __global__ void sum_rows(const Store *D, const i64 *place, const i64 
 # %% ../nbs/04_kernels.ipynb #3dcea885
 WAVE_SOURCE = "".join([SIZES, INSTRUCTIONS, NATURAL, SPLIT, WEIGHTS, EDGES, CONV, FORWARD, BACKWARD, SUMS])
 
-# %% ../nbs/04_kernels.ipynb #0bb6c975
+# %% ../nbs/04_kernels.ipynb #64648b1c
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {80: 163, 87: 163, 86: 99, 89: 99, 120: 99, 121: 99}  # KB a block may use, by compute capability; others 227
 MAX_CHANNELS, MAX_THREADS = 32, 512
@@ -1048,18 +1037,26 @@ class Plan:
 
     def __post_init__(self):
         put = lambda k, v: object.__setattr__(self, k, v)  # noqa: E731
+        faithful = self.precision == "faithful"
         if not self.mt:
-            put("mt", 4 if self.n % 8 == 0 and self.n >= 256 and self.c <= 16 else 2 if self.n % 4 == 0 and (self.c <= 16 or self.n > 128) else 1)
+            put("mt", self.share(self.n, self.c))
         if self.weights_shared < 0:
             put("weights_shared", int(self.cq == 4))
         if self.order < 0:
-            put("order", int(self.terms == 3 and not self.weights_shared and not (self.F and self.mt == 4)))
+            put("order", int(faithful != bool(self.weights_shared)))
         if self.sums_shared < 0:
-            put("sums_shared", int(self.terms == 3 and self.F > 0 and self.mt == 4 and self.cq == 2))
+            put("sums_shared", int(faithful and self.F > 0 and self.vals >= 4 + 4 * (self.cq < 4)))
         if not self.ring:
-            put("ring", 8 if self.terms == 2 and (self.F or self.n * self.c < 2000) and not self.emit else 4)
+            put("ring", 8 if self.states and not faithful else 4)
             while self.ring > 2 and max(self.shared()) > self.limit:
                 put("ring", self.ring // 2)
+
+    @staticmethod
+    def share(n: int, c: int, few: bool = False) -> int:
+        "How many pairs of neurons a thread gets. With few blocks a GPU needs more, smaller warps to have something to do while one waits."
+        if n % 8 == 0 and n >= 256 and c <= 16:
+            return 2 if few else 4
+        return 2 if n % 4 == 0 and (c <= 16 or n > 128) else 1
 
     @property
     def terms(self):
@@ -1094,13 +1091,13 @@ class Plan:
         state = self.vals * self.threads * 16
         edges = 4 * -(-self.terms * self.cq // 4) * self.threads * 16
         weights = 3 * self.terms * self.cq**2 // 4 * 512 if self.weights_shared else 0
-        ahead = 4 * 512 * max(self.F, 1)
-        forward = edges + weights + ahead + max(0 if self.F else self.ring * state, 12 * self.c**2)
+        feed = 256 * max(self.F, 1)
+        forward = edges + weights + feed + max(0 if self.F else self.ring * state, 12 * self.c**2)
         ring = self.pair * self.ring * (self.kept_terms * self.tile * 4 + (state if self.states else 0))
         sums = state * (self.rows if not self.F else (self.F + 1) * self.sums_shared)
         waiting = 2 * self.pair * state if self.pair == 2 else 0
         reduce = 3 * 16 * ((self.cq + 1) // 2) * 8 * self.cq * 4
-        return forward, self.pair * (edges + ahead) + weights + max(ring + sums + waiting, 12 * self.c**2, reduce)
+        return forward, self.pair * (edges + feed) + weights + max(ring + sums + waiting, 12 * self.c**2, reduce)
 
     def macros(self, forward: bool) -> dict:
         "Macros of the forward or of the backward module; each only those it depends on, so that they are compiled once."
@@ -1218,7 +1215,7 @@ def _sort_rows(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     edges = torch.arange(rows + 1, device=index.device).expand(flat.shape[0], -1).contiguous()
     return order, torch.searchsorted(flat.gather(1, order), edges)
 
-# %% ../nbs/04_kernels.ipynb #b3168d82
+# %% ../nbs/04_kernels.ipynb #b6617687
 class CudaBackend(Backend):
     "The fused kernels as a backend of `wave_rnns.scan`."
 
@@ -1258,92 +1255,121 @@ class CudaBackend(Backend):
                 return f"n = {n}, c = {c} need {max(p.shared()) >> 10} KB of shared memory, this GPU has {p.limit >> 10}"
         return ""
 
-    def plan(self, device, n, c, F, activation, precision, states, **more) -> Plan:
-        "The plan for these sizes on this GPU."
+    def plan(self, device, n, c, F, activation, precision, states, blocks=1 << 30, **more) -> Plan:
+        "The plan for these sizes on this GPU, which will be given so many blocks."
         major, minor = torch.cuda.get_device_capability(device)
-        return Plan(n, c, F, activation, precision, states, limit=SHARED_LIMIT.get(10 * major + minor, 227) << 10, **more)
+        few = blocks <= torch.cuda.get_device_properties(device).multi_processor_count
+        defaults = {"mt": Plan.share(n, c, few and precision == "faithful"), "limit": SHARED_LIMIT.get(10 * major + minor, 227) << 10}
+        if c > 24 and precision == "fast" and not few:
+            defaults["min_forward"] = 2
+        return Plan(n, c, F, activation, precision, states, **defaults | more)
 
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision):
-        p = Plan(n, c, 1, activation, precision, not last)
+        p = Plan(n, c, 1, activation, precision, not last)  # the largest share: others need no more words
         return (R, B, T + 1, p.tile * p.kept_terms), torch.int32
 
-    def _or_torch(self, run, method, args, sizes):
-        "run(), or the torch backend when the kernel does not compile or load."
+    def _or_torch(self, run, instead, sizes):
+        "run(), or what the torch backend makes of it when a kernel does not compile or load."
         try:
             return run()
         except KernelError as e:
             self.broken.add(sizes)
             backend_for.cache_clear()
             fall_back(str(e))
-            return getattr(BACKENDS["torch"], method)(*args)
+            return instead(BACKENDS["torch"])
 
-# %% ../nbs/04_kernels.ipynb #61c5bcc5
+# %% ../nbs/04_kernels.ipynb #dae03571
 @patch
 def wave_forward(self: CudaBackend, x, u, V, b, h_0, activation, last, keep, precision):
     (R, c, n, F), (_, T, B, _) = V.shape, x.shape
+    words = self.kept_shape("wave", R, T, B, c, n, 3, F, activation, last, precision)[0][-1]
 
     def run():
         if F <= self.fused_features:
-            p = self.plan(x.device, n, c, F, activation, precision, not last, keep=keep)
-            return run_forward(p, _aligned(u), _aligned(V.permute(0, 3, 1, 2)), _aligned(b), _aligned(h_0), _aligned(x), T, B)
+            p = self.plan(x.device, n, c, F, activation, precision, not last, R * B, keep=keep)
+            return run_forward(p, _aligned(u), _aligned(V.permute(0, 3, 1, 2)), _aligned(b), _aligned(h_0), x, T, B, words)
         drive = torch.einsum("rtbf,rcnf->rtbcn", x.expand(R, -1, -1, -1), V) + b[:, None, None]
-        p = self.plan(x.device, n, c, 0, activation, precision, not last, keep=keep)
-        return run_forward(p, _aligned(u), _aligned(drive.view(R, T * B, c, n)), None, _aligned(h_0), None, T, B)
+        p = self.plan(x.device, n, c, 0, activation, precision, not last, R * B, keep=keep)
+        return run_forward(p, _aligned(u), _aligned(drive.view(R, T * B, c, n)), None, _aligned(h_0), None, T, B, words)
 
-    return self._or_torch(run, "wave_forward", (x, u, V, b, h_0, activation, last, keep, precision), (c, n, activation, precision))
+    def instead(torch_):
+        return torch_.wave_forward(x, u, V, b, h_0, activation, last, keep, precision)
 
+    return self._or_torch(run, instead, (c, n, activation, precision))
 
+# %% ../nbs/04_kernels.ipynb #1316d858
 @patch
 def wave_backward(self: CudaBackend, gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x):
     (R, c, n, F), (_, T, B, _) = V.shape, x.shape
     fused = F <= self.fused_features
-    p = self.plan(x.device, n, c, F if fused else 0, activation, precision, not last, emit=int(need_x or not fused))
-    deltas = _new("the gradients of every drive", R, R, T, B, c, n, like=gy) if p.emit else None
-    g = run_backward(p, _aligned(gy), _aligned(u), _aligned(x) if fused else None, kept, T, B, deltas=deltas)
-    if not fused:
-        g["V"], g["b"] = torch.einsum("rtbcn,rtbf->rcnf", deltas, x.expand(R, -1, -1, -1)), deltas.sum((1, 2))
-    dx = torch.einsum("rtbcn,rcnf->rtbf", deltas, V) if need_x else x.new_empty(0)
-    return dx, g["u"], g["V"], g["b"], g["h_0"]
 
-# %% ../nbs/04_kernels.ipynb #5a6bbb4a
+    def run():
+        p = self.plan(x.device, n, c, F * fused, activation, precision, not last, R * B, emit=int(need_x or not fused))
+        deltas = _new("the gradients of every drive", R, R, T, B, c, n, like=u) if p.emit else None
+        g = run_backward(p, _aligned(gy), _aligned(u), x if fused else None, kept, T, B, deltas=deltas)
+        if not fused:
+            g["V"], g["b"] = torch.einsum("rtbcn,rtbf->rcnf", deltas, x.expand(R, -1, -1, -1)), deltas.sum((1, 2))
+        dx = torch.einsum("rtbcn,rcnf->rtbf", deltas, V) if need_x else x.new_empty(0)
+        return dx, g["u"], g["V"], g["b"], g["h_0"]
+
+    def instead(torch_):  # what it kept is not what we kept: once more from the start
+        again = torch_.wave_forward(x, u, V, b, h_0, activation, last, True, precision)
+        return torch_.wave_backward(gy, x, u, V, b, h_0, *again, activation, last, precision, need_x)
+
+    return self._or_torch(run, instead, (c, n, activation, precision))
+
+# %% ../nbs/04_kernels.ipynb #20715107
 @patch
-def rows_plan(self: CudaBackend, device, n, c, rows, B, activation, precision, states) -> Plan:
+def rows_plan(self: CudaBackend, device, n, c, rows, R, B, activation, precision, states) -> Plan:
     "Row sums on the chip if they fit there, else deltas in memory, those of two samples added up if possible."
-    p = self.plan(device, n, c, 0, activation, precision, states, rows=rows)
-    if p.shared()[1] <= min(p.limit, 100 << 10):
+    make = functools.partial(self.plan, device, n, c, 0, activation, precision, states)
+    p = make(R * B, rows=rows)
+    if p.shared()[1] <= min(p.limit, 112 << 10):
         return p
-    pair = self.plan(device, n, c, 0, activation, precision, states, emit=2, pair=2)
+    pair = make(R * B, emit=2, pair=2)
     if B % 2 == 0 and pair.shared()[1] <= pair.limit and pair.threads * 2 <= MAX_THREADS:
         return pair
-    return self.plan(device, n, c, 0, activation, precision, states, emit=2)
+    return make(R * B, emit=2)
 
 
 @patch
 def rows_forward(self: CudaBackend, index, order, offsets, table, u, h_0, activation, last, keep, precision):
-    (R, _, c, n), (_, T, B) = table.shape, index.shape
+    (R, rows, c, n), (_, T, B) = table.shape, index.shape
+    words = self.kept_shape("rows", R, T, B, c, n, 3, 0, activation, last, precision)[0][-1]
 
     def run():
-        p = self.plan(u.device, n, c, 0, activation, precision, not last, keep=keep)
-        return run_forward(p, _aligned(u), _aligned(table), None, _aligned(h_0), index.contiguous(), T, B)
+        mt = self.rows_plan(u.device, n, c, rows, R, B, activation, precision, not last).mt
+        p = self.plan(u.device, n, c, 0, activation, precision, not last, keep=keep, mt=mt)
+        return run_forward(p, _aligned(u), _aligned(table), None, _aligned(h_0), index.contiguous(), T, B, words)
 
-    return self._or_torch(run, "rows_forward", (index, order, offsets, table, u, h_0, activation, last, keep, precision), (c, n, activation, precision))
+    def instead(torch_):
+        return torch_.rows_forward(index, order, offsets, table, u, h_0, activation, last, keep, precision)
 
+    return self._or_torch(run, instead, (c, n, activation, precision))
 
+# %% ../nbs/04_kernels.ipynb #3a093e9f
 @patch
 def rows_backward(self: CudaBackend, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision):
     (R, rows, c, n), (_, T, B) = table.shape, index.shape
-    p = self.rows_plan(u.device, n, c, rows, B, activation, precision, not last)
-    if p.rows:
-        g = run_backward(p, _aligned(gy), _aligned(u), index, kept, T, B)
-        return g["V"], g["u"], g["h_0"]
-    if order is None:
-        order, offsets = _sort_rows(index, rows)
-    place, dtable = place_rows(index, offsets), torch.empty_like(table)
-    wait = torch.bfloat16 if p.precision == "fast" else torch.float32
-    deltas = _new("the gradients of every drive", R, R, T, B, c, n, like=u, dtype=wait)
-    g = run_backward(p, _aligned(gy), _aligned(u), None if index.shape[0] == 1 else index, kept, T, B, place, deltas, dtable)
-    sum_rows(p, deltas, place, order, offsets, dtable)
-    return dtable, g["u"], g["h_0"]
+
+    def run():
+        p = self.rows_plan(u.device, n, c, rows, R, B, activation, precision, not last)
+        if p.rows:
+            g = run_backward(p, _aligned(gy), _aligned(u), index, kept, T, B)
+            return g["V"], g["u"], g["h_0"]
+        sorted_ = (order, offsets) if order is not None else _sort_rows(index, rows)
+        place, dtable = place_rows(index, sorted_[1]), torch.empty_like(table)
+        wait = torch.bfloat16 if p.precision == "fast" else torch.float32
+        deltas = _new("the gradients of every drive", R, R, T, B, c, n, like=u, dtype=wait)
+        g = run_backward(p, _aligned(gy), _aligned(u), index, kept, T, B, place, deltas, dtable)
+        sum_rows(p, deltas, place, *sorted_, dtable)
+        return dtable, g["u"], g["h_0"]
+
+    def instead(torch_):
+        again = torch_.rows_forward(index, order, offsets, table, u, h_0, activation, last, True, precision)
+        return torch_.rows_backward(gy, index, order, offsets, table, u, h_0, *again, activation, last, precision)
+
+    return self._or_torch(run, instead, (c, n, activation, precision))
 
 # %% ../nbs/04_kernels.ipynb #58bc9e75
 register_backend("cuda", CudaBackend())

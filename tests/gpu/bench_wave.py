@@ -5,13 +5,13 @@ Writes DIR/bench_wave.json, one row for each (shape, plan, R).
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,27 +30,26 @@ SHAPES = {
 # what to try beside the default plan
 VARIANTS = {
     "smnist": {
-        "faithful": [dict(mt=4, order=1), dict(mt=4, weights_shared=1, sums_shared=0), dict(mt=2, order=1), dict(mt=2)],
-        "fast": [dict(mt=4, ring=4), dict(mt=4, order=1, ring=4), dict(mt=2)],
+        "faithful": [dict(mt=4), dict(mt=4, order=0), dict(mt=2), dict(mt=2, order=0), dict(mt=2, weights_shared=1)],
+        "fast": [dict(order=1), dict(mt=2), dict(ring=8), dict(weights_shared=1)],
     },
     "adding": {
-        "faithful": [dict(order=1), dict(order=1, ring=2), dict(sums_shared=1), dict(min_forward=2)],
-        "fast": [dict(min_forward=2), dict(order=1), dict(order=1, min_forward=2)],
+        "faithful": [dict(order=1), dict(sums_shared=0), dict(min_forward=2)],
+        "fast": [dict(order=1), dict(min_forward=2), dict(order=1, min_forward=2)],
     },
-    "copy": {p: [dict(mt=1), dict(ring=2), dict(mt=1, ring=2)] for p in ("faithful", "fast")},
-    "nscifar": {"faithful": [dict(pair=1)], "fast": [dict(pair=1)]},
+    "copy": {p: [dict(mt=1), dict(ring=2), dict(order=1 - (p == "faithful"))] for p in ("faithful", "fast")},
+    "nscifar": {p: [dict(pair=1), dict(weights_shared=1)] for p in ("faithful", "fast")},
 }
 
 
-def plan(shape, precision, **more):
-    s = SHAPES[shape]
-    B = K.CudaBackend()
-    if "own" in s and "pair" not in more:
-        more["pair"] = 2
+def plan(shape, precision, R, **more):
+    "The plan users get, but for what `more` changes."
+    s, backend, device = SHAPES[shape], K.CudaBackend(), torch.device("cuda", 0)
     if "own" in s:
-        more["emit"] = 2
-    return B.plan(
-        torch.device("cuda", 0), s["n"], s["c"], s["F"], "relu", precision, s["states"], rows=s.get("rows", 0), **more
+        more = {"emit": 2, "pair": 2} | more
+    many = R * s["B"]
+    return backend.plan(
+        device, s["n"], s["c"], s["F"], "relu", precision, s["states"], many, rows=s.get("rows", 0), **more
     )
 
 
@@ -133,18 +132,14 @@ def main():
     a = a.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     todo = []
-    for shape in a.shapes:
-        for precision in ("faithful", "fast"):
-            plans = [("default", plan(shape, precision))]
-            if a.variants:
-                plans += [
-                    (" ".join(f"{k}={v}" for k, v in m.items()), plan(shape, precision, **m))
-                    for m in VARIANTS[shape][precision]
-                ]
-                plans += [("stub", replace(plans[0][1], stub=1))]
-            todo += [(shape, name, p) for name, p in plans]
+    for shape, precision in itertools.product(a.shapes, ("faithful", "fast")):
+        changes = [{}] + (VARIANTS[shape][precision] + [{"stub": 1}] if a.variants else [])
+        for change, R in itertools.product(changes, a.runs):
+            if R <= (4 if shape == "nscifar" or "stub" in change else 99):
+                name = " ".join(f"{k}={v}" for k, v in change.items()) or "default"
+                todo.append((shape, precision, name, R, plan(shape, precision, R, **change)))
     arch = K.architecture_for(torch.cuda.get_device_capability())
-    macros = {tuple(p.macros(f).items()) for _, _, p in todo for f in (True, False)}
+    macros = {tuple(p.macros(f).items()) for *_, p in todo for f in (True, False)}
 
     def build(m):
         try:
@@ -154,30 +149,26 @@ def main():
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(build, macros))
-    result = {"environment": environment(), "shapes": SHAPES, "rows": []}
-    for shape, name, p in todo:
-        for R in a.runs:
-            if (shape == "nscifar" and R > 4) or (name == "stub" and R > 4):
-                continue
-            row = dict(shape=shape, variant=name, precision=p.precision, R=R, plan=asdict(p))
-            try:
-                row |= measure(shape, p, R, a.reps)
-                fi = p.module(True, torch.device("cuda", 0)).attributes("wave_forward", p.threads, p.shared()[0])
-                bi = p.module(False, torch.device("cuda", 0)).attributes(
-                    "wave_backward", p.threads * p.pair, p.shared()[1]
-                )
-                row |= {"forward_resources": fi, "backward_resources": bi}
-                one = [row[k][0] / R for k in ("forward", "backward", "row_sums")]
-                print(
-                    f"{shape:8s} {p.precision:8s} {name:40s} mt={p.mt} R={R:2d}  {one[0]:.3f} + {one[1]:.3f} + {one[2]:.3f} = {row['per_run']:.3f} ms"
-                    f" | regs {fi['registers']}/{bi['registers']} local {fi['local_bytes']}/{bi['local_bytes']} blocks {fi['blocks_per_sm']}/{bi['blocks_per_sm']}",
-                    flush=True,
-                )
-            except Exception as e:
-                row["failed"] = repr(e)[:400]
-                print("FAIL", shape, p.precision, name, R, repr(e)[:300], flush=True)
-            result["rows"].append(row)
-            torch.cuda.empty_cache()
+    result, device = {"environment": environment(), "shapes": SHAPES, "rows": []}, torch.device("cuda", 0)
+    for shape, precision, name, R, p in todo:
+        row = dict(shape=shape, variant=name, precision=precision, R=R, T=SHAPES[shape]["T"], B=SHAPES[shape]["B"])
+        row |= {k: getattr(p, k) for k in ("mt", "ring", "weights_shared", "sums_shared", "order", "pair")}
+        try:
+            row |= measure(shape, p, R, a.reps)
+            fi = p.module(True, device).attributes("wave_forward", p.threads, p.shared()[0])
+            bi = p.module(False, device).attributes("wave_backward", p.threads * p.pair, p.shared()[1])
+            row |= {"forward_resources": fi, "backward_resources": bi}
+            one = [row[k][0] / R for k in ("forward", "backward", "row_sums")]
+            print(
+                f"{shape:8s} {precision:8s} {name:36s} mt={p.mt} R={R:2d}  {one[0]:.3f} + {one[1]:.3f} + {one[2]:.3f} = {row['per_run']:.3f} ms"
+                f" | regs {fi['registers']}/{bi['registers']} local {fi['local_bytes']}/{bi['local_bytes']} blocks {fi['blocks_per_sm']}/{bi['blocks_per_sm']}",
+                flush=True,
+            )
+        except Exception as e:
+            row["failed"] = repr(e)[:400]
+            print("FAIL", shape, precision, name, R, repr(e)[:300], flush=True)
+        result["rows"].append(row)
+        torch.cuda.empty_cache()
     (a.out / "bench_wave.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 

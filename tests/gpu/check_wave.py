@@ -185,24 +185,20 @@ def cases(quick):
 
 def compile_all(todo):
     "All kernels at once, on all cores."
-    wanted = {}
-    for k in todo:
-        B_ = K.CudaBackend()
-        for precision in ("faithful", "fast"):
-            F = k["F"] if k["kind"] == "x" and k["F"] <= B_.fused_features else 0
-            dev = torch.device("cuda", 0)
-            args = (dev, k["n"], k["c"])
-            for states in (k["last"] is False, True):
-                for keep in (True, False):
-                    p = B_.plan(*args, F, k["activation"], precision, states, keep=keep)
-                    wanted[tuple(p.macros(True).items())] = None
-            if k["kind"] == "x":
-                p = B_.plan(*args, F, k["activation"], precision, not k["last"], emit=1)
-            else:
-                own = k["T"] // 3
-                n_rows = k["F"] if k["kind"] == "tokens" else k["T"] - own + own * k["B"] + 2
-                p = B_.rows_plan(*args, n_rows, k["B"], k["activation"], precision, not k["last"])
-            wanted[tuple(p.macros(False).items())] = None
+    wanted, backend = {}, K.CudaBackend()
+    for k, precision in itertools.product(todo, ("faithful", "fast")):
+        device, n, c, R, B, act = torch.device("cuda", 0), k["n"], k["c"], k["R"], k["B"], k["activation"]
+        F = k["F"] if k["kind"] == "x" and k["F"] <= backend.fused_features else 0
+        if k["kind"] == "x":
+            p = backend.plan(device, n, c, F, act, precision, not k["last"], R * B, emit=1)
+        else:
+            own = k["T"] // 3
+            many = k["F"] if k["kind"] == "tokens" else k["T"] - own + own * B + 2
+            p = backend.rows_plan(device, n, c, many, R, B, act, precision, not k["last"])
+        wanted[tuple(p.macros(False).items())] = None
+        for states, keep in ((not k["last"], True), (True, False)):
+            q = backend.plan(device, n, c, F, act, precision, states, R * B, keep=keep, mt=p.mt)
+            wanted[tuple(q.macros(True).items())] = None
     arch = K.architecture_for(torch.cuda.get_device_capability())
     start = time.time()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
