@@ -736,7 +736,7 @@ def train(
         train_group(group, results, device, resume, progress, interrupt, checkpoint_seconds)
     return [read_record(run.path(results)) for run in runs]
 
-# %% ../nbs/09_experiments.ipynb #19a069f8
+# %% ../nbs/09_experiments.ipynb #1bed95c6
 def train_group(runs, results, device, resume, progress, interrupt, checkpoint_seconds) -> None:
     "One training loop: lock, train, write a record for each run, tidy up."
     import shutil
@@ -747,9 +747,8 @@ def train_group(runs, results, device, resume, progress, interrupt, checkpoint_s
 
     folder = population_folder(results, runs)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / "lock").acquire(timeout=0)
     except Timeout:
         raise WaveRNNError(f"another process is training these runs ({folder} is locked): wait for it") from None
     with lock:
