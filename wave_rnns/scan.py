@@ -1074,9 +1074,11 @@ def dense_scan(
     fit_state(h_0, sizes["B"], sizes["m"])
     U, x, V, b, h_0 = same_kind_input(U, x, V=V, b=b, h_0=h_0)
     with no_autocast(U.device):
+        # Every step gets its own copy of its input: the gradient of V is then one product, and no sum over equal rows.
         if isinstance(x, Rows):
-            drive = (x.table @ V.T + b)[x.index]
-        else:
-            drive = (x @ V.T if x.is_floating_point() else V.T[x]) + b
+            x = x.table[x.index]
+        elif not x.is_floating_point():
+            x = (x[..., None] == torch.arange(V.shape[1], device=x.device)).to(V.dtype)
+        drive = x @ V.T + b
         h_0 = None if h_0 is None else h_0[None]
         return _scan("dense", activation, last, precision, drive[None], U[None], h_0)[0][0].to(dtype)
