@@ -1,43 +1,555 @@
 "The operator against its definition: an independent float64 loop, and every way PyTorch has of calling a function."
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
+from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from wave_rnns import scan
 from wave_rnns.core import ConfigError
-from wave_rnns.scan import ScanError, dense_scan, rows, wave_scan
-
-
-def inputs(kind, T=7, B=3, c=2, n=5, k=3, F=2, dtype=torch.float64, seed=0):
-    "x, kernel or matrix, encoder, bias, first state."
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
-    if kind == "wave":
-        return draw(T, B, F), draw(c, c, k) / (c * k) ** 0.5, draw(c, n, F), draw(c, n), draw(B, c, n)
-    return draw(T, B, F), draw(n, n) / n**0.5, draw(n, F), draw(n), draw(B, n)
-
+from wave_rnns.scan import Rows, ScanError, dense_loop, dense_scan, rows, wave_loop, wave_scan, workspace
 
 SCANS = {"wave": wave_scan, "dense": dense_scan}
+ACT = {"relu": lambda z: z.clamp(min=0), "tanh": torch.tanh, "identity": lambda z: z}
+FORMS = (
+    "float",
+    "tokens",
+    "rows",
+    "table",
+)  # the last two: a short table and one too long to be multiplied by one-hot columns
+TABLE = {"rows": 5, "table": 80}
+
+
+def inputs(kind, T=7, B=3, c=2, n=5, k=3, F=2, form="float", dtype=torch.float64, seed=0):
+    "Arguments of a scan by name; kernel and matrix neither grow nor shrink the state much."
+    g = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=g, dtype=dtype)
+    F = 4 if form == "tokens" else F
+    if kind == "wave":
+        a = dict(u=draw(c, c, k) / (c * k) ** 0.5, V=draw(c, n, F), b=0.3 * draw(c, n), h_0=draw(B, c, n))
+    else:
+        a = dict(U=draw(n, n) / n**0.5, V=draw(n, F), b=0.3 * draw(n), h_0=draw(B, n))
+    many = TABLE.get(form, F)
+    index = torch.randint(0, many, (T, B), generator=g)
+    x = (
+        dict(x=draw(T, B, F))
+        if form == "float"
+        else dict(x=index)
+        if form == "tokens"
+        else dict(table=draw(many, F), index=index)
+    )
+    return x | a
+
+
+def reference(a, activation, last):
+    "The recurrence written with indices only; every tensor of shape [B, c, n] (dense: [B, m])."
+    V, b, kernel = a["V"], a["b"], a.get("u", a.get("U"))
+    if "table" in a:
+        x = a["table"][a["index"]]
+    else:
+        x = a["x"] if a["x"].is_floating_point() else torch.eye(V.shape[-1], dtype=V.dtype)[a["x"]]
+    h, states = a["h_0"] if a["h_0"] is not None else x.new_zeros(x.shape[1], *b.shape), []
+    if "u" in a:
+        n, k = b.shape[1], kernel.shape[2]
+        reads = (torch.arange(n)[:, None] + torch.arange(k) - k // 2) % n  # neuron x reads x - k//2 ... x + k//2
+        move = lambda h: torch.einsum("oik,bixk->box", kernel, h[:, :, reads])  # noqa: E731
+    else:
+        move = lambda h: torch.einsum("ij,bj->bi", kernel, h)  # noqa: E731
+    for t in range(len(x)):
+        h = ACT[activation](move(h) + torch.einsum("...f,bf->b...", V, x[t]) + b)
+        states.append(h)
+    return h if last else torch.stack(states)
+
+
+def call(function, a, **options):
+    "Call a scan or a loop; a table becomes Rows."
+    a = dict(a)
+    if "table" in a:
+        a["x"] = rows(a.pop("table"), a.pop("index"))
+    return function(**a, **options)
+
+
+def trainable(a):
+    "Copies that ask for a gradient, where one exists."
+    return {k: v.clone().requires_grad_() if v is not None and v.is_floating_point() else v for k, v in a.items()}
+
+
+def compare(function, a, activation, last, expected=None, **tolerance):
+    "Value and every named gradient of `function` against the reference (both in their own dtype)."
+    expected = trainable(a) if expected is None else trainable(expected)
+    got, y = trainable(a), reference(expected, activation, last)
+    z = call(function, got, activation=activation, last=last)
+    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    y.backward(gy)
+    z.backward(gy.to(z.dtype))
+    assert_close(z, y, msg=lambda m: f"value: {m}", check_dtype=False, **tolerance)
+    for name, t in got.items():
+        if t is not None and t.is_floating_point():
+            assert_close(
+                t.grad, expected[name].grad, msg=lambda m, name=name: f"d{name}: {m}", check_dtype=False, **tolerance
+            )
+
+
+# Every pair of values of T, B, n, k, c, form, last, h_0 and activation that fits a test's time meets in one of these.
+WAVES = [
+    (2, 1, 1, 1, 1, "float", 1, 0, "tanh"),
+    (63, 3, 256, 7, 6, "rows", 1, 1, "identity"),
+    (300, 3, 3, 3, 27, "table", 0, 0, "relu"),
+    (1, 128, 100, 3, 16, "tokens", 0, 1, "tanh"),
+    (15, 128, 2, 1, 27, "table", 1, 1, "identity"),
+    (15, 1, 256, 5, 6, "float", 0, 0, "relu"),
+    (63, 128, 100, 5, 1, "rows", 1, 0, "relu"),
+    (2, 1, 3, 3, 16, "float", 1, 1, "identity"),
+    (1, 3, 1, 1, 1, "tokens", 0, 0, "identity"),
+    (2, 1, 100, 7, 27, "tokens", 0, 1, "relu"),
+    (300, 3, 2, 1, 16, "rows", 0, 1, "relu"),
+    (300, 3, 256, 5, 1, "tokens", 1, 1, "tanh"),
+    (63, 1, 2, 1, 6, "table", 0, 0, "tanh"),
+    (15, 3, 100, 7, 16, "table", 1, 0, "tanh"),
+    (1, 1, 3, 3, 6, "rows", 1, 1, "relu"),
+    (2, 128, 100, 7, 6, "float", 1, 1, "identity"),
+    (1, 3, 256, 5, 27, "table", 1, 0, "tanh"),
+    (15, 128, 1, 1, 27, "rows", 0, 1, "relu"),
+    (15, 3, 3, 3, 1, "tokens", 0, 0, "tanh"),
+    (2, 3, 256, 5, 16, "float", 1, 0, "identity"),
+    (300, 128, 1, 1, 6, "float", 0, 1, "identity"),
+    (63, 128, 3, 1, 27, "float", 0, 1, "tanh"),
+    (300, 1, 100, 7, 1, "table", 0, 0, "relu"),
+    (63, 128, 1, 1, 16, "rows", 0, 0, "tanh"),
+    (1, 3, 2, 1, 1, "float", 1, 1, "relu"),
+    (63, 1, 256, 3, 6, "tokens", 0, 1, "tanh"),
+    (2, 128, 256, 1, 6, "rows", 1, 1, "relu"),
+    (2, 128, 2, 1, 16, "table", 0, 0, "identity"),
+    (2, 128, 2, 1, 16, "tokens", 0, 1, "relu"),
+    (1, 3, 256, 7, 27, "float", 0, 0, "identity"),
+    (1, 3, 100, 1, 1, "table", 0, 1, "tanh"),
+    (1, 3, 1, 1, 6, "table", 0, 1, "tanh"),
+    (40, 128, 100, 3, 6, "tokens", 0, 0, "relu"),  # copy
+    (15, 128, 100, 3, 27, "float", 1, 0, "relu"),  # adding
+    (15, 128, 256, 3, 16, "float", 1, 0, "relu"),  # sMNIST
+]
+
+
+@pytest.mark.parametrize("T, B, n, k, c, form, last, h_0, activation", WAVES)
+def test_wave_scan_is_the_loop_in_value_and_gradients(T, B, n, k, c, form, last, h_0, activation):
+    a = inputs("wave", T, B, c, n, k, form=form)
+    compare(wave_scan, a if h_0 else a | dict(h_0=None), activation, bool(last))
+
+
+DENSES = [
+    (1, 1, 1, "float", 0, 0, "relu"),
+    (2, 3, 2, "tokens", 1, 0, "tanh"),
+    (15, 128, 3, "rows", 0, 1, "identity"),
+    (63, 3, 100, "float", 1, 1, "relu"),
+    (15, 128, 256, "table", 0, 0, "tanh"),
+    (300, 1, 3, "table", 1, 1, "relu"),
+    (300, 128, 2, "float", 0, 0, "identity"),
+    (1, 128, 100, "table", 1, 0, "identity"),
+    (2, 1, 256, "rows", 0, 1, "tanh"),
+    (63, 128, 1, "tokens", 0, 1, "relu"),
+]
+
+
+@pytest.mark.parametrize("T, B, m, form, last, h_0, activation", DENSES)
+def test_dense_scan_is_the_loop_in_value_and_gradients(T, B, m, form, last, h_0, activation):
+    a = inputs("dense", T, B, n=m, form=form)
+    compare(dense_scan, a if h_0 else a | dict(h_0=None), activation, bool(last))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind, loop", [("wave", wave_loop), ("dense", dense_loop)])
+def test_the_loops_of_the_library_too(kind, loop, form):
+    compare(loop, inputs(kind, form=form), "relu", False)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("T, B", [(300, 3), (63, 128)])
+def test_float32_keeps_float32_precision(kind, T, B):
+    a = inputs(kind, T, B, c=6, n=100, dtype=torch.float32)
+    exact = {k: v.double() for k, v in a.items()}
+    got, want = trainable(a), trainable(exact)  # tanh: a flipped ReLU mask would be the reference's noise, not ours
+    z, y = call(SCANS[kind], got, activation="tanh"), reference(want, "tanh", False)
+    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    y.backward(gy)
+    z.backward(gy.float())
+    off = lambda p, q: ((p.double() - q).norm() / q.norm()).item()  # noqa: E731
+    assert z.dtype == torch.float32 and off(z, y) < 1e-6
+    assert {name: off(t.grad, want[name].grad) < 1e-5 for name, t in got.items()} == dict.fromkeys(got, True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("runs", [1, 3])
+def test_one_launch_for_all_runs_as_on_a_gpu(form, runs, monkeypatch):
+    monkeypatch.setattr(scan, "_groups", lambda u: 1)
+    each = [inputs("wave", 6, 4, 3, 7, 5, form=form, seed=s) for s in range(runs)]
+    check_population("wave", each, last=False)
+    check_population("wave", each, last=True)
+
+
+def check_population(kind, each, last, activation="relu"):
+    "vmap over stacked arguments against one run after the other."
+    stacked = trainable({k: torch.stack([a[k] for a in each]) for k in each[0]})
+    y = torch.func.vmap(lambda a: call(SCANS[kind], a, last=last, activation=activation))(stacked)
+    gy = torch.randn_like(y)
+    y.backward(gy)
+    for r, a in enumerate(each):
+        alone = trainable(a)
+        y_r = call(SCANS[kind], alone, last=last, activation=activation)
+        y_r.backward(gy[r])
+        assert_close(y[r], y_r)
+        for name, t in alone.items():
+            if t.is_floating_point():
+                assert_close(stacked[name].grad[r], t.grad, msg=lambda m, name=name: f"d{name}: {m}")
 
 
 @pytest.mark.parametrize("kind", SCANS)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("runs", [1, 3])
-def test_vmap_is_one_run_after_the_other(kind, last, runs):
-    scan, each = SCANS[kind], [inputs(kind, seed=seed) for seed in range(runs)]
-    stacked = [torch.stack(t).requires_grad_() for t in zip(*each, strict=True)]
-    y = torch.func.vmap(lambda *t: scan(*t, last=last))(*stacked)
-    gy = torch.randn_like(y)
-    grads = torch.autograd.grad(y, stacked, gy)
-    for r, tensors in enumerate(each):
-        alone = [t.requires_grad_() for t in tensors]
-        y_r = scan(*alone, last=last)
-        assert_close(y[r], y_r)
-        for name, g, e in zip("x u V b h_0".split(), grads, torch.autograd.grad(y_r, alone, gy[r]), strict=True):
-            assert_close(g[r], e, msg=lambda m, name=name: f"gradient of {name}: {m}")
+@pytest.mark.parametrize("form", ["float", "tokens"])
+def test_vmap_is_one_run_after_the_other(kind, last, runs, form):
+    check_population(kind, [inputs(kind, form=form, seed=seed) for seed in range(runs)], last)
 
 
-GOOD = dict(zip("x u V b h_0".split(), inputs("wave"), strict=True))
+@pytest.mark.parametrize("kind", SCANS)
+def test_vmap_inside_vmap(kind):
+    a = {
+        k: torch.stack([torch.stack([inputs(kind, seed=3 * i + j)[k] for j in range(3)]) for i in range(2)])
+        for k in inputs(kind)
+    }
+    a = trainable(a)
+    function = lambda a: SCANS[kind](**a, last=True)  # noqa: E731
+    y = torch.func.vmap(torch.func.vmap(function, in_dims=1 if kind == "wave" else 0, out_dims=1))(
+        {k: v if kind == "dense" else v.transpose(1, 1 + min(1, v.dim() - 2)) for k, v in a.items()}
+    )
+    y.sum().backward()
+    for i in range(2):
+        for j in range(3):
+            alone = trainable({k: v.detach()[i, j] for k, v in a.items()})
+            y_ij = function(alone)
+            y_ij.sum().backward()
+            assert_close(y[i, :, j], y_ij)
+            for name, t in alone.items():
+                assert_close(a[name].grad[i, j], t.grad, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("shared", ["x", "weights", "h_0"])
+def test_vmap_with_something_shared_sums_its_gradient(kind, shared):
+    each = [inputs(kind, seed=s) for s in range(3)]
+    common = {"x": ("x",), "weights": ("u", "U", "V", "b"), "h_0": ("h_0",)}[shared]
+    a = trainable({k: each[0][k] if k in common else torch.stack([e[k] for e in each]) for k in each[0]})
+    dims = ({k: None if k in common else 0 for k in a},)
+    torch.func.vmap(lambda a: SCANS[kind](**a), in_dims=dims)(a).square().sum().backward()
+    got = {k: a[k].grad for k in a}
+    b = trainable({k: v.detach() for k, v in a.items()})
+    for r in range(3):
+        SCANS[kind](**{k: v if k in common else v[r] for k, v in b.items()}).square().sum().backward()
+    for name in a:
+        assert_close(got[name], b[name].grad, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+def test_vmap_of_rows_with_a_shared_index():
+    index = torch.randint(0, 5, (6, 4), generator=torch.Generator().manual_seed(0))
+    each = [inputs("wave", 6, 4, form="rows", seed=s) | dict(index=index) for s in range(3)]
+    a = {k: torch.stack([e[k] for e in each]) for k in each[0] if k != "index"}
+    shared = rows(a["table"][0], index)
+    x, dims = Rows(a.pop("table"), *shared[1:]), Rows(0, None, None, None)
+    y = torch.func.vmap(lambda x, a: wave_scan(x, **a), in_dims=(dims, 0))(x, a)
+    for r, e in enumerate(each):
+        assert_close(y[r], call(wave_scan, e))
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("last", [False, True])
+def test_func_grad_and_a_gradient_for_each_sample(kind, last):
+    a = inputs(kind)
+    x, h_0 = a.pop("x"), a.pop("h_0")
+    loss = lambda a, x, h_0: SCANS[kind](x, **a, h_0=h_0, last=last).square().sum()  # noqa: E731
+    whole = torch.func.grad(loss)(a, x, h_0)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1, 0))(a, x.unsqueeze(2), h_0.unsqueeze(1))
+    t = trainable(a)
+    loss(t, x, h_0).backward()
+    for name in a:
+        assert_close(whole[name], t[name].grad)
+        assert_close(each[name].sum(0), t[name].grad, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", SCANS)
+def test_gradcheck(kind, last, activation):
+    a = trainable(inputs(kind, T=4, B=2, n=4))
+    names = list(a)
+    assert gradcheck(
+        lambda *t: SCANS[kind](**dict(zip(names, t, strict=True)), last=last, activation=activation), list(a.values())
+    )
+
+
+@pytest.mark.parametrize("form", ["tokens", "rows", "table"])
+def test_gradcheck_of_tables(form):
+    a = inputs("wave", T=4, B=2, n=4, form=form)
+    fixed = {k: a.pop(k) for k in ("x", "index") if k in a}
+    names, a = list(a), trainable(a)
+    assert gradcheck(
+        lambda *t: call(wave_scan, dict(zip(names, t, strict=True)) | fixed, activation="tanh"), list(a.values())
+    )
+
+
+def op_arguments(kind, keep, R=2, T=4, B=3, c=2, n=5, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype).requires_grad_(keep)  # noqa: E731
+    if kind == "wave":
+        return draw(1, T, B, 2), draw(R, c, c, 3), draw(R, c, n, 2), draw(R, c, n), draw(R, B, c, n)
+    if kind == "rows":
+        return (
+            torch.randint(0, 4, (R, T, B), generator=g),
+            None,
+            None,
+            draw(R, 4, c, n),
+            draw(R, c, c, 3),
+            draw(R, B, c, n),
+        )
+    return draw(R, T, B, n), draw(R, n, n), draw(R, B, n)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", ["wave", "rows", "dense"])
+def test_opcheck(kind, keep, last):
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    op = getattr(torch.ops.wave_rnns, f"{kind}_forward").default
+    torch.library.opcheck(op, (*op_arguments(kind, keep), "relu", last, keep, "faithful"), test_utils=tests)
+
+
+@pytest.mark.parametrize("kind", ["wave", "rows", "dense"])
+def test_opcheck_of_the_gradient(kind):
+    forward, backward = (getattr(torch.ops.wave_rnns, f"{kind}_{way}").default for way in ("forward", "backward"))
+    tensors = op_arguments(kind, False)
+    y, kept = forward(*tensors, "relu", False, True, "faithful")
+    need_x = (True,) if kind == "wave" else ()
+    torch.library.opcheck(
+        backward,
+        (torch.rand_like(y), *tensors, y, kept, "relu", False, "faithful", *need_x),
+        test_utils=["test_schema", "test_faketensor"],
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, form, last", [("wave", "float", False), ("wave", "rows", True), ("dense", "tokens", True)]
+)
+def test_compile_fullgraph_of_any_length(kind, form, last):
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(call, SCANS[kind], last=last), fullgraph=True, dynamic=True)
+    for T, B in [(6, 4), (11, 3)]:
+        a = inputs(kind, T, B, form=form, dtype=torch.float32)
+        got, want = trainable(a), trainable(a)
+        y, z = call(SCANS[kind], want, last=last), compiled(got)
+        assert_close(z, y)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        for name, t in want.items():
+            if t.is_floating_point():
+                assert_close(got[name].grad, t.grad, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_export_with_length_and_batch_open(kind):
+    class Scan(torch.nn.Module):
+        def forward(self, x, kernel, V, b, h_0):
+            return SCANS[kind](x, kernel, V, b, h_0)
+
+    T, B = torch.export.Dim("T", min=1), torch.export.Dim("B", min=1)
+    args = tuple(inputs(kind).values())
+    exported = torch.export.export(Scan(), args, dynamic_shapes=({0: T, 1: B}, None, None, None, {0: B})).module()
+    args = tuple(inputs(kind, T=12, B=5).values())
+    assert_close(exported(*args), SCANS[kind](*args))
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_autocast_computes_in_float32_and_backward_inside_it_too(kind):
+    a = inputs(kind, dtype=torch.float32)
+    got, want = trainable(a), trainable(a)
+    y = SCANS[kind](**want)
+    y.sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = SCANS[kind](**got)
+        half = SCANS[kind](**got | dict(x=got["x"].bfloat16(), h_0=got["h_0"].bfloat16()))
+        z.sum().backward()
+    assert z.dtype == half.dtype == torch.float32
+    assert torch.equal(z, y)
+    recurrent = "u" if kind == "wave" else "U"
+    assert torch.equal(got[recurrent].grad, want[recurrent].grad)
+    assert_close(half, SCANS[kind](**a | dict(x=a["x"].bfloat16().float(), h_0=a["h_0"].bfloat16().float())))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", SCANS)
+def test_half_precision_weights_are_computed_in_float32(kind, dtype):
+    a = {k: v.to(dtype) for k, v in inputs(kind).items()}
+    y = SCANS[kind](**a)
+    assert y.dtype == dtype and torch.equal(y, SCANS[kind](**{k: v.float() for k, v in a.items()}).to(dtype))
+
+
+def test_what_the_user_allows_elsewhere_does_not_reach_the_recurrence():
+    a = inputs("wave", 20, 32, 16, 40, dtype=torch.float32)
+    y, before = wave_scan(**a), torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("medium")
+        z = wave_scan(**a)
+        assert (
+            torch.get_float32_matmul_precision() == "medium" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = before
+    assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_streaming_in_pieces_gives_value_and_gradients_of_the_whole(kind):
+    a, b = trainable(inputs(kind, T=23)), trainable(inputs(kind, T=23))
+    whole = SCANS[kind](**a)
+    h, parts = b["h_0"], []
+    for piece in b["x"].split([1, 2, 7, 13]):
+        parts.append(SCANS[kind](**b | dict(x=piece, h_0=h)))
+        h = parts[-1][-1]
+    assert_close(torch.cat(parts), whole)
+    whole.square().sum().backward()
+    torch.cat(parts).square().sum().backward()
+    for name in a:
+        assert_close(b[name].grad, a[name].grad, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_strides_do_not_matter(kind):
+    a = inputs(kind)
+    turned = {k: v.movedim(0, -1).contiguous().movedim(-1, 0) for k, v in a.items()}
+    assert not any(v.is_contiguous() for v in turned.values() if v.dim() > 1)
+    compare(SCANS[kind], turned, "relu", False)
+    wide = {k: torch.stack([v, v], -1)[..., 0] for k, v in a.items()}
+    compare(SCANS[kind], wide, "tanh", True)
+    y = SCANS[kind](**trainable(a))
+    y.sum().backward()  # an expanded gradient: all strides zero
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_second_derivative_says_where_to_find_one(kind):
+    a = trainable(inputs(kind))
+    (first,) = torch.autograd.grad(SCANS[kind](**a).square().sum(), a["V"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use wave_loop or dense_loop"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("frozen", ["x", "recurrent", "encoder", "all but h_0"])
+def test_only_what_is_trained_gets_a_gradient(kind, frozen):
+    off = {"x": {"x"}, "recurrent": {"u", "U"}, "encoder": {"V", "b"}, "all but h_0": {"x", "u", "U", "V", "b"}}[frozen]
+    a = inputs(kind)
+    got = {k: v.clone().requires_grad_(k not in off) for k, v in a.items()}
+    want = trainable(a)
+    SCANS[kind](**got).square().sum().backward()
+    reference(want, "relu", False).square().sum().backward()
+    for name in a:
+        if name in off:
+            assert got[name].grad is None
+        else:
+            assert_close(got[name].grad, want[name].grad)
+
+
+# The workspace: memory that is used again must never be used twice at once.
+
+BIG = dict(T=40, B=32, c=4, n=64)  # its states pass the size from which buffers come from the workspace
+
+
+def test_several_forwards_may_live_at_once():
+    kinds = [("wave", s) for s in range(3)] + [("dense", s) for s in range(2)]
+    alone = [trainable(inputs(kind, **BIG, seed=s)) for kind, s in kinds]
+    for (kind, _), a in zip(kinds, alone, strict=True):
+        SCANS[kind](**a, last=kind == "wave").square().mean().backward()
+    together = [trainable(inputs(kind, **BIG, seed=s)) for kind, s in kinds]
+    ys = [SCANS[kind](**a, last=kind == "wave") for (kind, _), a in zip(kinds, together, strict=True)]
+    kept = [y.detach().clone() for y in ys]
+    for i in (2, 0, 4, 3, 1):  # not in the order of the forwards
+        ys[i].square().mean().backward()
+    for y, z in zip(ys, kept, strict=True):
+        assert torch.equal(y, z)
+    for a, b in zip(alone, together, strict=True):
+        for name in a:
+            assert torch.equal(a[name].grad, b[name].grad), name
+
+
+def test_a_backward_may_be_asked_for_twice():
+    a = trainable(inputs("wave", **BIG))
+    y = wave_scan(**a)
+    first = torch.autograd.grad(y.square().sum(), a["u"], retain_graph=True)[0]
+    wave_scan(**inputs("wave", **BIG, seed=1))  # in between, others work
+    assert torch.equal(torch.autograd.grad(y.square().sum(), a["u"])[0], first)
+
+
+def test_threads_share_the_workspace():
+    def gradient(seed):
+        torch.set_num_threads(1)
+        start.wait()
+        grads = []
+        for i in range(4):
+            a = trainable(inputs("wave", **BIG, seed=4 * seed + i))
+            wave_scan(**a, last=True).sum().backward()
+            grads.append(a["u"].grad)
+        return grads
+
+    start = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(gradient, range(3)))
+    start = threading.Barrier(1)
+    for seed, grads in enumerate(together):
+        for g, h in zip(grads, gradient(seed), strict=True):
+            assert torch.equal(g, h)
+
+
+def test_memory_comes_back_and_is_used_again():
+    workspace.clear()
+    like = torch.empty(0)
+    a = workspace.empty(like, (1 << 20,))
+    b = workspace.empty(like, (1 << 20,))
+    address, view = a.data_ptr(), b[5:]
+    assert a.data_ptr() != b.data_ptr() and not workspace.returned
+    del a
+    assert len(workspace.returned) == 1
+    assert workspace.empty(like, (1 << 20,)).data_ptr() == address  # and comes back at once
+    del b
+    assert len(workspace.returned) == 1  # b's block is still seen through a view
+    del view
+    assert len(workspace.returned) == 2
+    workspace.clear()
+    assert not workspace.free and not workspace.returned
+    small = workspace.empty(like, (8,))
+    del small
+    assert not workspace.returned
+
+
+def test_waiting_memory_stays_bounded():
+    workspace.clear()
+    blocks = [workspace.empty(torch.empty(0), (1 << 20,)) for _ in range(10)]
+    del blocks
+    workspace.empty(torch.empty(0), (1 << 20,))
+    assert len(workspace.free) + len(workspace.returned) <= workspace.spare + 1
+    workspace.empty(torch.empty(0), (1 << 24,))  # another size of problem: what waited is given back first
+    assert len(workspace.free) + len(workspace.returned) == 1
+
+
+def test_nothing_is_kept_when_nobody_asks_for_a_gradient():
+    with torch.no_grad():
+        a = trainable(inputs("wave", **BIG))
+        workspace.clear()
+        y = wave_scan(**a, last=True)
+    assert not workspace.free and not workspace.returned and not y.requires_grad
+
+
+GOOD = inputs("wave")
 TOKENS = torch.zeros(7, 3, dtype=torch.int64)
 BAD = {
     "no step": (dict(x=torch.zeros(0, 3, 2).double()), "sequence length T of at least 1, got 0"),
@@ -82,7 +594,8 @@ def test_a_bad_call_says_what_was_expected(change, message):
 
 
 def test_a_bad_dense_call_says_what_was_expected():
-    x, U, V, b, h_0 = inputs("dense")
+    good = inputs("dense")
+    x, U, V, h_0 = good["x"], good["U"], good["V"], good["h_0"]
     for change, message in [
         (dict(U=U[:, :3]), "U: expected shape [m, m]"),
         (dict(V=V[:3]), "V: expected shape [m, F] with m = 5"),
@@ -91,5 +604,5 @@ def test_a_bad_dense_call_says_what_was_expected():
         (dict(x=x[:0]), "sequence length T"),
     ]:
         with pytest.raises(ScanError) as error:
-            dense_scan(**dict(x=x, U=U, V=V, b=b, h_0=h_0) | change)
+            dense_scan(**good | change)
         assert message in str(error.value)
