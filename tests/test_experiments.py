@@ -122,7 +122,7 @@ GOLDEN = {
     "adding1000_irnn": "50ec5a104619cf81",
     "smnist_wrnn": "cacf86eb3dd6466a",
     "psmnist_wrnn_mlp": "0f9abbf838263c58",
-    "nscifar10_irnn": "504991e2a989249d",
+    "nscifar10_irnn": "4df1b3d1b9faa054",
 }
 
 
