@@ -125,7 +125,7 @@ def compile_kernel(
         pass  # a read-only home: compile again next time
     return code
 
-# %% ../nbs/04_kernels.ipynb #e30c0199
+# %% ../nbs/04_kernels.ipynb #7b926d1f
 def compile_report(source: str, macros: dict, arch: str = "sm_90", name: str = "kernel") -> dict[str, dict]:
     "Registers, stack frame and spilled bytes of every kernel in `source`: {kernel: {registers, stack, spill_stores, spill_loads}}."
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"] + [f"-D{k}={v}" for k, v in sorted(macros.items())]
@@ -133,7 +133,7 @@ def compile_report(source: str, macros: dict, arch: str = "sm_90", name: str = "
     report = {}
     for part in log.split("Compiling entry function")[1:]:
         numbers = [int(re.search(p, part)[1]) for p in (r"Used (\d+) reg", r"(\d+) bytes stack", r"(\d+) bytes spill st", r"(\d+) bytes spill lo")]
-        report[part.split("'")[1]] = dict(zip(("registers", "stack", "spill_stores", "spill_loads"), numbers))
+        report[part.split("'")[1]] = dict(zip(("registers", "stack", "spill_stores", "spill_loads"), numbers, strict=True))
     return report
 
 # %% ../nbs/04_kernels.ipynb #b95e6386
@@ -382,7 +382,7 @@ __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #3b100b50
+# %% ../nbs/04_kernels.ipynb #5806cd04
 WEIGHTS = r"""
 // Two neighbouring weights of one tap as a right operand; FLIP: the transposed, mirrored kernel of the backward pass.
 template <bool FLIP> __device__ __forceinline__ void weight(u32 (&w)[NT], const float *u, float grid, int tap, int kq, int nq, const Lane &L) {
@@ -403,11 +403,11 @@ template <bool FLIP> __device__ __forceinline__ void load_weights(Wreg &w, uint4
     for (int i = threadIdx.x; i < C * C * 3; i += blockDim.x) us[i] = u[i];
     __syncthreads();
     float grid = 0.f;
-    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 64
+    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 256
         float x = 0.f;
         for (int i = L.lane; i < C * C * 3; i += 32) x = fmaxf(x, fabsf(us[i]));
         const u32 most = __reduce_max_sync(~0u, __float_as_uint(x));
-        grid = __uint_as_float(min((most >> 23) + 18, 250u) << 23 | 0x400000u);
+        grid = __uint_as_float(min((most >> 23) + 16, 250u) << 23 | 0x400000u);
     }
     if constexpr (WSM) {
         u32 *o = (u32 *)wsm;
