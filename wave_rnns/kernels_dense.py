@@ -78,7 +78,7 @@ __device__ __forceinline__ float act(float v) {
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #2ee12170
+# %% ../nbs/04_kernels_dense.ipynb #db456bcd
 _MEMORY = r"""
 // Four neighbours of a row, of which the first `have` exist; the others read as 0 and are not written.
 __device__ __forceinline__ void load4(float (&v)[4], const float *p, int have) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void load4(float (&v)[4], const float *p, int have) {
 }
 __device__ __forceinline__ void store4(float *p, const float (&v)[4], int have) {
     if (M % 4 == 0) {
-        if (have > 0) *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);
+        if (have > 0) asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) if (i < have) p[i] = v[i];
@@ -112,8 +112,13 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int K> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(K) : "memory"); }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #a2b12875
+# %% ../nbs/04_kernels_dense.ipynb #ad3a288c
 _CLUSTER = r"""
+#if SPIN
+#define WAIT "test_wait"
+#else
+#define WAIT "try_wait"
+#endif
 #if CLUSTER > 1
 __device__ __forceinline__ u32 peer(u32 at, u32 rank) { u32 d; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(at), "r"(rank)); return d; }
 __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -124,18 +129,17 @@ __device__ __forceinline__ void bell_make(u32 bell) {
 }
 __device__ __forceinline__ void bell_wait(u32 bell, u32 parity) {
     u32 done;
-    do asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+    do asm volatile("{\n\t.reg .pred p;\n\tmbarrier." WAIT ".parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
                     : "=r"(done) : "r"(bell), "r"(parity) : "memory");
     while (!done);
 }
 // 16 bytes into the same place of every block, whose bell counts them
-__device__ __forceinline__ void send(float *to, u32 bell, const float (&v)[4], u32 rank) {
+__device__ __forceinline__ void send(u32 to, u32 bell, const float (&v)[4], u32 rank) {
 #pragma unroll
     for (u32 i = 1; i <= CLUSTER; i++) {
-        const u32 r = (rank + i) % CLUSTER, at = peer(smem(to), r);
-        if (BELLS) asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
-                                :: "r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(peer(bell, r)) : "memory");
-        else asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+        const u32 r = (rank + i) % CLUSTER, at = peer(to, r);
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+                     :: "r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(peer(bell, r)) : "memory");
     }
 }
 #else
@@ -143,7 +147,9 @@ __device__ __forceinline__ void meet() { __syncthreads(); }
 __device__ __forceinline__ void bell_expect(u32, u32) {}
 __device__ __forceinline__ void bell_make(u32) {}
 __device__ __forceinline__ void bell_wait(u32, u32) {}
-__device__ __forceinline__ void send(float *to, u32, const float (&v)[4], u32) { *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ void send(u32 to, u32, const float (&v)[4], u32) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
 #endif
 """
 
@@ -195,7 +201,7 @@ __device__ __forceinline__ void load_weights(Weights &w, const float *U, u32 *to
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #ca2b6a3b
+# %% ../nbs/04_kernels_dense.ipynb #34e462d1
 _PRODUCT = r"""
 // This warp's columns of the matrix times the state of one tile: a share of the sum for each of its rows
 __device__ __forceinline__ void product(float4 *share, const Weights &w, const float4 *h, const Lane &L) {
@@ -208,12 +214,13 @@ __device__ __forceinline__ void product(float4 *share, const Weights &w, const f
         split_state(b0, v.x, v.y);
         split_state(b1, v.z, v.w);
 #pragma unroll
-        for (int kw = 0; kw < TERMS; kw++)
+        for (int d = 0; d < DIAGONALS; d++)                  // large products first, those of like size in turn
 #pragma unroll
-            for (int kh = 0; kh < TERMS - kw; kh++)
+            for (int kw = 0; kw <= d; kw++) {
+                if (kw >= TERMS || d - kw >= TERMS || STUB) continue;
 #pragma unroll
-                for (int j = 0; j < ROWS; j++)
-                    if (!STUB) mma(acc[kw + kh ? 1 + (kw + 2 * kh) % SMALL : 0][j], w[kw][j / 2][j % 2][kt], b0[kh], b1[kh]);
+                for (int j = 0; j < ROWS; j++) mma(acc[d ? 1 + kw % SMALL : 0][j], w[kw % TERMS][j / 2][j % 2][kt], b0[(d - kw) % TERMS], b1[(d - kw) % TERMS]);
+            }
     }
 #pragma unroll
     for (int j = 0; j < ROWS; j++)
@@ -229,16 +236,16 @@ __device__ __forceinline__ void product(float4 *share, const Weights &w, const f
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #e803f623
+# %% ../nbs/04_kernels_dense.ipynb #c10c3a12
 _SCAN = r"""
 // forward:  in = drive, first = h_0 or null, out = every state or null, end = h_T or null
 // backward: in = dL/dh_t (or, LAST, only that of h_T), y = every state, out = delta, end = dL/dh_0
 struct Scan { const float *U, *in, *y, *first; float *out, *end; i64 B, T; };
 
 #if CLUSTER > 1
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MINB) dense_scan(const Scan p) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) dense_scan(const Scan p) {
 #else
-extern "C" __global__ void __launch_bounds__(THREADS, MINB) dense_scan(const Scan p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_scan(const Scan p) {
 #endif
     extern __shared__ float4 pool[];
     __shared__ u32 top[BM * 16];
@@ -246,7 +253,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) dense_scan(const Sca
     float *h = (float *)pool;                                // [TILES][2][STATE]
     float4 *share = pool + TILES * 2 * STATE / 4;            // [TILES][WK][ITEMS]
     float4 *ring = share + TILES * WK * ITEMS;               // [AHEAD][TILES][STREAMS][ITEMS]
-    const Lane L;
+    Lane L;
+    asm volatile("" : "+r"(L.tid));
     const int B = (int)p.B, T = (int)p.T, b0 = blockIdx.x / CLUSTER * 8 * TILES, r = blockIdx.y, steps = BACK ? T + 1 : T;
     const i64 step = p.B * M, run = r * p.T * step;
 
@@ -260,18 +268,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) dense_scan(const Sca
     Weights w;
     load_weights(w, p.U + (i64)r * M * M, top, L);
 
+    u32 h_at = smem(h), bells_at = smem(bells);              // said to be unknown, or the compiler asks for the base at every step
+    asm volatile("" : "+r"(h_at), "+r"(bells_at));
+    const i64 place = (i64)(b0 + L.sample) * M + L.unit, stride = BACK ? -step : step, begin = run + (BACK ? (T - 1) * step : 0) + place;
+    const float *in = p.in + begin, *y = p.y + begin;        // what the next fetch reads
+    float *out = p.out ? p.out + begin : nullptr;            // where this step's result goes
+    const int mine = (L.unit / 16 * 8 + L.sample) * 16 + L.unit % 16;   // ... and its place in a state
     auto exists = [&](int s) { return b0 + s * 8 + L.sample < B ? L.have : 0; };
-    auto place = [&](int s) { return (i64)(b0 + s * 8 + L.sample) * M + L.unit; };
     auto input = [&](int i, int s) { return ring + ((i % AHEAD * TILES + s) * STREAMS) * ITEMS + L.item; };
     auto fetch = [&](int i, int s) {                         // what step i reads, on its way
-        const i64 at = run + (BACK ? T - 1 - i : i) * step + place(s);
         const int n = i < T ? exists(s) : 0;
-        if (!BACK || !LAST) copy4(input(i, s), n > 0 ? p.in + at : p.in, n);
-        if (BACK && ACT) copy4(input(i, s) + (STREAMS - 1) * ITEMS, n > 0 ? p.y + at : p.y, n);
+        if (!BACK || !LAST) copy4(input(i, s), n > 0 ? in + s * 8 * M : p.U, n);
+        if (BACK && ACT) copy4(input(i, s) + (STREAMS - 1) * ITEMS, n > 0 ? y + s * 8 * M : p.U, n);
         copy_commit();
     };
     if (STREAMS)
-        for (int i = 0; i < AHEAD; i++)
+        for (int i = 0; i < AHEAD; i++, in += stride, y += stride)
             for (int s = 0; s < TILES; s++) if (L.finishes(s)) fetch(i, s);
 
     auto finish = [&](int i, int s) {                        // sum of the shares, input, activation; the new state goes out
@@ -281,27 +293,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) dense_scan(const Sca
             const float4 x = share[(s * WK + k) * ITEMS + L.item];
             v[0] += x.x, v[1] += x.y, v[2] += x.z, v[3] += x.w;
         }
-        const int n = exists(s), t = BACK ? T - 1 - i : i;
+        const int n = exists(s);
         if (BACK && i == T) {
-            store4(p.end + r * step + place(s), v, n);
+            store4(p.end + r * step + place + s * 8 * M, v, n);
             return;
         }
         if (STREAMS) copy_wait<AHEAD * OWN - 1>();
-        float x[4] = {}, y[4];
+        float x[4] = {}, z[4];
         if (!BACK || !LAST) load4(x, (float *)input(i, s), 4);
-        else if (i == 0) load4(x, p.in + r * step + place(s), n);
-        if (BACK && ACT) load4(y, (float *)(input(i, s) + (STREAMS - 1) * ITEMS), 4);
+        else if (i == 0) load4(x, p.in + r * step + place + s * 8 * M, n);
+        if (BACK && ACT) load4(z, (float *)(input(i, s) + (STREAMS - 1) * ITEMS), 4);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             v[k] += x[k];
             if (!BACK) v[k] = act(v[k]);
-            else if (ACT == 1) v[k] = y[k] <= 0.f ? 0.f : v[k];
-            else if (ACT == 2) v[k] *= 1.f - y[k] * y[k];
+            else if (ACT == 1) v[k] = z[k] <= 0.f ? 0.f : v[k];
+            else if (ACT == 2) v[k] *= 1.f - z[k] * z[k];
         }
         const int other = 2 * s + (~i & 1);
-        if (i + 1 < steps) send(h + other * STATE + (L.unit / 16 * 8 + L.sample) * 16 + L.unit % 16, smem(bells + other), v, L.rank);
-        if (p.out) store4(p.out + run + t * step + place(s), v, n);
-        if (!BACK && p.end && i == T - 1) store4(p.end + r * step + place(s), v, n);
+        if (i + 1 < steps) send(h_at + 4 * (other * STATE + mine), bells_at + 8 * other, v, L.rank);
+        if (p.out) store4(out + s * 8 * M, v, n);
+        if (!BACK && p.end && i == T - 1) store4(p.end + r * step + place + s * 8 * M, v, n);
         if (STREAMS) fetch(i + AHEAD, s);
     };
 
@@ -311,46 +323,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, MINB) dense_scan(const Sca
 #pragma unroll 1
         for (int s = 0; s < TILES; s++) {
             const int now = 2 * s + (i & 1);
-            if (BELLS && i) {
-                bell_wait(smem(bells + now), (i - 1 >> 1) & 1);
-                if (L.tid == 0) bell_expect(smem(bells + now), 4 * STATE);
+            if (CLUSTER > 1 && i) {
+                bell_wait(bells_at + 8 * now, (i - 1 >> 1) & 1);
+                if (L.tid == 0) bell_expect(bells_at + 8 * now, 4 * STATE);
             }
             product(share + s * WK * ITEMS, w, (const float4 *)(h + now * STATE), L);
             __syncthreads();
             if (L.finishes(s)) finish(i, s);
-            if (!BELLS && (CLUSTER > 1 || TILES == 1)) meet();
+            if (CLUSTER == 1 && TILES == 1) __syncthreads();   // with more tiles, the next one's barrier does it
         }
+        in += stride, y += stride, out += stride;
     }
     copy_wait<0>();
     if (CLUSTER > 1) meet();                                 // nobody leaves while a neighbour may still write to it
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #9b370f44
+# %% ../nbs/04_kernels_dense.ipynb #cbf799bc
 _OUTER = r"""
 #if BACK
-constexpr int EDGE = 128, LINE = EDGE + 8, STAGES = 4, FLUSH = 8;
+constexpr int EDGE = 128, LINE = EDGE + 8, ROUND = 32, STAGES = 3, FLUSH = 4;
 struct Outer { const float *delta, *h, *first; float *part; i64 B, K, chunk; };
 
 // part[o][i] = sum over rows k of one chunk of delta[k][o] h[k - B][i]; the first B rows of delta meet h_0
-extern "C" __global__ void __launch_bounds__(256) dense_outer(const Outer p) {
-    extern __shared__ float4 pool[];                         // [STAGES][2 operands][16 rows][LINE]
+extern "C" __global__ void __launch_bounds__(256, 1) dense_outer(const Outer p) {
+    extern __shared__ float4 pool[];                         // [STAGES][2 operands][ROUND][LINE]
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, q = lane & 3, wo = warp % 2, wi = warp / 2;
     constexpr int SIDE = (M + EDGE - 1) / EDGE;
-    const int o0 = blockIdx.x / SIDE * EDGE, i0 = blockIdx.x % SIDE * EDGE;
-    const i64 r = blockIdx.z, k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.K);
-    const float *delta = p.delta + r * p.K * M, *h = p.h + r * p.K * M, *first = p.first ? p.first + r * p.B * M : nullptr;
-    const int rounds = (int)((k1 - k0 + 15) / 16);
-    auto stage = [&](int n, int operand) { return (float *)pool + (n % STAGES * 2 + operand) * 16 * LINE; };
+    const int o0 = blockIdx.x / SIDE * EDGE, i0 = blockIdx.x % SIDE * EDGE, col = 4 * lane;
+    const i64 r = blockIdx.z, k0 = blockIdx.y * p.chunk;
+    const int rows = (int)min(p.chunk, p.K - k0), early = (int)max(min(p.B - k0, (i64)rows), (i64)0), rounds = (rows + ROUND - 1) / ROUND;
+    const float *delta = p.delta + (r * p.K + k0) * M, *h = p.h + (r * p.K + k0 - p.B) * M, *first = p.first + (r * p.B + k0) * M;
+    auto stage = [&](int n, int operand) { return (float *)pool + (n % STAGES * 2 + operand) * ROUND * LINE; };
     auto fetch = [&](int n) {
         if (n < rounds)
 #pragma unroll
-            for (int x = 0; x < 4; x++) {
-                const int piece = x * 256 + tid, operand = piece >> 9, row = piece >> 5 & 15, col = piece % 32 * 4, c = (operand ? i0 : o0) + col;
-                const i64 k = k0 + n * 16 + row;
-                const float *from = !operand ? delta + k * M : k >= p.B ? h + (k - p.B) * M : first ? first + k * M : nullptr;
-                const int have = k < k1 && from ? M - c : 0;
-                copy4((float4 *)(stage(n, operand) + row * LINE + col), have > 0 ? from + c : p.delta, have);
+            for (int x = 0; x < ROUND / 8; x++) {            // a warp brings one row of either operand at a time
+                const int row = 8 * x + warp, k = n * ROUND + row, have = k < rows ? M : 0, have_h = k >= early || p.first ? have : 0;
+                copy4((float4 *)(stage(n, 0) + row * LINE + col), have > o0 + col ? delta + k * M + o0 + col : p.delta, have - o0 - col);
+                copy4((float4 *)(stage(n, 1) + row * LINE + col), have_h > i0 + col ? (k < early ? first : h) + k * M + i0 + col : p.delta, have_h - i0 - col);
             }
         copy_commit();
     };
@@ -361,37 +372,37 @@ extern "C" __global__ void __launch_bounds__(256) dense_outer(const Outer p) {
         copy_wait<STAGES - 2>();
         __syncthreads();
         fetch(n + STAGES - 1);
-        float v[4][4];                                       // rows q, q+4, q+8, q+12 of the round, 4 neighbouring columns
-        auto look = [&](int operand, int col) {
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float4 z = *(const float4 *)(stage(n, operand) + (q + 4 * k) * LINE + col + 4 * g);
-                v[k][0] = z.x, v[k][1] = z.y, v[k][2] = z.z, v[k][3] = z.w;
-            }
-        };
-        u32 b[4][2][OUTER_TERMS];
-        look(1, wi * 32);
+        for (int k0 = 0; k0 < ROUND; k0 += 16) {
+            float v[4][4];                                   // rows q, q+4, q+8, q+12 of 16, 4 neighbouring columns
+            auto look = [&](int operand, int col) {
 #pragma unroll
-        for (int c = 0; c < 8; c++) split(b[c / 2][c % 2], v[c % 2 * 2][c / 2], v[c % 2 * 2 + 1][c / 2]);
+                for (int k = 0; k < 4; k++) load4(v[k], stage(n, operand) + (k0 + q + 4 * k) * LINE + col + 4 * g, 4);
+            };
+            u32 b[4][2][OUTER_TERMS];
+            look(1, wi * 32);
 #pragma unroll
-        for (int pr = 0; pr < 2; pr++) {
-            look(0, wo * 64 + pr * 32);
+            for (int c = 0; c < 8; c++) split(b[c / 2][c % 2], v[c % 2 * 2][c / 2], v[c % 2 * 2 + 1][c / 2]);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                u32 a[OUTER_TERMS][4];
+            for (int pr = 0; pr < 2; pr++) {
+                look(0, wo * 64 + pr * 32);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    u32 d[OUTER_TERMS];
-                    split(d, v[i / 2 * 2][2 * j + i % 2], v[i / 2 * 2 + 1][2 * j + i % 2]);
+                for (int j = 0; j < 2; j++) {
+                    u32 a[OUTER_TERMS][4];
 #pragma unroll
-                    for (int k = 0; k < OUTER_TERMS; k++) a[k][i] = d[k];
+                    for (int i = 0; i < 4; i++) {
+                        u32 d[OUTER_TERMS];
+                        split(d, v[i / 2 * 2][2 * j + i % 2], v[i / 2 * 2 + 1][2 * j + i % 2]);
+#pragma unroll
+                        for (int k = 0; k < OUTER_TERMS; k++) a[k][i] = d[k];
+                    }
+#pragma unroll
+                    for (int ka = OUTER_TERMS - 1; ka >= 0; ka--)
+#pragma unroll
+                        for (int kb = OUTER_TERMS - 1 - ka; kb >= 0; kb--)
+#pragma unroll
+                            for (int c = 0; c < 4; c++) mma(acc[pr * 2 + j][c], a[ka], b[c][0][kb], b[c][1][kb]);
                 }
-#pragma unroll
-                for (int ka = OUTER_TERMS - 1; ka >= 0; ka--)
-#pragma unroll
-                    for (int kb = OUTER_TERMS - 1 - ka; kb >= 0; kb--)
-#pragma unroll
-                        for (int c = 0; c < 4; c++) mma(acc[pr * 2 + j][c], a[ka], b[c][0][kb], b[c][1][kb]);
             }
         }
         if (n % FLUSH == FLUSH - 1 || n == rounds - 1)       // the unit truncates its sums: keep its chains short
@@ -423,7 +434,7 @@ extern "C" __global__ void dense_sum(const float *part, float *out, i64 pieces) 
 """
 SOURCE = "".join([_LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
 
-# %% ../nbs/04_kernels_dense.ipynb #267b2bb4
+# %% ../nbs/04_kernels_dense.ipynb #8c3d949d
 FUSED_UNITS = 256  # wider matrices do not fit on chip in three terms
 
 
@@ -438,10 +449,10 @@ class DensePlan:
     deep: int  # 16-column tiles of the matrix in one warp
     tiles: int = 1  # tiles of 8 samples a block works on in turn
     ahead: int = 4  # steps the inputs are fetched ahead
-    bells: bool = True  # a cluster waits for bytes (or, False, for a barrier)
-    blocks: int = 1  # blocks per multiprocessor the registers must allow
     outer_terms: int = 2  # terms in the sum for dU
     stub: bool = False  # leave out the arithmetic, for timing only
+    spin: bool = False
+    diagonals: int = 0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
 
     @property
     def padded(self) -> int:
@@ -475,10 +486,10 @@ class DensePlan:
             "TERMS": self.terms,
             "TILES": self.tiles,
             "AHEAD": self.ahead,
-            "MINB": self.blocks,
-            "BELLS": int(self.bells and self.cluster > 1),
             "OUTER_TERMS": self.outer_terms,
             "STUB": int(self.stub),
+            "SPIN": int(self.spin),
+            "DIAGONALS": self.diagonals or (4 if self.terms == 3 else 2),
             "ACT": ("identity", "relu", "tanh").index(activation),
             "BACK": int(backward),
             "LAST": int(backward and last),
@@ -491,7 +502,7 @@ class DensePlan:
     def grid(self, B: int, R: int) -> tuple[int, int]:
         return -(-B // (8 * self.tiles)) * self.cluster, R
 
-# %% ../nbs/04_kernels_dense.ipynb #0444bc6f
+# %% ../nbs/04_kernels_dense.ipynb #5645a628
 def plan_for(
     m: int,  # units
     B: int,  # batch
@@ -503,12 +514,18 @@ def plan_for(
     "Lay out a scan: the smallest cluster that holds the matrix, as many tiles in turn as keep every processor busy."
     if m > FUSED_UNITS or (m > 128 and not clusters):
         return None
-    terms = 3 if precision == "faithful" else 2
+    terms, groups = 3 if precision == "faithful" else 2, -(-B // 8) * R  # groups of 8 samples
+    few = clusters and 4 * groups <= 0.75 * processors  # not every group of four processors can form a cluster
     if m > 128:
-        groups = -(-B // 8) * R * 4 / processors  # tiles of 8 samples for every cluster that runs at once
-        return DensePlan(m, terms, cluster=4, rows=4, deep=2, tiles=1 if groups <= 1 else 2 if groups <= 2 else 4)
+        if few:
+            return DensePlan(m, terms, cluster=4, rows=2, deep=4)
+        return DensePlan(m, terms, cluster=2, rows=4, deep=4, tiles=1 if 2 * groups <= processors else 2)
+    if m > 96 and few:
+        return DensePlan(m, terms, cluster=4, rows=2, deep=1)
+    if m > 96 and clusters and 2 * groups <= processors:
+        return DensePlan(m, terms, cluster=2, rows=2, deep=2)
     rows, deep = {1: (2, 1), 2: (4, 1), 3: (2, 2), 4: (4, 2)}[-(-m // 32)]
-    return DensePlan(m, terms, cluster=1, rows=rows, deep=deep, tiles=1 if -(-B // 8) * R <= processors else 2)
+    return DensePlan(m, terms, cluster=1, rows=rows, deep=deep, tiles=1 if groups <= processors else 2)
 
 # %% ../nbs/04_kernels_dense.ipynb #03b001f0
 class DenseBackend(Backend):
@@ -563,7 +580,7 @@ def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
     args = [_aligned(t) for t in (U, gy, states, None)] + [ddrive, dh_0, B, T]
     module.launch("dense_scan", plan.grid(B, R), (plan.threads,), plan.shared(streams), args)
 
-# %% ../nbs/04_kernels_dense.ipynb #9a3e917b
+# %% ../nbs/04_kernels_dense.ipynb #42a90900
 CHUNK = 3136  # rows of the sum for dU one block adds up
 
 
@@ -575,7 +592,7 @@ def outer_sum(plan, ddrive, states, h_0, activation, last):
     dU = torch.empty(R, m, m, device=ddrive.device)
     part = dU if pieces == 1 else torch.empty(R, pieces, m, m, device=ddrive.device)
     args = [ddrive, _aligned(states), _aligned(h_0), part, B, T * B, CHUNK]
-    module.launch("dense_outer", (side * side, pieces, R), (256,), 4 * 2 * 16 * 136 * 4, args)
+    module.launch("dense_outer", (side * side, pieces, R), (256,), 3 * 2 * 32 * 136 * 4, args)
     if pieces > 1:
         module.launch("dense_sum", (-(-m * m // 256), R), (256,), 0, part, dU, pieces)
     return dU

@@ -20,7 +20,7 @@ from check_dense import error, precompile
 from wave_rnns.core import atomic_write, environment, to_json
 from wave_rnns.kernels import architecture_for, load_module
 from wave_rnns.kernels_dense import SOURCE, DensePlan, outer_sum, plan_for, scan_backward, scan_forward
-from wave_rnns.scan import BACKENDS, dense_loop, dense_scan
+from wave_rnns.scan import dense_loop, dense_scan
 
 SHAPES = {"sMNIST iRNN": (784, 128, 256), "copy iRNN": (510, 128, 100), "adding iRNN": (1000, 128, 100)}
 
@@ -71,25 +71,20 @@ def layouts(m, precision):
     "What the sweep tries."
     terms = 3 if precision == "faithful" else 2
     if m <= 128:
-        shapes = [
-            dict(cluster=1, rows=4, deep=2),
-            dict(cluster=2, rows=4, deep=1),
-            dict(cluster=4, rows=2, deep=1),
-            dict(cluster=2, rows=2, deep=2),
-            dict(cluster=1, rows=2, deep=4),
-        ]
+        shapes = [dict(cluster=1, rows=4, deep=2), dict(cluster=2, rows=2, deep=2), dict(cluster=4, rows=2, deep=1)]
     else:
         shapes = [
-            dict(cluster=8, rows=2, deep=2),
             dict(cluster=8, rows=2, deep=4),
-            dict(cluster=8, rows=2, deep=2, blocks=2),
             dict(cluster=4, rows=4, deep=2),
             dict(cluster=4, rows=2, deep=4),
-            dict(cluster=4, rows=2, deep=2),
             dict(cluster=2, rows=4, deep=4),
+            dict(cluster=2, rows=4, deep=4, ahead=2),
         ]
     plans = [DensePlan(m, terms, **s) for s in shapes]
-    return plans + [dataclasses.replace(p, bells=False) for p in plans if p.cluster in (4, 8)][:4]
+    plans += [dataclasses.replace(p, spin=True) for p in plans if p.cluster == 4]
+    return plans + [
+        dataclasses.replace(p, diagonals=3) for p in plans if p.terms == 3 and p.cluster in (2, 4) and p.ahead == 4
+    ]
 
 
 def fits(plan):
@@ -97,7 +92,11 @@ def fits(plan):
     crews = 1 if plan.threads % plan.items else plan.threads // plan.items
     if plan.threads < plan.items or plan.threads > 1024 or plan.padded // 16 // plan.cluster % plan.rows:
         return False
-    return (plan.tiles <= crews or plan.tiles % crews == 0) and plan.shared(2) < 220_000
+    return (
+        (plan.tiles <= crews or plan.tiles % crews == 0)
+        and plan.shared(2) < 220_000
+        and plan.tiles * plan.cluster <= 16
+    )
 
 
 def sweep(T, B, m, precision):
@@ -109,7 +108,7 @@ def sweep(T, B, m, precision):
         for t in ((1,) if R == 1 else (1, 2, 4, 8))
     ]
     for R, plan in tasks:
-        if not fits(plan) or (not plan.bells and R == 4):
+        if not fits(plan) or (plan.spin and R > 1) or (plan.ahead == 2 and plan.tiles < 4):
             continue
         row = {"R": R, "plan": dataclasses.asdict(plan)}
         try:
@@ -119,7 +118,9 @@ def sweep(T, B, m, precision):
         except Exception as e:
             row["error"] = text = f"{type(e).__name__}: {e}"[:300]
         name = " ".join(
-            f"{k}={v}" for k, v in row["plan"].items() if k in ("cluster", "rows", "deep", "tiles", "bells", "blocks")
+            f"{k}={v}"
+            for k, v in row["plan"].items()
+            if k in ("cluster", "rows", "deep", "tiles", "ahead", "spin", "diagonals")
         )
         print(f"m={m} {precision:8s} R={R:2d} {name}: {text}", flush=True)
         rows.append(row)
@@ -189,14 +190,7 @@ def against_cudnn(T, B, m):
         errors = {k: error(a[None], b[None]) for k, a, b in zip(("h", "U", "V", "b"), work(), exact, strict=True)}
         rows[name] = {"forward": milliseconds(forward, **few), "both": milliseconds(work, **few), "error": errors}
         try:
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                work()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                work()
-            rows[name]["both_graph"] = milliseconds(graph.replay)
+            rows[name]["both_graph"] = in_a_graph(work)
         except Exception as e:
             rows[name]["graph_error"] = f"{type(e).__name__}: {e}"[:300]
         r = rows[name]
@@ -225,6 +219,37 @@ def products_for_dU(T, B, m, R):
     for name, work in ways.items():
         out[name] = {"ms": {q: v / R for q, v in milliseconds(work).items()}, "error": error(work()[:1], exact)}
         print(f"dU R={R} {name}: {out[name]['ms']['median']:.3f} ms a run, error {out[name]['error']:.1e}", flush=True)
+    return out
+
+
+def in_a_graph(work):
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return milliseconds(graph.replay, 7, 2)
+
+
+def wide(T, B, m):
+    "Too wide to fuse: the torch path in a CUDA graph, for 1 and 4 runs, and nn.RNN for one."
+    out = {"T": T, "B": B, "m": m}
+    rnn = torch.nn.RNN(1, m, nonlinearity="relu").cuda()
+    with torch.no_grad():
+        rnn.weight_hh_l0.copy_(torch.eye(m) * 0.95 + torch.randn(m, m) * 0.1 / m**0.5)
+    x, gy = torch.rand(T, B, 1, device="cuda"), torch.randn(B, m, device="cuda")
+    out["nn.RNN"] = milliseconds(lambda: torch.autograd.grad(rnn(x)[0][-1], list(rnn.parameters()), gy), 7, 2)
+    for R in (1, 4):
+        drive, U, g = problem(R, T, B, m)
+
+        def work(drive=drive, U=U, g=g):
+            y, kept = torch.ops.wave_rnns.dense_forward(drive, U, None, "relu", True, True, "faithful")
+            torch.ops.wave_rnns.dense_backward(g, drive, U, None, y, kept, "relu", True, "faithful")
+
+        out[f"ours R={R}, ms a run"] = {k: v / R for k, v in in_a_graph(work).items()}
+    print("wide", out, flush=True)
     return out
 
 
@@ -262,6 +287,7 @@ def main():
                     "last": name != "copy iRNN",
                 }
                 if R == 1:
+                    row["one step"] = time_plan(plan, R, 1, B, last=True)
                     row["stub"] = time_plan(dataclasses.replace(plan, stub=True), R, T, B, last=name != "copy iRNN")
                     row["occupancy"] = occupancy(plan)
                 record["kernels"].setdefault(name, []).append(row)
@@ -279,17 +305,7 @@ def main():
             for precision in ("faithful", "fast"):
                 record["sweep"][f"{name} {precision}"] = sweep(*SHAPES[name], precision)
                 save()
-    if "torch" in BACKENDS:
-        drive, U, gy = problem(1, 1000, 128, 529)
-        torch_ = BACKENDS["torch"]
-        y, kept = torch_.dense_forward(drive, U, None, "relu", True, True, "faithful")
-        record["wide m=529 (torch path)"] = {
-            "forward": milliseconds(lambda: torch_.dense_forward(drive, U, None, "relu", True, True, "faithful"), 5, 1),
-            "backward": milliseconds(
-                lambda: torch_.dense_backward(gy, drive, U, None, y, kept, "relu", True, "faithful"), 5, 1
-            ),
-        }
-        print("wide", record["wide m=529 (torch path)"])
+    record["wide"] = wide(1000, 128, 529)
     save()
     print(f"bench_dense: {record['seconds']:.0f} s")
 
