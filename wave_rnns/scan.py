@@ -6,9 +6,9 @@
 __all__ = ['PRECISIONS', 'BACKENDS', 'workspace', 'HALF', 'Rows', 'rows', 'ScanError', 'wave_loop', 'dense_loop', 'Backend',
            'register_backend', 'backend_for', 'no_autocast', 'full_precision', 'exact', 'wave_forward', 'wave_backward',
            'rows_forward', 'rows_backward', 'dense_forward', 'dense_backward', 'Workspace', 'fresh_pages', 'Rings',
-           'LinearDrive', 'LookupDrive', 'batch_last_forward', 'batch_last_backward', 'TorchBackend', 'ScanFunction',
-           'ScanGradient', 'fit', 'fit_integers', 'fit_input', 'fit_state', 'same_kind', 'same_kind_input', 'wave_scan',
-           'dense_scan']
+           'LinearDrive', 'LookupDrive', 'WaveSteps', 'batch_last_forward', 'batch_last_backward', 'TorchBackend',
+           'ScanFunction', 'ScanGradient', 'fit', 'fit_integers', 'fit_input', 'fit_state', 'same_kind',
+           'same_kind_input', 'wave_scan', 'dense_scan']
 
 # %% ../nbs/03_scan.ipynb #e75cbe8d
 import math
@@ -375,7 +375,7 @@ def dense_backward(
         gy, drive, U, h_0, y, kept, activation, last, precision
     )
 
-# %% ../nbs/03_scan.ipynb #9d68e655
+# %% ../nbs/03_scan.ipynb #639f7814
 def _fake_forward(like, kind, backend, T, B, c, n, k, F, activation, last, keep, precision):
     R = like.shape[0]
     state = (c, n) if kind != "dense" else (n,)
@@ -406,21 +406,25 @@ def _(drive, U, h_0, activation, last, keep, precision):
     return _fake_forward(U, "dense", backend, T, B, 1, m, 0, 0, activation, last, keep, precision)
 
 
+def _like(t):
+    return t.new_empty(t.shape)  # empty_like would keep strides, a backend returns contiguous tensors
+
+
 @wave_backward.register_fake
 def _(gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x):
     R, (_, T, B, F), (_, c, n, _) = u.shape[0], x.shape, V.shape
     dx = u.new_empty((R, T, B, F) if need_x else (0,))
-    return dx, torch.empty_like(u), torch.empty_like(V), torch.empty_like(b), u.new_empty((R, B, c, n))
+    return dx, _like(u), _like(V), _like(b), u.new_empty((R, B, c, n))
 
 
 @rows_backward.register_fake
 def _(gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision):
-    return torch.empty_like(table), torch.empty_like(u), u.new_empty((u.shape[0], index.shape[2], *table.shape[2:]))
+    return _like(table), _like(u), u.new_empty((u.shape[0], index.shape[2], *table.shape[2:]))
 
 
 @dense_backward.register_fake
 def _(gy, drive, U, h_0, y, kept, activation, last, precision):
-    return torch.empty_like(drive), torch.empty_like(U), drive.new_empty((drive.shape[0], *drive.shape[2:]))
+    return _like(drive), _like(U), drive.new_empty((drive.shape[0], *drive.shape[2:]))
 
 # %% ../nbs/03_scan.ipynb #e61c0545
 class Workspace:
@@ -462,7 +466,7 @@ class Workspace:
 
 workspace = Workspace()
 
-# %% ../nbs/03_scan.ipynb #00797664
+# %% ../nbs/03_scan.ipynb #cde6a142
 def fresh_pages(size: int) -> mmap.mmap:
     "Anonymous memory from the system, in huge pages where it has them."
     size = -(-size // 2**21) * 2**21
@@ -475,9 +479,9 @@ def fresh_pages(size: int) -> mmap.mmap:
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
-# %% ../nbs/03_scan.ipynb #00ca4050
+# %% ../nbs/03_scan.ipynb #6b067f56
 class Rings:
-    "Every view that the time loop needs of states [S, R, n + 2p, c, B], made once: Python is slow, a step is short."
+    "Every view that a time loop needs of states [S, R, n + 2p, c, B], made once: Python is slow and a step is short."
 
     def __init__(self, states, groups, n, k):
         S, R, padded, c, B = states.shape
@@ -495,6 +499,11 @@ class Rings:
         "Copy both ends of the rings next to the other end."
         for halo, inside in zip(self.ends[i][::2], self.ends[i][1::2], strict=True):
             halo.copy_(inside)
+
+    def append(self, other):
+        "Add the views of another buffer behind these."
+        for name in "rings", "flat", "body", "windows", "ends":
+            setattr(self, name, [*getattr(self, name), *getattr(other, name)])
 
 # %% ../nbs/03_scan.ipynb #4b6faa62
 def _activate(activation):
@@ -584,7 +593,7 @@ class LookupDrive:
     def grad(self):
         return self.sums
 
-# %% ../nbs/03_scan.ipynb #56b3291f
+# %% ../nbs/03_scan.ipynb #8b50df80
 def _groups(u):
     "On a CPU every run keeps to its own cache; on a GPU all runs share each launch."
     return u.shape[0] if u.device.type == "cpu" else 1
@@ -598,6 +607,44 @@ def _spread(taps, n, k, groups):
     return taps[:, None].expand(R, n + k - 1, rows, columns).flatten(0, 1)[None, : R * (n + k - 1) - k + 1]
 
 
+def _slots(T, c, n, keep=True):
+    """Where h_0 ... h_T are kept. A loop that keeps nothing needs two places. Wide models keep three states of four and compute
+    the fourth again in the backward pass, in place -1: 8 % more time, 25 % less memory."""
+    if not keep:
+        return [t % 2 for t in range(T + 1)]
+    if c * n < 4096:
+        return list(range(T + 1))
+    return [t - t // 4 if t % 4 < 3 else -1 for t in range(T + 1)]
+
+
+def _kept(T, c, n):
+    "How many places that takes, for a T that may be symbolic."
+    return T + 1 if c * n < 4096 else T + 1 - (T + 1) // 4
+
+# %% ../nbs/03_scan.ipynb #5a5aa5a0
+class WaveSteps:
+    "What the forward and the backward loop share: the states in their slots, and the step from one to the next."
+
+    def __init__(self, u, drive, activation, states, slots, n):
+        (self.R, self.c, _, k), self.n, self.p = u.shape, n, u.shape[3] // 2
+        self.G, self.drive, self.slots, self.act = _groups(u), drive, slots, _activate(activation)
+        self.taps = _spread(u.transpose(2, 3).reshape(self.R, self.c, k * self.c), n, k, self.G)
+        self.view = Rings(states, self.G, n, k)
+        if -1 in slots:
+            self.view.append(Rings(torch.empty_like(states[:1]), self.G, n, k))
+
+    def at(self, t, g):
+        "Index of the views of h_t, for group g of the runs."
+        return self.slots[t] * self.G + g
+
+    def advance(self, t, g):
+        "h_(t+1) from h_t: a product for the drive, one for the recurrence, the activation, two ends to copy."
+        now, then = self.at(t, g), self.at(t + 1, g)
+        self.drive.write(t, g, self.view.flat[then])
+        self.act(self.view.body[then].baddbmm_(self.taps[g], self.view.windows[now]))
+        self.view.close(then)
+
+# %% ../nbs/03_scan.ipynb #f8648873
 def batch_last_forward(
     drive,  # what writes V x_t + b, a LinearDrive or LookupDrive
     u: Tensor,  # [R, c, c, k]
@@ -608,67 +655,66 @@ def batch_last_forward(
     activation: str,
     last: bool,
     keep: bool,  # return the states as well?
-) -> tuple[Tensor, Tensor]:  # y, and states [T + 1, R, n + 2p, c, B] or nothing
-    "The forward time loop: a product for the drive, one for the recurrence, the activation, two ends to copy."
-    (R, c, _, k), G, p, act = u.shape, _groups(u), u.shape[3] // 2, _activate(activation)
-    S = T + 1 if keep else 2
-    states = workspace.empty(u, (S, R, n + k - 1, c, B))
-    start = states[0, :, p : p + n]
+) -> tuple[Tensor, Tensor]:  # y, and states [S, R, n + 2p, c, B] or nothing
+    "The forward time loop."
+    R, c, _, k = u.shape
+    states = workspace.empty(u, (_kept(T, c, n) if keep else 2, R, n + k - 1, c, B))
+    steps = WaveSteps(u, drive, activation, states, _slots(T, c, n, keep), n)
+    start = states[0, :, k // 2 : k // 2 + n]
     start.zero_() if h_0 is None else start.copy_(h_0.permute(0, 3, 2, 1))
-    view, taps = Rings(states, G, n, k), _spread(u.transpose(2, 3).reshape(R, c, k * c), n, k, G)
-    scratch = u.new_empty(R // G, c, n, B) if G == R else None
     y = workspace.empty(u, (R, B, c, n) if last else (R, T, B, c, n))
-    outs = y.view(G, R // G, -1, B, c, n)
-    for g in range(G):
-        view.close(g)
+    out = y.view(steps.G, R // steps.G, -1, B, c, n)
+    scratch = u.new_empty(1, c, n, B) if steps.G == R else None
+    for g in range(steps.G):
+        steps.view.close(g)
         for t in range(T):
-            now, then = t % S * G + g, (t + 1) % S * G + g
-            drive.write(t, g, view.flat[then])
-            act(view.body[then].baddbmm_(taps[g], view.windows[now]))
-            view.close(then)
+            steps.advance(t, g)
             if not last or t == T - 1:
-                _turn_out(view.rings[then], outs[g, :, 0 if last else t], scratch)
+                _turn_out(steps.view.rings[steps.at(t + 1, g)], out[g, :, 0 if last else t], scratch)
     return y, states if keep else u.new_empty(0)
 
-
+# %% ../nbs/03_scan.ipynb #a2c271c8
 def batch_last_backward(
     drive,  # what collects the gradient of V and b
     gy: Tensor,  # dL/dh_t [R, T, B, c, n], or dL/dh_T [R, B, c, n]
     u: Tensor,  # [R, c, c, k]
-    states: Tensor,  # [T + 1, R, n + 2p, c, B]
+    states: Tensor,  # [S, R, n + 2p, c, B]
+    T: int,
+    n: int,
     activation: str,
     last: bool,
 ) -> tuple[Tensor, Tensor]:  # du, dh_0
     "The backward time loop: the same wave, with the kernel mirrored and its rings exchanged, running the other way."
-    (R, c, _, k), G, p, slope = u.shape, _groups(u), u.shape[3] // 2, _slope(activation)
-    T, n, B = states.shape[0] - 1, states.shape[2] - k + 1, states.shape[4]
-    view, taps = (
-        Rings(states.contiguous(), G, n, k),
-        _spread(u.flip(3).permute(0, 2, 3, 1).reshape(R, c, k * c), n, k, G),
-    )
-    delta = Rings(u.new_zeros(1, R // G, n + k - 1, c, B), 1, n, k)
-    scratch = u.new_empty(R // G, c, n, B) if G == R else None
-    ins = (gy[:, None] if last else gy).unflatten(0, (G, R // G))
-    padded = u.new_zeros(R // G, n + k - 1, c, B)  # dL/dh, with rows for the windows that belong to nobody
-    dh, windows = padded[:, p : p + n], padded.flatten(0, 1)[p : (n + k - 1) * (R // G) - p]
-    du, dh_0 = u.new_zeros(R, c, k * c), u.new_empty(R // G * G, B, c, n)
+    (R, c, _, k), B, slope = u.shape, states.shape[4], _slope(activation)
+    steps = WaveSteps(u, drive, activation, states.contiguous(), _slots(T, c, n), n)
+    view, G, p, size = steps.view, steps.G, k // 2, R // steps.G
+    taps = _spread(u.flip(3).permute(0, 2, 3, 1).reshape(R, c, k * c), n, k, G)
+    delta = Rings(u.new_zeros(1, size, n + k - 1, c, B), 1, n, k)
+    padded = u.new_zeros(size, n + k - 1, c, B)  # dL/dh, with rows for the windows that belong to nobody
+    dh, body = padded[:, p : p + n], padded.flatten(0, 1)[p : size * (n + k - 1) - p]
+    scratch = u.new_empty(1, c, n, B) if G == R else None
+    gys = (gy[:, None] if last else gy).unflatten(0, (G, size))
+    du, dh_0 = u.new_empty(G, size, c, k * c), u.new_empty(G, size, B, c, n)
     for g in range(G):
-        _turn_in(ins[g, :, -1], dh, scratch)
-        sums = u.new_zeros(len(windows), c, k * c)
-        for t in range(T - 1, -1, -1):
-            slope(dh, view.rings[(t + 1) * G + g], delta.rings[0])
+        _turn_in(gys[g, :, -1], dh, scratch)
+        sums = u.new_zeros(len(body), c, k * c)
+        for t in range(T, 0, -1):
+            for missing in (T, t - 1) if t == T else (t - 1,):
+                if steps.slots[missing] < 0:
+                    steps.advance(missing - 1, g)
+            slope(dh, view.rings[steps.at(t, g)], delta.rings[0])
             delta.close(0)
-            sums.baddbmm_(delta.body[0], view.windows[t * G + g].mT)
-            drive.add(t, g, delta.flat[0])
-            if last or t == 0:
-                torch.bmm(taps[g], delta.windows[0], out=windows)
+            sums.baddbmm_(delta.body[0], view.windows[steps.at(t - 1, g)].mT)
+            drive.add(t - 1, g, delta.flat[0])
+            if not last and t > 1:
+                _turn_in(gys[g, :, t - 2], dh, scratch)
+                body.baddbmm_(taps[g], delta.windows[0])
             else:
-                _turn_in(ins[g, :, t - 1], dh, scratch)
-                windows.baddbmm_(taps[g], delta.windows[0])
-        _turn_out(dh, dh_0.view(G, R // G, B, c, n)[g], scratch)
-        sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, k - 1)).view(R // G, n + k - 1, c, k * c)
-        torch.sum(sums[:, :n], 1, out=du.view(G, R // G, c, k * c)[g])
-    return du.view(R, c, k, c).transpose(2, 3).contiguous(), dh_0
+                torch.bmm(taps[g], delta.windows[0], out=body)
+        _turn_out(dh, dh_0[g], scratch)
+        whole = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, k - 1)).view(size, n + k - 1, c, k * c)
+        torch.sum(whole[:, :n], 1, out=du[g])
+    return du.view(R, c, k, c).transpose(2, 3).contiguous(), dh_0.flatten(0, 1)
 
 # %% ../nbs/03_scan.ipynb #e0bf9643
 def _check_range(index, rows):
@@ -676,7 +722,7 @@ def _check_range(index, rows):
     if index.device.type == "cpu" and not (0 <= index.min() and index.max() < rows):
         raise ScanError(f"x: expected integers from 0 to {rows - 1}, got {index.min()} to {index.max()}")
 
-# %% ../nbs/03_scan.ipynb #7fa70130
+# %% ../nbs/03_scan.ipynb #5b799658
 class TorchBackend(Backend):
     "Plain PyTorch on any device, the batch in the last dimension."
 
@@ -688,7 +734,7 @@ class TorchBackend(Backend):
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision):
         if kind == "dense":
             return ((R, T, B, n) if last else (0,)), None
-        return (T + 1, R, n + k - 1, c, B), None
+        return (_kept(T, c, n), R, n + k - 1, c, B), None
 
     def kept_run_dim(self, kind):
         return 0 if kind == "dense" else 1
@@ -717,10 +763,10 @@ class TorchBackend(Backend):
         if need_x:
             dx = u.new_empty(G, T, R // G, F + 1, B)
             drive.dx = dx.flatten(0, 1).unbind(0)
-        du, dh_0 = batch_last_backward(drive, gy, u, kept, activation, last)
+        du, dh_0 = batch_last_backward(drive, gy, u, kept, T, n, activation, last)
         dV, db = drive.grad().reshape(R, n, c, F + 1).transpose(1, 2).split([F, 1], -1)
         dx = dx.transpose(1, 2).flatten(0, 1)[:, :, :F].mT.contiguous() if need_x else u.new_empty(0)
-        return dx, du, dV.contiguous(), db.squeeze(-1).clone(memory_format=torch.contiguous_format), dh_0
+        return dx, du, dV.contiguous(), db.squeeze(-1).contiguous(), dh_0
 
     def rows_forward(self, index, order, offsets, table, u, h_0, activation, last, keep, precision):
         _check_range(index, table.shape[1])
@@ -728,9 +774,9 @@ class TorchBackend(Backend):
         return batch_last_forward(self.lookup(index, table), u, h_0, T, B, n, activation, last, keep)
 
     def rows_backward(self, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision):
-        R, F, c, n = table.shape
+        (R, F, c, n), T = table.shape, index.shape[1]
         drive = self.lookup(index, table, grad=True)
-        du, dh_0 = batch_last_backward(drive, gy, u, kept, activation, last)
+        du, dh_0 = batch_last_backward(drive, gy, u, kept, T, n, activation, last)
         grad = drive.grad().mT if isinstance(drive, LinearDrive) else drive.grad()
         return grad.reshape(R, F, n, c).transpose(2, 3).contiguous(), du, dh_0
 
@@ -758,7 +804,7 @@ class TorchBackend(Backend):
 
 register_backend("torch", TorchBackend())
 
-# %% ../nbs/03_scan.ipynb #14cbc7bc
+# %% ../nbs/03_scan.ipynb #3750d6fb
 _FORWARD = {"wave": wave_forward, "rows": rows_forward, "dense": dense_forward}
 _BACKWARD = {"wave": wave_backward, "rows": rows_backward, "dense": dense_backward}
 _RUNS_OF = {"wave": 1, "rows": 4, "dense": 1}  # the argument that always has every run: u, u, U
@@ -769,6 +815,7 @@ def _scan(kind, activation, last, precision, *tensors, keep=False):
     "Apply the operator, keeping the states only if somebody may ask for a gradient."
     keep = keep or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():  # the compiler reads the operator's own gradient
+        keep = torch.is_grad_enabled()  # inside vmap it cannot tell who needs one
         return _FORWARD[kind](*tensors, activation, last, keep, precision)
     return ScanFunction.apply(kind, activation, last, keep, precision, *tensors)
 
@@ -871,7 +918,7 @@ class ScanGradient(torch.autograd.Function):
         out = [g if g.dim() == 1 else g.unflatten(0, (V, R)) for g in grads]
         return tuple(out), tuple(None if g.dim() == 1 else 0 for g in grads)
 
-# %% ../nbs/03_scan.ipynb #0d50b86b
+# %% ../nbs/03_scan.ipynb #27cbb27d
 def _register_autograd(kind, op):
     "Give the bare operator its gradient too: `torch.compile` and `opcheck` look for it there."
 
@@ -885,7 +932,22 @@ def _register_autograd(kind, op):
     def backward(ctx, gy, _):
         return *_gradients(ctx, gy, ctx.needs_input_grad[0]), None, None, None, None
 
+    def vmap(info, in_dims, *args):
+        *tensors, activation, last, keep, precision = args
+        return ScanFunction.vmap(info, (None,) * 5 + in_dims[:-4], kind, activation, last, keep, precision, *tensors)
+
+    def vmap_backward(info, in_dims, *args):
+        at = len(args) - (6 if kind == "wave" else 5)  # gy, the inputs; then y, kept and the options
+        gy, *tensors = args[:at]
+        y, kept, activation, last, precision, *need_x = args[at:]
+        dims = (None,) * 5 + (in_dims[0], in_dims[at], in_dims[at + 1], *in_dims[1:at])
+        return ScanGradient.vmap(
+            info, dims, kind, activation, last, precision, *need_x or (False,), gy, y, kept, *tensors
+        )
+
     op.register_autograd(backward, setup_context=setup_context)
+    op.register_vmap(vmap)
+    _BACKWARD[kind].register_vmap(vmap_backward)
 
 
 for _kind, _op in _FORWARD.items():
@@ -1010,7 +1072,7 @@ def _wave_scan(x, u, V, b, h_0, *options):
     index, order, offsets = (None if i is None else i[None] for i in x[1:])
     return _scan("rows", *options, index, order, offsets, table[None], u[None], h_0)[0][0]
 
-# %% ../nbs/03_scan.ipynb #3541b9fe
+# %% ../nbs/03_scan.ipynb #8577d047
 def dense_scan(
     x: Tensor | Rows,  # input [T, B, F], tokens int64 [T, B], or rows of a table
     U: Tensor,  # recurrent matrix [m, m]
@@ -1032,9 +1094,11 @@ def dense_scan(
     fit_state(h_0, sizes["B"], sizes["m"])
     U, x, V, b, h_0 = same_kind_input(U, x, V=V, b=b, h_0=h_0)
     with no_autocast(U.device):
+        # Every step gets its own copy of its input: the gradient of V is then one product, and no sum over equal rows.
         if isinstance(x, Rows):
-            drive = (x.table @ V.T + b)[x.index]
-        else:
-            drive = (x @ V.T if x.is_floating_point() else V.T[x]) + b
+            x = x.table[x.index]
+        elif not x.is_floating_point():
+            x = (x[..., None] == torch.arange(V.shape[1], device=x.device)).to(V.dtype)
+        drive = x @ V.T + b
         h_0 = None if h_0 is None else h_0[None]
         return _scan("dense", activation, last, precision, drive[None], U[None], h_0)[0][0].to(dtype)
