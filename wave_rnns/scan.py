@@ -722,7 +722,7 @@ def _check_range(index, rows):
     if index.device.type == "cpu" and not (0 <= index.min() and index.max() < rows):
         raise ScanError(f"x: expected integers from 0 to {rows - 1}, got {index.min()} to {index.max()}")
 
-# %% ../nbs/03_scan.ipynb #5b799658
+# %% ../nbs/03_scan.ipynb #61ace4c6
 class TorchBackend(Backend):
     "Plain PyTorch on any device, the batch in the last dimension."
 
@@ -766,7 +766,7 @@ class TorchBackend(Backend):
         du, dh_0 = batch_last_backward(drive, gy, u, kept, T, n, activation, last)
         dV, db = drive.grad().reshape(R, n, c, F + 1).transpose(1, 2).split([F, 1], -1)
         dx = dx.transpose(1, 2).flatten(0, 1)[:, :, :F].mT.contiguous() if need_x else u.new_empty(0)
-        return dx, du, dV.contiguous(), db.squeeze(-1).contiguous(), dh_0
+        return dx, du, dV.contiguous(), db.squeeze(-1).clone(memory_format=torch.contiguous_format), dh_0
 
     def rows_forward(self, index, order, offsets, table, u, h_0, activation, last, keep, precision):
         _check_range(index, table.shape[1])
@@ -1072,7 +1072,7 @@ def _wave_scan(x, u, V, b, h_0, *options):
     index, order, offsets = (None if i is None else i[None] for i in x[1:])
     return _scan("rows", *options, index, order, offsets, table[None], u[None], h_0)[0][0]
 
-# %% ../nbs/03_scan.ipynb #8577d047
+# %% ../nbs/03_scan.ipynb #2fb1e42e
 def dense_scan(
     x: Tensor | Rows,  # input [T, B, F], tokens int64 [T, B], or rows of a table
     U: Tensor,  # recurrent matrix [m, m]
@@ -1098,7 +1098,7 @@ def dense_scan(
         if isinstance(x, Rows):
             x = x.table[x.index]
         elif not x.is_floating_point():
-            x = (x[..., None] == torch.arange(V.shape[1], device=x.device)).to(V.dtype)
+            x = V.new_zeros(*x.shape, V.shape[1]).scatter(-1, x[..., None], 1.0)
         drive = x @ V.T + b
         h_0 = None if h_0 is None else h_0[None]
         return _scan("dense", activation, last, precision, drive[None], U[None], h_0)[0][0].to(dtype)
