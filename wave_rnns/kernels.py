@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'INSTRUCTIONS', 'NATURAL', 'SPLIT', 'WEIGHTS', 'EDGES', 'CON
            'nvrtc_architectures', 'architecture_for', 'compile_kernel', 'compile_report', 'Module', 'load_module',
            'fall_back', 'Plan', 'run_forward', 'run_backward', 'kept_states', 'place_rows', 'sum_rows', 'CudaBackend']
 
-# %% ../nbs/04_kernels.ipynb #64fd42b1
+# %% ../nbs/04_kernels.ipynb #cc062f44
 import ctypes
 import functools
 import glob
@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

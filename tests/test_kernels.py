@@ -1,0 +1,257 @@
+"""The wave kernels as far as a machine without a GPU can see them: they compile everywhere, fit, and step aside politely."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import wave_rnns.kernels as K
+from wave_rnns.scan import BACKENDS, backend_for
+
+try:
+    K.nvrtc()
+except K.KernelError:
+    pytest.skip("this PyTorch has no NVRTC", allow_module_level=True)
+
+PAPER = {
+    "smnist": dict(n=256, c=16, F=1),
+    "adding": dict(n=100, c=27, F=2),
+    "copy": dict(n=100, c=6, F=0, states=True, rows=10),
+    "nscifar10": dict(n=256, c=16, F=0, emit=2, pair=2),
+}
+AWKWARD = [
+    dict(n=3, c=1, F=1),
+    dict(n=97, c=5, F=2, activation="tanh", states=True, emit=1),
+    dict(n=97, c=5, F=0, emit=2),
+    dict(n=33, c=20, F=1, activation="identity"),
+    dict(n=256, c=16, F=0, emit=2, pair=2, precision="fast", mt=2),
+    dict(n=512, c=16, F=1, keep=False),
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    "Pretend to be an H100, as far as choosing goes."
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    properties = type("properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.setattr(K, "_WARNED", set())
+    backend_for.cache_clear()
+    yield torch.device("cuda", 0)
+    backend_for.cache_clear()
+
+
+def kernels(plan, arch="sm_90"):
+    "Resources of the forward and of the backward kernel."
+    forward = K.compile_report(K.WAVE_SOURCE, plan.macros(True), arch)["wave_forward"]
+    return forward, K.compile_report(K.WAVE_SOURCE, plan.macros(False), arch)["wave_backward"]
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_machine_code_for_every_generation(arch, tmp_path, monkeypatch):
+    if arch not in K.nvrtc_architectures():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    plan = K.Plan(97, 5, 2, limit=K.SHARED_LIMIT.get(arch, 227) << 10)
+    for forward in (True, False):
+        assert K.compile_kernel(K.WAVE_SOURCE, plan.macros(forward), f"sm_{arch}")[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("precision", ["faithful", "fast"])
+@pytest.mark.parametrize("size", PAPER)
+def test_the_papers_sizes_stay_in_registers(size, precision):
+    forward, backward = kernels(K.Plan(**PAPER[size], precision=precision))
+    assert forward["stack"] == 0
+    assert backward["spill_stores"] <= 128  # adding: three rings of eight channels leave no register free
+
+
+@pytest.mark.parametrize("size", AWKWARD, ids=str)
+def test_awkward_sizes_compile(size):
+    plan = K.Plan(**size)
+    K.compile_report(K.WAVE_SOURCE, plan.macros(True))
+    if plan.keep:
+        K.compile_report(K.WAVE_SOURCE, plan.macros(False))
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+@pytest.mark.parametrize("size", ["smnist", "adding", "copy"])
+def test_shared_memory_fits_small_gpus_too(size, kilobytes):
+    for precision in ("faithful", "fast"):
+        plan = K.Plan(**PAPER[size] | {"rows": 0, "sums_shared": 0}, precision=precision, limit=kilobytes << 10)
+        assert max(plan.shared()) <= kilobytes << 10, (precision, plan.shared())
+
+
+def test_what_the_macros_say_about_shared_memory_is_what_the_plan_asks_for():
+    """The kernel lays its arrays out one after the other; the plan adds their sizes up. The backward ring is the largest:
+    one more step of it must cost exactly one more stage."""
+    for size in PAPER.values():
+        a, b = (K.Plan(**size, ring=r, limit=1 << 30) for r in (4, 8))
+        stage = a.kept_terms * a.tile * 4 + (a.vals * a.threads * 16 if a.states else 0)
+        assert b.shared()[1] - a.shared()[1] == 4 * a.pair * stage
+
+
+def test_cache_hits_and_heals(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    source = 'extern "C" __global__ void k(float *a) { a[0] = N; }'
+    code = K.compile_kernel(source, {"N": 3}, "sm_90", "tiny")
+    assert "compiling tiny for sm_90 (N=3)" in capfd.readouterr().err
+    assert K.compile_kernel(source, {"N": 3}, "sm_90", "tiny") == code
+    assert capfd.readouterr().err == ""
+    (file,) = (tmp_path / "kernels").glob("*.cubin")
+    file.write_bytes(file.read_bytes()[:100] + b"x" + file.read_bytes()[101:])
+    assert K.compile_kernel(source, {"N": 3}, "sm_90", "tiny") == code
+    assert "compiling" in capfd.readouterr().err  # a damaged file is not run
+    assert K.compile_kernel(source, {"N": 4}, "sm_90", "tiny") != code
+
+
+def test_cache_folder_may_be_unwritable(tmp_path, monkeypatch):
+    (tmp_path / "kernels").write_text("a file where the folder should be")
+    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
+    assert K.compile_kernel('extern "C" __global__ void k() {}', {}, "sm_90")[:4] == b"\x7fELF"
+
+
+def test_compiler_message_reaches_the_user():
+    with pytest.raises(K.KernelError, match=r"(?s)bad does not compile.*not_a_type.*undefined"):
+        K.compile_kernel('extern "C" __global__ void k(not_a_type x) {}', {}, "sm_90", "bad")
+
+
+def test_architecture_choice():
+    assert K.architecture_for((8, 0)) == "sm_80"
+    assert K.architecture_for((9, 0)) == "sm_90"
+    assert K.architecture_for((8, 9)).startswith("sm_8")
+    assert K.architecture_for((99, 0)).startswith("compute_")  # a chip newer than the compiler: PTX
+    with pytest.raises(K.KernelError, match=r"2\.0"):
+        K.architecture_for((2, 0))
+
+
+REFUSED = [
+    (dict(c=40), "c = 40 rings, at most 32"),
+    (dict(n=2), "n = 2 neurons, at least 3"),
+    (dict(n=20000), "threads, at most 512"),
+]
+
+
+@pytest.mark.parametrize("change, words", REFUSED, ids=str)
+def test_sizes_that_do_not_fit_are_named_once(change, words, gpu):
+    ask = dict(
+        kind="wave", device=gpu, dtype=torch.float32, c=16, n=256, k=3, F=1, activation="relu", precision="faithful"
+    )
+    backend = K.CudaBackend()
+    assert backend.supports(**ask)
+    with pytest.warns(UserWarning, match=words):
+        assert not backend.supports(**ask | change)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not backend.supports(**ask | change)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(dtype=torch.float64), dict(k=5), dict(device=torch.device("cpu")), dict(kind="dense")], ids=str
+)
+def test_other_calls_are_none_of_its_business(change, gpu):
+    ask = dict(
+        kind="wave", device=gpu, dtype=torch.float32, c=16, n=256, k=3, F=1, activation="relu", precision="faithful"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not K.CudaBackend().supports(**ask | change)
+
+
+def test_old_gpu_and_missing_compiler_fall_back(gpu, monkeypatch):
+    ask = dict(
+        kind="wave", device=gpu, dtype=torch.float32, c=16, n=256, k=3, F=1, activation="relu", precision="faithful"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.warns(UserWarning, match="compute capability 7.5, at least 8.0"):
+        assert not K.CudaBackend().supports(**ask)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+    def missing():
+        raise K.KernelError("NVRTC (libnvrtc.so.13) was not found")
+
+    monkeypatch.setattr(K, "nvrtc_architectures", missing)
+    with pytest.warns(UserWarning, match="NVRTC .* was not found"):
+        assert not K.CudaBackend().supports(**ask)
+
+
+def problem(R=2, T=5, B=3, c=2, n=6, F=1):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
+    return rand(R, T, B, F), rand(R, c, c, 3), rand(R, c, n, F), rand(R, c, n), rand(R, B, c, n)
+
+
+def test_a_kernel_that_does_not_compile_is_replaced(gpu, monkeypatch):
+    "Forward and backward, also when only the backward kernel fails: the torch backend does both again."
+
+    def fail(*_, **__):
+        raise K.KernelError("ptxas had a bad day")
+
+    monkeypatch.setattr(K, "run_forward", fail)
+    monkeypatch.setattr(K, "run_backward", fail)
+    backend, torch_ = K.CudaBackend(), BACKENDS["torch"]
+    args = problem()
+    with pytest.warns(UserWarning, match="ptxas had a bad day"):
+        y, kept = backend.wave_forward(*args, "relu", False, True, "faithful")
+    want, kept_torch = torch_.wave_forward(*args, "relu", False, True, "faithful")
+    assert torch.equal(y, want)
+    gy = torch.ones_like(y)
+    ours = backend.wave_backward(gy, *args, y, torch.empty(0, dtype=torch.int32), "relu", False, "faithful", True)
+    for a, b in zip(
+        ours, torch_.wave_backward(gy, *args, want, kept_torch, "relu", False, "faithful", True), strict=True
+    ):
+        assert torch.equal(a, b)
+    with pytest.warns(UserWarning, match="did not compile"):  # asked again: no
+        assert not backend.supports("wave", gpu, torch.float32, 2, 6, 3, 1, "relu", "faithful")
+
+
+def test_kept_holds_every_share(gpu):
+    "The share of a thread depends on how many blocks there are; what is kept must be large enough for both."
+    backend = K.CudaBackend()
+    for n, c in ((256, 16), (264, 9), (512, 16), (100, 27), (97, 5)):
+        shape, dtype = backend.kept_shape("wave", 2, 7, 3, c, n, 3, 1, "relu", True, "faithful")
+        assert dtype == torch.int32 and shape[:3] == (2, 3, 8)
+        for blocks in (1, 10_000):
+            p = backend.plan(gpu, n, c, 1, "relu", "faithful", False, blocks)
+            assert p.tile * p.kept_terms <= shape[3]
+
+
+@pytest.mark.parametrize("n, c, mt", [(256, 16, 4), (100, 27, 1), (97, 5, 1), (100, 6, 2), (12, 3, 2)])
+def test_kept_states_undoes_the_fragment_order(n, c, mt):
+    "Write the number of each (channel, neuron) where the kernel would put it, by the layout's definition; read it back."
+    p = K.Plan(n, c, 1, precision="fast", mt=mt)
+    words = torch.zeros(p.warps, 2 * mt, p.cq, 32, 2)
+    for channel in range(c):
+        for neuron in range(n):
+            group, slot = divmod(neuron, 2 * mt)
+            warp, g = divmod(group, 8)
+            q, within = divmod(channel, 8)
+            words[warp, slot, q, g * 4 + within // 2, within % 2] = (channel * n + neuron) % 251
+    kept = words.to(torch.bfloat16).view(torch.int32).reshape(1, 1, 1, -1)
+    want = torch.arange(c * n).view(c, n) % 251
+    assert torch.equal(K.kept_states(p, kept)[0, 0, 0].long(), want)
+
+
+def test_rows_used_once_have_their_own_place():
+    index = torch.tensor([[[0, 1], [2, 2], [4, 0]]])  # [1, T=3, B=2]; row 3 is never used
+    order, offsets = K._sort_rows(index, 5)
+    assert order.tolist() == [[0, 5, 1, 2, 3, 4]] and offsets.tolist() == [[0, 2, 3, 5, 5, 6]]
+    assert K.place_rows(index, offsets).tolist() == [[[~0, 1], [~2, ~2], [4, ~0]]]
+
+
+def test_row_sums_go_where_they_fit(gpu):
+    backend = K.CudaBackend()
+    assert backend.rows_plan(gpu, 100, 6, 10, 1, 128, "relu", "faithful", True).rows == 10
+    many = backend.rows_plan(gpu, 256, 16, 9000, 1, 256, "relu", "faithful", False)
+    assert (many.rows, many.emit, many.pair) == (0, 2, 2)
+    assert backend.rows_plan(gpu, 256, 16, 9000, 1, 255, "relu", "faithful", False).pair == 1
+
+
+def test_import_touches_neither_cuda_nor_the_compiler():
+    code = "import torch, wave_rnns.kernels as K; assert not torch.cuda.is_initialized() and not K.nvrtc.cache_info().currsize"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_atomics():
+    assert "atomic" not in K.WAVE_SOURCE  # sums have one order: the same run twice gives the same bits
