@@ -1,0 +1,233 @@
+"The commands as a user meets them: help, one-line errors, exit codes, interruption."
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+TINY = {
+    "base": "copy30_wrnn",
+    "task_options": {"T": 1, "batch_size": 8, "valid_size": 50, "test_size": 50},
+    "model": {"n": 8, "c": 2},
+    **dict(lr=1e-2, steps=20, eval_every=5, log_every=5),
+}
+
+
+@pytest.fixture
+def script(tmp_path):
+    "What pip makes of an entry point: a file that imports the function and exits with what it returns."
+
+    def make(name):
+        path, module = tmp_path / "bin" / name, "reports" if name == "wrnn_tables" else "experiments"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            f"import sys\nfrom wave_rnns.{module} import {name}\nif __name__ == '__main__':\n    sys.exit({name}())\n"
+        )
+        return [sys.executable, str(path)]
+
+    return make
+
+
+@pytest.fixture
+def call(script, tmp_path, monkeypatch, capfd):
+    "Run a command in an empty folder -> (exit code, stdout, stderr). In this process: only importing torch is spared."
+
+    def run(name, *args, **env):
+        path = script(name)[1]
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(sys, "argv", [path, *map(str, args)])
+            patched.setattr(warnings, "showwarning", warnings.showwarning)  # commands show them their own way
+            patched.setenv("COLUMNS", "100")
+            for key, value in env.items():
+                patched.setenv(key, value)
+            with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+                warnings.simplefilter("default")
+                runpy.run_path(path, run_name="__main__")
+        out, err = capfd.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def test_entry_points_exist():
+    import configparser
+    import importlib
+
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    points = dict(p.split("=") for p in settings["DEFAULT"]["console_scripts"].split())
+    for name in ("wrnn_train", "wrnn_todo", "wrnn_tables"):
+        module, function = points[name].split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (
+            "wrnn_train",
+            ["demo_copy30_wrnn", "--seeds", "--device", "--results", "--resume", "--list", "75", "a pattern like"],
+        ),
+        ("wrnn_todo", ["no record yet", "--results", "diverged run counts as done"]),
+        ("wrnn_tables", ["A dash means that nothing ran", "--results"]),
+    ],
+)
+def test_help_explains_and_does_not_wait_for_torch(script, name, says):
+    path = script(name)[1]
+    code = f"import runpy, sys; sys.argv = [{path!r}, '--help']\ntry: runpy.run_path({path!r}, run_name='__main__')\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules, 'help waited for torch'"
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(word in " ".join(done.stdout.split()) for word in says)
+
+
+def test_train_todo_tables(call, tiny, tmp_path):
+    assert call("wrnn_todo", tiny, "--results", "r")[1].startswith(
+        "wrnn_train tiny --seeds 0,1\n# 2 runs to do, 0 done"
+    )
+    code, out, err = call("wrnn_train", tiny, "--seeds", "0", "--results", "r", "--device", "cpu")
+    assert code == 0 and "tiny seed 0: done; test cross_entropy" in out and err == ""
+    assert call("wrnn_todo", tiny, "--results", "r")[1].startswith("wrnn_train tiny --seeds 1\n# 1 runs to do, 1 done")
+    stamp = next((tmp_path / "r/runs/copy").glob("*.json")).stat().st_mtime_ns
+    assert call("wrnn_train", tiny, "--seeds", "0-1", "--device", "cpu", WAVE_RNNS_RESULTS=str(tmp_path / "r"))[0] == 0
+    files = sorted((tmp_path / "r/runs/copy").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    assert len(files) == 4 and stamp in [p.stat().st_mtime_ns for p in files]  # the first run was left alone
+    code, out, err = call("wrnn_tables", "--results", "r")
+    assert code == 0 and out.startswith("2 records -> summary.md")
+    runs = (tmp_path / "r/tables/runs.md").read_text()
+    assert runs.count("| tiny |") == 2
+
+
+def test_begin_anew(call, tiny, tmp_path):
+    for args in ([], ["--resume"], ["--resume", "no"]):
+        assert call("wrnn_train", tiny, "--seeds", "0", "--results", "r", "--device", "cpu", *args)[0] == 0
+        stamps = [p.stat().st_mtime_ns for p in (tmp_path / "r/runs/copy").glob("*.json")]
+        if args == []:
+            first = stamps
+        assert (stamps == first) == (args != ["--resume", "no"])
+
+
+def test_list_shows_every_experiment(call):
+    from wave_rnns.experiments import EXPERIMENTS
+
+    code, out, _ = call("wrnn_train", "--list")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(EXPERIMENTS)
+
+
+def test_todo_knows_what_is_declared(call):
+    code, out, _ = call("wrnn_todo", "adding1000_*", "--results", "none")
+    assert code == 0
+    assert out.splitlines()[:2] == ["wrnn_train adding1000_wrnn --seeds 0,1", "wrnn_train adding1000_irnn --seeds 0,1"]
+
+
+@pytest.mark.parametrize(
+    "args, code, says",
+    [
+        ([], 2, "wrnn_train --list shows all"),
+        (["--no-such-option"], 2, "unrecognized arguments"),
+        (["smnist_cpu", "--seeds", "one"], 2, "expected whole numbers like 0,1"),
+        (["smnist_cpu", "--together", "x"], 2, "invalid int value"),
+        (["smnist_wrn"], 1, "did you mean smnist_wrnn"),
+        (["no_such_*"], 1, "wrnn_train --list"),
+        (["missing.json"], 1, "missing.json"),
+        (["copy30_wrnn", "--device", "gpu"], 1, "use cpu, cuda"),
+        (["copy30_wrnn", "--device", "cuda:99"], 1, "leave --device out"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_remedy(call, args, code, says):
+    found, out, err = call("wrnn_train", *args)
+    assert (found, out) == (code, "") and says in err
+    if code == 1 or "unrecognized" not in err and "invalid" not in err:  # argparse adds its own usage lines
+        assert err.count("\n") == 1 and err.startswith("wrnn_train: ")
+    assert not list(Path.cwd().glob("runs"))
+
+
+def test_wrong_files(call, tmp_path):
+    for text, says in (
+        ('{"base": "copy30_wrnn", "lrr": 1}', "did you mean 'lr'"),
+        ("{", "is not JSON"),
+        ('{"base": "copy"}', "no experiment"),
+    ):
+        (tmp_path / "wrong.json").write_text(text)
+        code, _, err = call("wrnn_train", "wrong.json")
+        assert code == 1 and says in err and err.count("\n") == 1
+
+
+def test_missing_data_is_one_line(call, tmp_path):
+    code, _, err = call(
+        "wrnn_train",
+        "smnist_cpu",
+        "--results",
+        "r",
+        WAVE_RNNS_DATA=str(tmp_path / "none"),
+        WAVE_RNNS_MNIST_URL="http://127.0.0.1:9/",
+    )
+    assert code == 1 and err.count("\n") <= 2 and "WAVE_RNNS_DATA" in err
+    assert not list((tmp_path / "r").glob("runs/*/*"))
+
+
+def test_a_results_folder_that_cannot_be_written(call, tiny, tmp_path):
+    (tmp_path / "r").write_text("a file, not a folder")
+    code, _, err = call("wrnn_train", tiny, "--results", "r", "--device", "cpu")
+    assert code == 1 and err.count("\n") == 1 and "r/" in err
+
+
+def test_a_damaged_record_is_one_warning(call, tiny, tmp_path):
+    call("wrnn_train", tiny, "--results", "r", "--device", "cpu", "--seeds", "0")
+    (record,) = (tmp_path / "r/runs/copy").glob("*.json")
+    record.write_text("{")
+    code, out, err = call("wrnn_todo", tiny, "--results", "r")
+    assert code == 0 and "2 runs to do" in out
+    assert err.count("\n") == 1 and "the run counts as not done" in err
+
+
+def test_todo_into_head(script, tmp_path):
+    command = " ".join(script("wrnn_todo")) + " --results none | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("wrnn_train ") and done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_saves_exits_75_and_goes_on(script, call, tmp_path, number):
+    "Stop it in the middle; the same command goes on; the records are those of a run that was never stopped."
+    (tmp_path / "long.json").write_text(json.dumps({**TINY, "steps": 1000, "eval_every": 100, "log_every": 20}))
+    args = ["long.json", "--device", "cpu", "--results", "r"]
+    process = subprocess.Popen(
+        [*script("wrnn_train"), *args], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "r").glob("checkpoints/*/runs.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.7)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "start again to go on" in err and err.count("\n") == 1 and "Traceback" not in err
+    assert list((tmp_path / "r").glob("checkpoints/*/population.safetensors")) and not list(
+        (tmp_path / "r").glob("runs/*/*")
+    )
+    assert call("wrnn_train", *args)[0] == 0
+    if number == signal.SIGINT:
+        return  # once is enough for the comparison
+    assert call("wrnn_train", *args[:-1], "whole")[0] == 0
+    a, b = (
+        {p.name: json.loads(p.read_text())["test_final"] for p in tmp_path.glob(f"{r}/runs/copy/*.json")}
+        for r in ("r", "whole")
+    )
+    assert len(a) == 2 and a == b
