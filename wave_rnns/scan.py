@@ -57,7 +57,7 @@ PRECISIONS = ("faithful", "fast")
 class ScanError(ConfigError, RuntimeError):
     "An input whose shape, dtype or device does not fit. Also a RuntimeError, which is what nn.RNN raises."
 
-# %% ../nbs/03_scan.ipynb #c9ed2b83
+# %% ../nbs/03_scan.ipynb #86b9894a
 def _drives(x, V, b):
     "The input's share of every step: a function t -> V x_t + b, shape [B, c, n] (or [B, m] for a dense V)."
     if isinstance(x, Rows):
@@ -77,6 +77,8 @@ def _steps(x):
 def _loop(step, x, V, b, h_0, last):
     "Apply `step(h, drive)` along the sequence."
     T, B = _steps(x)
+    if T == 0:
+        raise ScanError("x: expected a sequence length T of at least 1, got 0")
     drive = _drives(x, V, b)
     h = torch.zeros(B, *b.shape, dtype=b.dtype, device=b.device) if h_0 is None else h_0
     states = []
@@ -918,7 +920,7 @@ class ScanGradient(torch.autograd.Function):
         out = [g if g.dim() == 1 else g.unflatten(0, (V, R)) for g in grads]
         return tuple(out), tuple(None if g.dim() == 1 else 0 for g in grads)
 
-# %% ../nbs/03_scan.ipynb #27cbb27d
+# %% ../nbs/03_scan.ipynb #b7619612
 def _register_autograd(kind, op):
     "Give the bare operator its gradient too: `torch.compile` and `opcheck` look for it there."
 
@@ -1031,7 +1033,7 @@ def same_kind_input(like, x, **tensors):
         return like, x._replace(table=table), *rest
     return same_kind(like, x=x, **tensors)
 
-# %% ../nbs/03_scan.ipynb #9389f02f
+# %% ../nbs/03_scan.ipynb #d29fcbe4
 def wave_scan(
     x: Tensor | Rows,  # input [T, B, F], tokens int64 [T, B], or rows of a table
     u: Tensor,  # recurrent kernel [c, c, k], k odd
@@ -1062,17 +1064,20 @@ def wave_scan(
 
 
 def _wave_scan(x, u, V, b, h_0, *options):
-    "The operator, for one run."
-    h_0 = None if h_0 is None else h_0[None]
-    if not isinstance(x, Rows):
-        if x.is_floating_point():
-            return _scan("wave", *options, x[None], u[None], V[None], b[None], h_0)[0][0]
-        return _scan("rows", *options, x[None], None, None, (V.movedim(-1, 0) + b)[None], u[None], h_0)[0][0]
-    table = torch.tensordot(x.table, V, dims=([-1], [-1])) + b
-    index, order, offsets = (None if i is None else i[None] for i in x[1:])
-    return _scan("rows", *options, index, order, offsets, table[None], u[None], h_0)[0][0]
+    "The operator for one run, whatever the form of the input."
+    if isinstance(x, Rows):
+        table = torch.tensordot(x.table, V, dims=([-1], [-1])) + b
+        return _one_run("rows", options, *x[1:], table, u, h_0)
+    if x.is_floating_point():
+        return _one_run("wave", options, x, u, V, b, h_0)
+    return _one_run("rows", options, x, None, None, V.movedim(-1, 0) + b, u, h_0)
 
-# %% ../nbs/03_scan.ipynb #2fb1e42e
+
+def _one_run(kind, options, *tensors):
+    "Squeezed, not indexed: the gradient of `[0]` would copy everything into zeros."
+    return _scan(kind, *options, *(t if t is None else t[None] for t in tensors))[0].squeeze(0)
+
+# %% ../nbs/03_scan.ipynb #280193de
 def dense_scan(
     x: Tensor | Rows,  # input [T, B, F], tokens int64 [T, B], or rows of a table
     U: Tensor,  # recurrent matrix [m, m]
@@ -1100,5 +1105,4 @@ def dense_scan(
         elif not x.is_floating_point():
             x = V.new_zeros(*x.shape, V.shape[1]).scatter(-1, x[..., None], 1.0)
         drive = x @ V.T + b
-        h_0 = None if h_0 is None else h_0[None]
-        return _scan("dense", activation, last, precision, drive[None], U[None], h_0)[0][0].to(dtype)
+        return _one_run("dense", (activation, last, precision), drive, U, h_0).to(dtype)
