@@ -328,7 +328,13 @@ def main():
     except Exception as e:
         rows, record["error"] = [], f"{type(e).__name__}: {e}"
         print("FAIL", record["error"])
-    record |= {"summary": summary(rows), "cases": rows, "seconds": time.time() - start}
+    worst = {
+        f"{p} {k}": max((r for r in rows if r["precision"] == p), key=lambda r, k=k: r["error"][k], default=None)
+        for p in BOUNDS
+        for k in ("h", "drive", "U", "h_0")
+    }
+    record |= {"summary": summary(rows), "worst_cases": worst, "out_of_bounds": [r for r in rows if not r["ok"]][:100]}
+    record["seconds"] = time.time() - start
     record["ok"] = bool(rows) and all(r["ok"] for r in rows) and all(c["ok"] for c in record["checks"].values())
     atomic_write(options.out / "check_dense.json", to_json(record, indent=1))
     for key, entry in record["summary"].items():
