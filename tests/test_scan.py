@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from wave_rnns import scan
 from wave_rnns.core import ConfigError
@@ -75,7 +76,7 @@ def call(function, a, **options):
 
 def trainable(a):
     "Copies that ask for a gradient, where one exists."
-    return {k: v.clone().requires_grad_() if v is not None and v.is_floating_point() else v for k, v in a.items()}
+    return {k: v.detach().clone().requires_grad_() if v is not None and v.is_floating_point() else v for k, v in a.items()}
 
 
 def compare(function, a, activation, last, expected=None, **tolerance):
@@ -138,6 +139,19 @@ WAVES = [
 def test_wave_scan_is_the_loop_in_value_and_gradients(T, B, n, k, c, form, last, h_0, activation):
     a = inputs("wave", T, B, c, n, k, form=form)
     compare(wave_scan, a if h_0 else a | dict(h_0=None), activation, bool(last))
+
+
+@pytest.mark.parametrize("groups", ["CPU", "GPU"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("T", range(1, 10))
+def test_wide_models_keep_three_states_of_four(T, last, groups, monkeypatch):
+    if groups == "GPU":
+        monkeypatch.setattr(scan, "_groups", lambda u: 1)
+    a = inputs("wave", T, 2, c=16, n=256)
+    compare(wave_scan, a, "relu", last)
+    one_run = [t[None] for t in a.values()]
+    _, kept = torch.ops.wave_rnns.wave_forward(*one_run, "relu", last, True, "faithful")
+    assert len(kept) == T + 1 - (T + 1) // 4
 
 
 DENSES = [
@@ -278,6 +292,27 @@ def test_func_grad_and_a_gradient_for_each_sample(kind, last):
         assert_close(each[name].sum(0), t[name].grad, msg=lambda m, name=name: f"d{name}: {m}")
 
 
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_whole_jacobian(kind):
+    a = inputs(kind, T=4, B=2)
+    function = lambda f: lambda x: f(a | dict(x=x))  # noqa: E731
+    got = torch.func.jacrev(function(lambda a: SCANS[kind](**a, last=True)))(a["x"])
+    assert_close(got, torch.func.jacrev(function(lambda a: reference(a, "relu", True)))(a["x"]))
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_activation_checkpointing_and_inference_mode(kind):
+    a, b = trainable(inputs(kind)), trainable(inputs(kind))
+    y = SCANS[kind](**a)
+    z = checkpoint(lambda *t: SCANS[kind](*t), *b.values(), use_reentrant=False)
+    y.sum().backward()
+    z.sum().backward()
+    for name in a:
+        assert torch.equal(a[name].grad, b[name].grad)
+    with torch.inference_mode():
+        assert torch.equal(SCANS[kind](**a), y)
+
+
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", SCANS)
@@ -325,6 +360,14 @@ def test_opcheck(kind, keep, last):
     torch.library.opcheck(op, (*op_arguments(kind, keep), "relu", last, keep, "faithful"), test_utils=tests)
 
 
+def test_opcheck_of_a_wide_model():
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    tensors = op_arguments("wave", True, R=1, T=6, B=2, c=16, n=256)
+    torch.library.opcheck(
+        torch.ops.wave_rnns.wave_forward.default, (*tensors, "relu", True, True, "faithful"), test_utils=tests
+    )
+
+
 @pytest.mark.parametrize("kind", ["wave", "rows", "dense"])
 def test_opcheck_of_the_gradient(kind):
     forward, backward = (getattr(torch.ops.wave_rnns, f"{kind}_{way}").default for way in ("forward", "backward"))
@@ -354,6 +397,21 @@ def test_compile_fullgraph_of_any_length(kind, form, last):
         for name, t in want.items():
             if t.is_floating_point():
                 assert_close(got[name].grad, t.grad, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_compile_of_a_population(kind):
+    torch._dynamo.reset()
+    each = [inputs(kind, seed=s, dtype=torch.float32) for s in range(3)]
+    got = trainable({k: torch.stack([a[k] for a in each]) for k in each[0]})
+    want = trainable(got)
+    runs = torch.func.vmap(lambda a: SCANS[kind](**a, last=True))
+    y, z = runs(want), torch.compile(runs, fullgraph=True)(got)
+    assert_close(z, y)
+    y.square().sum().backward()
+    z.square().sum().backward()
+    for name, t in want.items():
+        assert_close(got[name].grad, t.grad, msg=lambda m, name=name: f"d{name}: {m}")
 
 
 @pytest.mark.parametrize("kind", SCANS)
