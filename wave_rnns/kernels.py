@@ -364,8 +364,11 @@ __device__ __forceinline__ void feed_fetch(u32 *feed, const float *x, const i64 
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #2776deac
+# %% ../nbs/04_kernels.ipynb #e709a15f
 SPLIT = r"""
+__device__ __forceinline__ float shorten(float x) {                     // to SBITS significant bits
+    return __uint_as_float((__float_as_uint(x) + (1u << (23 - SBITS))) & ~((1u << (24 - SBITS)) - 1));
+}
 __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a[0] + a[1] (+ a[2])
 #pragma unroll
     for (int s = 0; s < SL; s++)
@@ -374,14 +377,20 @@ __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a
             float x = v[s % MT][q][s / MT * 2], y = v[s % MT][q][s / MT * 2 + 1];
 #pragma unroll
             for (int k = 0; k < NT; k++) {
-                a[k][s][q] = pack(x, y);
-                x -= low(a[k][s][q]), y -= high(a[k][s][q]);
+                if (FAITHFUL && SBITS < 8 && k == 0) {
+                    const float hx = shorten(x), hy = shorten(y);
+                    a[k][s][q] = __byte_perm(__float_as_uint(hx), __float_as_uint(hy), 0x7632);
+                    x -= hx, y -= hy;
+                } else {
+                    a[k][s][q] = pack(x, y);
+                    x -= low(a[k][s][q]), y -= high(a[k][s][q]);
+                }
             }
         }
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #5806cd04
+# %% ../nbs/04_kernels.ipynb #e16815d9
 WEIGHTS = r"""
 // Two neighbouring weights of one tap as a right operand; FLIP: the transposed, mirrored kernel of the backward pass.
 template <bool FLIP> __device__ __forceinline__ void weight(u32 (&w)[NT], const float *u, float grid, int tap, int kq, int nq, const Lane &L) {
@@ -402,11 +411,11 @@ template <bool FLIP> __device__ __forceinline__ void load_weights(Wreg &w, uint4
     for (int i = threadIdx.x; i < C * C * 3; i += blockDim.x) us[i] = u[i];
     __syncthreads();
     float grid = 0.f;
-    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 256
+    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 2^WBITS
         float x = 0.f;
         for (int i = L.lane; i < C * C * 3; i += 32) x = fmaxf(x, fabsf(us[i]));
         const u32 most = __reduce_max_sync(~0u, __float_as_uint(x));
-        grid = __uint_as_float(min((most >> 23) + 16, 250u) << 23 | 0x400000u);
+        grid = __uint_as_float(min((most >> 23) + 24 - WBITS, 250u) << 23 | 0x400000u);
     }
     if constexpr (WSM) {
         u32 *o = (u32 *)wsm;
@@ -1004,7 +1013,7 @@ extern "C" __global__ void sum_rows(const Store *D, const i64 *place, const i64 
 # %% ../nbs/04_kernels.ipynb #3dcea885
 WAVE_SOURCE = "".join([SIZES, INSTRUCTIONS, NATURAL, SPLIT, WEIGHTS, EDGES, CONV, FORWARD, BACKWARD, SUMS])
 
-# %% ../nbs/04_kernels.ipynb #64648b1c
+# %% ../nbs/04_kernels.ipynb #0d79324c
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {80: 163, 87: 163, 86: 99, 89: 99, 120: 99, 121: 99}  # KB a block may use, by compute capability; others 227
 MAX_CHANNELS, MAX_THREADS = 32, 512
@@ -1029,6 +1038,8 @@ class Plan:
     weights_shared: int = -1  # weights in shared memory instead of registers
     sums_shared: int = -1  # the sums of dV and db too
     order: int = -1  # which operand of a product stays longest in hand
+    state_bits: int = 6  # faithful forward: significant bits of the first term of a state,
+    weight_bits: int = 10  # and that of a weight is a multiple of the largest weight / 2^10
     min_forward: int = 1  # blocks per multiprocessor asked of the compiler
     min_backward: int = 1
     stub: int = 0  # no arithmetic: for timing
@@ -1101,6 +1112,7 @@ class Plan:
     def macros(self, forward: bool) -> dict:
         "Macros of the forward or of the backward module; each only those it depends on, so that they are compiled once."
         m = dict(N=self.n, C=self.c, MT=self.mt, NT=self.terms, ACT=ACT_CODE[self.activation], F=self.F, WSM=self.weights_shared, STUB=self.stub)
+        m |= dict(SBITS=self.state_bits, WBITS=self.weight_bits) if forward and self.terms == 3 else dict(SBITS=8, WBITS=8)
         m |= dict(HTERMS=self.kept_terms, STATES=int(self.states), RING=self.ring, ORDER=self.order, FORWARD=int(forward))
         back = dict(DTAB=int(self.rows > 0), EMIT=self.emit, SPB=self.pair, DVSM=self.sums_shared, MINB=self.min_backward, MINF=1)
         return m | (dict(DTAB=0, EMIT=0, SPB=1, DVSM=0, MINB=1, MINF=self.min_forward) if forward else back)

@@ -30,11 +30,17 @@ SHAPES = {
 # what to try beside the default plan
 VARIANTS = {
     "smnist": {
-        "faithful": [dict(mt=4), dict(mt=4, order=0), dict(mt=2), dict(mt=2, order=0), dict(mt=2, weights_shared=1)],
+        "faithful": [dict(mt=4), dict(mt=4, order=0), dict(mt=2), dict(mt=2, order=0), dict(mt=2, weights_shared=1)]
+        + [dict(state_bits=7, weight_bits=9), dict(state_bits=8, weight_bits=9)],
         "fast": [dict(order=1), dict(mt=2), dict(ring=8), dict(weights_shared=1)],
     },
     "adding": {
-        "faithful": [dict(order=1), dict(sums_shared=0), dict(min_forward=2)],
+        "faithful": [
+            dict(order=1),
+            dict(sums_shared=0),
+            dict(state_bits=7, weight_bits=9),
+            dict(state_bits=8, weight_bits=9),
+        ],
         "fast": [dict(order=1), dict(min_forward=2), dict(order=1, min_forward=2)],
     },
     "copy": {p: [dict(mt=1), dict(ring=2), dict(order=1 - (p == "faithful"))] for p in ("faithful", "fast")},
