@@ -845,6 +845,30 @@ def _backend_of(kind, tensors, activation, precision):
         return _rows_backend(tensors[3], tensors[4], activation, precision)
     return _dense_backend(tensors[1], activation, precision)
 
+# %% ../nbs/03_scan.ipynb #51a1a620
+def _map_forward(scan, V, in_dims, kind, activation, precision, tensors):
+    "The vmap rule: merge the mapped dimension into the runs, scan, take it out again. -> outputs, their mapped dimensions"
+    R = _runs(kind, tensors, in_dims)
+    folded = [_fold(t, d, V, R, i in _SHARED[kind]) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=True))]
+    y, kept = scan(folded)
+    if kept.dim() == 1:  # nothing was kept
+        return (y.unflatten(0, (V, R)), kept), (0, None)
+    dim = _backend_of(kind, folded, activation, precision).kept_run_dim(kind)
+    return (y.unflatten(0, (V, R)), kept.unflatten(dim, (V, R))), (0, dim)
+
+
+def _map_backward(gradient, V, in_dims, kind, activation, precision, tensors):
+    "The same for the gradient, of gy, y, kept and the inputs."
+    (gy, y, kept, *tensors), (gy_at, y_at, kept_at, *in_dims) = tensors, in_dims
+    R = _runs(kind, tensors, in_dims)
+    folded = [_fold(t, d, V, R, i in _SHARED[kind]) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=True))]
+    if kept.dim() > 1:
+        dim = _backend_of(kind, folded, activation, precision).kept_run_dim(kind)
+        kept = _fold(kept, kept_at, V, R, False, dim)
+    grads = gradient([_fold(gy, gy_at, V, R, False), _fold(y, y_at, V, R, False), kept, *folded])
+    grads = [g if g.dim() == 1 else g.unflatten(0, (V, R)) for g in grads]
+    return tuple(grads), tuple(None if g.dim() == 1 else 0 for g in grads)
+
 # %% ../nbs/03_scan.ipynb #87c12210
 def _gradients(ctx, gy, need_x):
     "The gradients of all tensors of an operator, None where there is none."
@@ -858,7 +882,7 @@ def _gradients(ctx, gy, need_x):
         grads = None, None, None, *grads
     return *grads[:-1], None if tensors[-1] is None else grads[-1]
 
-# %% ../nbs/03_scan.ipynb #b4f3b708
+# %% ../nbs/03_scan.ipynb #45664bda
 class ScanFunction(torch.autograd.Function):
     "The operator for autograd and for `torch.func`."
 
@@ -879,16 +903,12 @@ class ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, kind, activation, last, keep, precision, *tensors):
-        V, R, in_dims = info.batch_size, _runs(kind, tensors, in_dims[5:]), in_dims[5:]
-        folded = [_fold(t, d, V, R, i in _SHARED[kind]) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=True))]
-        y, kept = _scan(kind, activation, last, precision, *folded, keep=keep)  # a grad outside this vmap, or inside it
-        y = y.unflatten(0, (V, R))
-        if kept.dim() == 1:
-            return (y, kept), (0, None)
-        dim = _backend_of(kind, folded, activation, precision).kept_run_dim(kind)
-        return (y, kept.unflatten(dim, (V, R))), (0, dim)
+        def scan(folded):  # somebody may ask for a gradient inside this vmap (keep) or outside it
+            return _scan(kind, activation, last, precision, *folded, keep=keep)
 
-# %% ../nbs/03_scan.ipynb #9f16342b
+        return _map_forward(scan, info.batch_size, in_dims[5:], kind, activation, precision, tensors)
+
+# %% ../nbs/03_scan.ipynb #40589a3d
 class ScanGradient(torch.autograd.Function):
     "The operator's gradient, itself ready for `vmap`."
 
@@ -906,21 +926,13 @@ class ScanGradient(torch.autograd.Function):
         raise RuntimeError("the scan has no second derivative; use wave_loop or dense_loop, which have all")
 
     @staticmethod
-    def vmap(info, in_dims, kind, activation, last, precision, need_x, gy, y, kept, *tensors):
-        V, R = info.batch_size, _runs(kind, tensors, in_dims[8:])
-        gy, y = _fold(gy, in_dims[5], V, R, False), _fold(y, in_dims[6], V, R, False)
-        tensors = [
-            _fold(t, d, V, R, i in _SHARED[kind]) for i, (t, d) in enumerate(zip(tensors, in_dims[8:], strict=True))
-        ]
-        if kept.dim() > 1:
-            kept = _fold(
-                kept, in_dims[7], V, R, False, _backend_of(kind, tensors, activation, precision).kept_run_dim(kind)
-            )
-        grads = ScanGradient.apply(kind, activation, last, precision, need_x, gy, y, kept, *tensors)
-        out = [g if g.dim() == 1 else g.unflatten(0, (V, R)) for g in grads]
-        return tuple(out), tuple(None if g.dim() == 1 else 0 for g in grads)
+    def vmap(info, in_dims, kind, activation, last, precision, need_x, *tensors):
+        def gradient(folded):
+            return ScanGradient.apply(kind, activation, last, precision, need_x, *folded)
 
-# %% ../nbs/03_scan.ipynb #b7619612
+        return _map_backward(gradient, info.batch_size, in_dims[5:], kind, activation, precision, tensors)
+
+# %% ../nbs/03_scan.ipynb #4996d13a
 def _register_autograd(kind, op):
     "Give the bare operator its gradient too: `torch.compile` and `opcheck` look for it there."
 
@@ -935,17 +947,20 @@ def _register_autograd(kind, op):
         return *_gradients(ctx, gy, ctx.needs_input_grad[0]), None, None, None, None
 
     def vmap(info, in_dims, *args):
-        *tensors, activation, last, keep, precision = args
-        return ScanFunction.vmap(info, (None,) * 5 + in_dims[:-4], kind, activation, last, keep, precision, *tensors)
+        *tensors, activation, _, _, precision = args
+        scan = lambda folded: op(*folded, *args[-4:])  # noqa: E731
+        return _map_forward(scan, info.batch_size, in_dims[:-4], kind, activation, precision, tensors)
 
     def vmap_backward(info, in_dims, *args):
-        at = len(args) - (6 if kind == "wave" else 5)  # gy, the inputs; then y, kept and the options
-        gy, *tensors = args[:at]
-        y, kept, activation, last, precision, *need_x = args[at:]
-        dims = (None,) * 5 + (in_dims[0], in_dims[at], in_dims[at + 1], *in_dims[1:at])
-        return ScanGradient.vmap(
-            info, dims, kind, activation, last, precision, *need_x or (False,), gy, y, kept, *tensors
+        at = len(op._opoverload._schema.arguments) - 3  # gy and the inputs; then y, kept; then the options
+        order = 0, at, at + 1, *range(1, at)
+        tensors, in_dims, (activation, _, precision, *_) = (
+            (*(args[i] for i in order),),
+            (*(in_dims[i] for i in order),),
+            args[at + 2 :],
         )
+        gradient = lambda folded: _BACKWARD[kind](folded[0], *folded[3:], *folded[1:3], *args[at + 2 :])  # noqa: E731
+        return _map_backward(gradient, info.batch_size, in_dims, kind, activation, precision, tensors)
 
     op.register_autograd(backward, setup_context=setup_context)
     op.register_vmap(vmap)
