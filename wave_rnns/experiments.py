@@ -57,7 +57,7 @@ class Experiment:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         check_numbers(self)
 
-# %% ../nbs/09_experiments.ipynb #545d07c0
+# %% ../nbs/09_experiments.ipynb #5d28f37a
 def check_numbers(e: Experiment) -> None:
     "Raise ConfigError for a name that is no name, a rate that goes uphill, a length that is missing."
     from wave_rnns.core import ConfigError
@@ -115,7 +115,7 @@ def check_fields(
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
     return values
 
-# %% ../nbs/09_experiments.ipynb #871bd692
+# %% ../nbs/09_experiments.ipynb #2aa65d80
 def to_config(experiment: Experiment) -> dict:
     "An experiment in JSON's own types (tuples become lists)."
     return json.loads(json.dumps(asdict(experiment)))
@@ -130,7 +130,7 @@ def from_config(config: dict) -> Experiment:
     )
     return Experiment(**{**check_fields(Experiment, config, "experiment"), "model": model})
 
-# %% ../nbs/09_experiments.ipynb #d9765bf9
+# %% ../nbs/09_experiments.ipynb #dbf1618a
 RECIPE = (
     1  # raise when the same configuration would give other results; every run of the old recipe is then to do again
 )
@@ -157,7 +157,7 @@ def run_key(
     text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/09_experiments.ipynb #597380cb
+# %% ../nbs/09_experiments.ipynb #07e682d8
 def merge(config: dict, differences: dict) -> dict:
     "A copy of `config` with the differences put in; dictionaries inside are merged, everything else is replaced."
     nested = {
@@ -199,7 +199,7 @@ class Registry(Mapping):
     def __contains__(self, name):
         return name in self.declared
 
-# %% ../nbs/09_experiments.ipynb #d83886e1
+# %% ../nbs/09_experiments.ipynb #3c06e1f5
 EXPERIMENTS = Registry()
 declare = EXPERIMENTS.declare
 
@@ -257,7 +257,7 @@ for T in (0, 10, 80):
     for row in ("wrnn_no_V", "wrnn_no_u", "wrnn_no_both", "wrnn_identity", "irnn_sigma", "irnn_sigma_V"):
         declare(f"copy{T}_{row}", f"copy30_{row}", f"paper, Table 4: T={T}", task_options={"T": T})
 
-# %% ../nbs/09_experiments.ipynb #86818709
+# %% ../nbs/09_experiments.ipynb #7e08aa0a
 # Adding: Section 3 "Adding Task", Table 1, Figure 5 ----------------------------------------------------------------------
 declare(
     "adding100_wrnn",
@@ -272,6 +272,9 @@ declare("adding100_irnn", "adding100_wrnn", "paper, Table 1: iRNN n=100 (10.3k p
 for T in (200, 400, 700, 1000):
     for model in ("wrnn", "irnn"):
         declare(f"adding{T}_{model}", f"adding100_{model}", f"paper, Table 1: T={T}", task_options={"T": T})
+declare(
+    "adding1000_wrnn_fast", "adding1000_wrnn", "ours: the fast kernels, half the time", model=dict(precision="fast")
+)
 
 # Pixel MNIST: Section 3 "Sequential Image Classification", Table 2, Figures 6 and 7 -----------------------------------------
 declare(
@@ -319,7 +322,7 @@ for permutation, who in PERMUTATIONS.items():
             task_options={"permutation": permutation},
         )
 
-# %% ../nbs/09_experiments.ipynb #45acbfed
+# %% ../nbs/09_experiments.ipynb #02bedf25
 # Noisy sequential CIFAR-10: Table 3, Figure 8 -----------------------------------------------------------------------------
 declare(
     "nscifar10_wrnn",
@@ -344,7 +347,7 @@ for model in ("wrnn", "irnn"):
         task_options={"noise": "fresh"},
     )
 
-# %% ../nbs/09_experiments.ipynb #9f89c6ed
+# %% ../nbs/09_experiments.ipynb #2207f7b5
 declare(
     "smnist_cpu",
     "smnist_wrnn",
@@ -382,7 +385,7 @@ declare(
     log_every=0,
 )
 
-# %% ../nbs/09_experiments.ipynb #77ef1d2c
+# %% ../nbs/09_experiments.ipynb #087fa826
 def sequence_length(experiment: Experiment) -> int:
     "Steps in one sequence, without building the task (which would load its data)."
     options = experiment.task_options
@@ -419,7 +422,7 @@ def run_path(
         raise RecordError(f"{path} leads out of the results folder {results}: remove the link")
     return path
 
-# %% ../nbs/09_experiments.ipynb #e88459bf
+# %% ../nbs/09_experiments.ipynb #097fb061
 STATUSES = ("done", "stopped", "diverged")  # how a run can end
 RECORD = {
     "key": str,
@@ -465,17 +468,21 @@ def read_record(path: Path) -> dict:
         raise RecordError(f"{path}: {e}") from e
     return record
 
-# %% ../nbs/09_experiments.ipynb #7de9da8a
+# %% ../nbs/09_experiments.ipynb #6e72ddba
 CURVE_ROWS = 200
 
 
 def thin(rows: list[dict], best_step: int | None = None, most: int = CURVE_ROWS) -> list[dict]:
-    "At most `most` rows, spread evenly, with the first, the last and the one at `best_step`."
+    "At most `most` rows: the first, the last, the one at `best_step`, then validated ones, then others, each spread evenly."
     if len(rows) <= most:
         return rows
-    best = {i for i, row in enumerate(rows) if row.get("step") == best_step}
-    even = {round(i * (len(rows) - 1) / (most - 2)) for i in range(most - 1)}
-    return [rows[i] for i in sorted(even | best)]
+    kept = {0, len(rows) - 1, *(i for i, row in enumerate(rows) if row.get("step") == best_step)}
+    validated = [i for i, row in enumerate(rows) if any(name.startswith("valid_") for name in row)]
+    for candidates in (validated, range(len(rows))):
+        left = [i for i in candidates if i not in kept]
+        n = min(most - len(kept), len(left))
+        kept |= {left[round(k * (len(left) - 1) / max(n - 1, 1))] for k in range(n)}
+    return [rows[i] for i in sorted(kept)]
 
 
 def curve_text(rows: list[dict]) -> str:
@@ -489,7 +496,7 @@ def curve_text(rows: list[dict]) -> str:
 
     return "\n".join([",".join(names)] + [",".join(cell(row.get(n)) for n in names) for row in rows]) + "\n"
 
-# %% ../nbs/09_experiments.ipynb #16b8d1d4
+# %% ../nbs/09_experiments.ipynb #5ccbe91c
 def read_curve(
     path: Path,
 ) -> tuple[list[dict], int]:  # rows (numbers, None for an empty place) and bytes dropped at the end
@@ -610,7 +617,7 @@ def make_record(
     record = json.loads(json.dumps(plain(record), allow_nan=False))
     return {**record, "sha256": content_hash(record)}
 
-# %% ../nbs/09_experiments.ipynb #07ec88c8
+# %% ../nbs/09_experiments.ipynb #51dcd3a7
 def write_record(
     results: Path,
     record: dict,
@@ -644,7 +651,7 @@ def record_of(results: Path, run: Run) -> dict | None:
         )
     return record
 
-# %% ../nbs/09_experiments.ipynb #6f1815b2
+# %% ../nbs/09_experiments.ipynb #80cf7511
 OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # what a run may choose for itself inside a population
 
 
@@ -785,7 +792,7 @@ def fit_group(runs, folder, device, progress, interrupt, checkpoint_seconds) -> 
     records = [make_record(run, r, task, rhythm, len(runs), device.type) for run, r in zip(runs, results, strict=True)]
     return [(record, r.curve) for record, r in zip(records, results, strict=True)]
 
-# %% ../nbs/09_experiments.ipynb #1bbbb81c
+# %% ../nbs/09_experiments.ipynb #05f21be6
 def rhythm_of(experiment: Experiment, task) -> dict:
     "An experiment's length and intervals in steps of this task. Raises ConfigError for epochs of a task that has none."
     from wave_rnns.core import ConfigError
@@ -891,7 +898,7 @@ def select(pattern: str) -> list[Experiment]:
     names = fnmatch.filter(EXPERIMENTS, pattern)
     return [EXPERIMENTS[name] for name in names] or [EXPERIMENTS[pattern]]
 
-# %% ../nbs/09_experiments.ipynb #8362d0fb
+# %% ../nbs/09_experiments.ipynb #2ec3d38d
 def line_of(record: dict) -> str:
     "One run's result in one line."
     metric = record["metric"]
@@ -913,7 +920,7 @@ def show_experiments() -> None:
         length = f"{e.epochs} epochs" if e.epochs else f"{e.steps:,} steps"
         print(f"{e.name:28} {length:13} seeds {','.join(map(str, e.seeds)):6} {e.source}")
 
-# %% ../nbs/09_experiments.ipynb #a195fc90
+# %% ../nbs/09_experiments.ipynb #c5c4c1b9
 @call_parse
 @answer
 def wrnn_train(
@@ -951,7 +958,7 @@ def wrnn_train(
         print(f"records are in {folder / 'runs'}; wrnn_tables makes tables of them")
     return records
 
-# %% ../nbs/09_experiments.ipynb #6d4faee8
+# %% ../nbs/09_experiments.ipynb #406ea90c
 def todo(
     results: Path,
     pattern: str = "*",  # of experiments, as in `select`

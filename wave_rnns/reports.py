@@ -239,7 +239,7 @@ def table_4(records: list[dict], paper: list[dict]) -> str:
     header = ["model", "T", "paper", "ours, same scale", "ours − paper", "cross-entropy per token", "recall %", "runs"]
     return "# Table 4: copy, ablation of the initialisation\n\n" + markdown(header, rows)
 
-# %% ../nbs/11_reports.ipynb #8162f4cb
+# %% ../nbs/11_reports.ipynb #2d2b2f96
 def accuracy_rows(task: str, table: str, ours: dict[str, str], records: list[dict], paper: list[dict]) -> list[list]:
     "One line a model: first ours (experiment -> label), then what the paper cites."
     rows = []
@@ -253,6 +253,9 @@ def accuracy_rows(task: str, table: str, ours: dict[str, str], records: list[dic
             as_printed(o.paper, "accuracy"),
         ]
         rows.append([label, *printed, o, show(o.difference, "accuracy", sign=True), runs_cell(o), rerun])
+    for p in paper:
+        if (p["task"], p["origin"], p["experiment"]) == (task, "rerun", None):
+            rows.append([f"{p['model']} (the rerun's own)", *"––––––", f"{p['value']:.2f} ± {p['spread']:.2f}"])
     cited = [p for p in paper if (p["table"], p["task"], p["origin"]) == (table, task, "cited")]
     count = {p["model"]: as_printed(p["value"], "parameters") for p in cited if p["measure"] == "parameters"}
     for p in cited:
@@ -370,7 +373,7 @@ TABLES = {
     "runs": runs_table,
 }
 
-# %% ../nbs/11_reports.ipynb #4e4f6303
+# %% ../nbs/11_reports.ipynb #af8ab9e9
 def curves_of(
     experiment: Experiment | str,
     column: str,  # of the curve files: 'loss', 'valid_accuracy', ...
@@ -391,9 +394,11 @@ def band(
     curves: dict[int, list[tuple[float, float]]],  # seed -> (step, value)
     log: bool = False,  # of the values' logarithms, for a logarithmic axis
 ) -> list[tuple[float, float, float, float]]:
-    "(step, mean, low, high) at the steps that all runs share; low and high are the 95 % interval, from three runs on."
+    "(step, mean, low, high) where all runs that came to the end have a value; low and high are the 95 % interval, from three runs on."
     into, back = (math.log, math.exp) if log else (float, float)
-    by_step = [{step: into(v) for step, v in curve if v > 0 or not log} for curve in curves.values() if curve]
+    end = max((curve[-1][0] for curve in curves.values() if curve), default=0)
+    whole = [curve for curve in curves.values() if curve and curve[-1][0] == end]
+    by_step = [{step: into(v) for step, v in curve if v > 0 or not log} for curve in whole]
     shared = sorted(set.intersection(*map(set, by_step))) if by_step else []
     points = [(step, Outcome("", tuple(c[step] for c in by_step))) for step in shared]
     halves = [o.half if o.n > 2 else 0.0 for _, o in points]
