@@ -197,7 +197,7 @@ def solved_cell(o: Outcome) -> str:
         return "not solved" if o.without else "–"
     return f"{o}" + (f" ({o.n} of {o.n + o.without})" if o.without else "")
 
-# %% ../nbs/11_reports.ipynb #ed898738
+# %% ../nbs/11_reports.ipynb #3bc48cfd
 def table_1(records: list[dict], paper: list[dict]) -> str:
     "Table 1, adding: test MSE, and steps until the training MSE is at most 0.05."
     rows = []
@@ -239,7 +239,7 @@ def table_4(records: list[dict], paper: list[dict]) -> str:
     header = ["model", "T", "paper", "ours, same scale", "ours − paper", "cross-entropy per token", "recall %", "runs"]
     return "# Table 4: copy, ablation of the initialisation\n\n" + markdown(header, rows)
 
-# %% ../nbs/11_reports.ipynb #2d2b2f96
+# %% ../nbs/11_reports.ipynb #530acecc
 def accuracy_rows(task: str, table: str, ours: dict[str, str], records: list[dict], paper: list[dict]) -> list[list]:
     "One line a model: first ours (experiment -> label), then what the paper cites."
     rows = []
@@ -275,7 +275,7 @@ ACCURACY = [
     "independent rerun %, 5 seeds",
 ]
 
-# %% ../nbs/11_reports.ipynb #e687bdbe
+# %% ../nbs/11_reports.ipynb #439b9679
 def table_2(records: list[dict], paper: list[dict]) -> str:
     "Table 2, pixel MNIST in order and permuted, and what the choice of the permutation does."
     parts = ["# Table 2: sequential MNIST\n"]
@@ -313,7 +313,7 @@ def table_3(records: list[dict], paper: list[dict]) -> str:
         ACCURACY, accuracy_rows("nscifar10", "Table 3", ours, records, paper)
     )
 
-# %% ../nbs/11_reports.ipynb #b6e2e287
+# %% ../nbs/11_reports.ipynb #817b339f
 SUMMARY = {
     "copy80": "paper_scale",
     "adding1000": "mse",
@@ -345,22 +345,28 @@ def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
     "Every record: what ran, how it ended, on what."
     rows = []
     for r in sorted(records, key=lambda r: (r["config"].get("task", ""), r["experiment"], r["seed"], r["key"])):
-        headline = r.get("metric", "")
-        value = measured(r, headline)
-        environment = r.get("environment", {})
-        commit = str(environment.get("commit") or "–")[:10]
+        metric, environment, together = r.get("metric", ""), r.get("environment", {}), r.get("together", 1)
         end = r["status"] + (f" at {r['diverged_step']:,}" if r.get("diverged_step") is not None else "")
-        cells = [
-            r["seed"],
-            end,
-            f"{show(value, headline)} {headline}",
-            "–" if r.get("seconds") is None else f"{r['seconds']:,.0f}",
-            environment.get("device", "–"),
-            commit,
-            r["key"],
-        ]
-        rows.append([r["experiment"], *cells])
-    header = ["experiment", "seed", "ended", "test, at the chosen step", "seconds", "device", "commit", "key"]
+        seconds = (
+            "–"
+            if r.get("seconds") is None
+            else f"{r['seconds']:,.0f}" + (f" for {together} runs" if together > 1 else "")
+        )
+        machine = "CPU" if r.get("device") == "cpu" else environment.get("device", "–")
+        commit = str(environment.get("commit") or "–")[:10]
+        rows.append(
+            [
+                r["experiment"],
+                r["seed"],
+                end,
+                f"{show(measured(r, metric), metric)} {metric}",
+                seconds,
+                machine,
+                commit,
+                r["key"],
+            ]
+        )
+    header = ["experiment", "seed", "ended", "test, at the chosen step", "seconds", "machine", "commit", "key"]
     return "# All runs\n\n" + (markdown(header, rows) if rows else "No run has left a record yet.\n")
 
 
@@ -373,7 +379,7 @@ TABLES = {
     "runs": runs_table,
 }
 
-# %% ../nbs/11_reports.ipynb #af8ab9e9
+# %% ../nbs/11_reports.ipynb #e3a2947e
 def curves_of(
     experiment: Experiment | str,
     column: str,  # of the curve files: 'loss', 'valid_accuracy', ...
@@ -470,7 +476,7 @@ def clearly_above(a: Outcome, b: Outcome) -> bool:
     "Whether a's whole 95 % interval lies above b's: a careful 'better' that needs two seeds of each."
     return a.mean - a.half > b.mean + b.half
 
-# %% ../nbs/11_reports.ipynb #98b33ca9
+# %% ../nbs/11_reports.ipynb #397b2610
 def write_tables(results: Path) -> list[Path]:
     "Write every table of TABLES to `results`/tables, and return the files."
     from wave_rnns.core import atomic_write
