@@ -236,7 +236,7 @@ __device__ __forceinline__ void product(float4 *share, const Weights &w, const f
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #c10c3a12
+# %% ../nbs/04_kernels_dense.ipynb #1b820ea8
 _SCAN = r"""
 // forward:  in = drive, first = h_0 or null, out = every state or null, end = h_T or null
 // backward: in = dL/dh_t (or, LAST, only that of h_T), y = every state, out = delta, end = dL/dh_0
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_scan(const Scan p
     float4 *share = pool + TILES * 2 * STATE / 4;            // [TILES][WK][ITEMS]
     float4 *ring = share + TILES * WK * ITEMS;               // [AHEAD][TILES][STREAMS][ITEMS]
     Lane L;
-    asm volatile("" : "+r"(L.tid));
+    asm volatile("" : "+r"(L.tid), "+r"(L.rank));
     const int B = (int)p.B, T = (int)p.T, b0 = blockIdx.x / CLUSTER * 8 * TILES, r = blockIdx.y, steps = BACK ? T + 1 : T;
     const i64 step = p.B * M, run = r * p.T * step;
 
