@@ -275,11 +275,6 @@ for T in (200, 400, 700, 1000):
 declare(
     "adding1000_wrnn_fast", "adding1000_wrnn", "ours: the fast kernels, half the time", model=dict(precision="fast")
 )
-# Adam's first step moves every weight by lr, whatever the clip: 81 of them add 0.08 to a wave's gain, and 1.08^1000 is 10^33.
-for model in ("wrnn", "wrnn_fast", "irnn"):
-    declare(
-        f"adding1000_{model}_lr4", f"adding1000_{model}", "sweep files: the grid's next learning rate, 1e-4", lr=1e-4
-    )
 
 # Pixel MNIST: Section 3 "Sequential Image Classification", Table 2, Figures 6 and 7 -----------------------------------------
 declare(
