@@ -42,7 +42,7 @@ def test_every_plan_is_consistent(gpu):
     for plan in plans(gpu):
         wm, wk = plan.warps
         tiles_of_16 = plan.padded // 16
-        assert plan.padded >= plan.m and plan.padded - plan.m < 32 * plan.cluster
+        assert plan.m <= plan.padded <= max(128, 2 * plan.m) and plan.padded % (32 * plan.cluster) == 0
         assert wm * plan.rows * plan.cluster == tiles_of_16 and wk * plan.deep == tiles_of_16
         assert plan.items <= plan.threads <= 1024
         crews = 1 if plan.threads % plan.items else plan.threads // plan.items

@@ -6,7 +6,8 @@
 __all__ = ['SOURCE', 'FUSED_UNITS', 'CHUNK', 'DensePlan', 'plan_for', 'scan_forward', 'scan_backward', 'outer_sum',
            'DenseBackend']
 
-# %% ../nbs/04_kernels_dense.ipynb #707d4eae
+# %% ../nbs/04_kernels_dense.ipynb #d097d535
+import math
 from dataclasses import dataclass
 
 import torch
@@ -236,7 +237,7 @@ __device__ __forceinline__ void product(float4 *share, const Weights &w, const f
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #1b820ea8
+# %% ../nbs/04_kernels_dense.ipynb #35817eb9
 _SCAN = r"""
 // forward:  in = drive, first = h_0 or null, out = every state or null, end = h_T or null
 // backward: in = dL/dh_t (or, LAST, only that of h_T), y = every state, out = delta, end = dL/dh_0
@@ -270,21 +271,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_scan(const Scan p
 
     u32 h_at = smem(h), bells_at = smem(bells);              // said to be unknown, or the compiler asks for the base at every step
     asm volatile("" : "+r"(h_at), "+r"(bells_at));
-    const i64 place = (i64)(b0 + L.sample) * M + L.unit, stride = BACK ? -step : step, begin = run + (BACK ? (T - 1) * step : 0) + place;
-    const float *in = p.in + begin, *y = p.y + begin;        // what the next fetch reads
-    float *out = p.out ? p.out + begin : nullptr;            // where this step's result goes
+    const i64 place = (i64)(b0 + L.sample) * M + L.unit, stride = BACK ? -step : step;
+    i64 at = run + (BACK ? (T - 1) * step : 0) + place;      // what the next fetch reads; AHEAD steps before it, where results go
     const int mine = (L.unit / 16 * 8 + L.sample) * 16 + L.unit % 16;   // ... and its place in a state
     auto exists = [&](int s) { return b0 + s * 8 + L.sample < B ? L.have : 0; };
     auto input = [&](int i, int s) { return ring + ((i % AHEAD * TILES + s) * STREAMS) * ITEMS + L.item; };
     auto fetch = [&](int i, int s) {                         // what step i reads, on its way
         const int n = i < T ? exists(s) : 0;
-        if (!BACK || !LAST) copy4(input(i, s), n > 0 ? in + s * 8 * M : p.U, n);
-        if (BACK && ACT) copy4(input(i, s) + (STREAMS - 1) * ITEMS, n > 0 ? y + s * 8 * M : p.U, n);
+        if (!BACK || !LAST) copy4(input(i, s), n > 0 ? p.in + at + s * 8 * M : p.U, n);
+        if (BACK && ACT) copy4(input(i, s) + (STREAMS - 1) * ITEMS, n > 0 ? p.y + at + s * 8 * M : p.U, n);
         copy_commit();
     };
-    if (STREAMS)
-        for (int i = 0; i < AHEAD; i++, in += stride, y += stride)
-            for (int s = 0; s < TILES; s++) if (L.finishes(s)) fetch(i, s);
+    for (int i = 0; i < AHEAD; i++, at += stride)
+        for (int s = 0; s < TILES; s++) if (STREAMS && L.finishes(s)) fetch(i, s);
 
     auto finish = [&](int i, int s) {                        // sum of the shares, input, activation; the new state goes out
         float v[4] = {};
@@ -312,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_scan(const Scan p
         }
         const int other = 2 * s + (~i & 1);
         if (i + 1 < steps) send(h_at + 4 * (other * STATE + mine), bells_at + 8 * other, v, L.rank);
-        if (p.out) store4(out + s * 8 * M, v, n);
+        if (p.out) store4(p.out + at - AHEAD * stride + s * 8 * M, v, n);
         if (!BACK && p.end && i == T - 1) store4(p.end + r * step + place + s * 8 * M, v, n);
         if (STREAMS) fetch(i + AHEAD, s);
     };
@@ -332,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dense_scan(const Scan p
             if (L.finishes(s)) finish(i, s);
             if (CLUSTER == 1 && TILES == 1) __syncthreads();   // with more tiles, the next one's barrier does it
         }
-        in += stride, y += stride, out += stride;
+        at += stride;
     }
     copy_wait<0>();
     if (CLUSTER > 1) meet();                                 // nobody leaves while a neighbour may still write to it
@@ -434,7 +433,7 @@ extern "C" __global__ void dense_sum(const float *part, float *out, i64 pieces) 
 """
 SOURCE = "".join([_LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
 
-# %% ../nbs/04_kernels_dense.ipynb #7277d33b
+# %% ../nbs/04_kernels_dense.ipynb #43ee7993
 FUSED_UNITS = 256  # wider matrices do not fit on chip in three terms
 
 
@@ -456,8 +455,8 @@ class DensePlan:
 
     @property
     def padded(self) -> int:
-        "Units with padding: whole pairs of row tiles for every block."
-        unit = 32 * self.cluster
+        "Units with padding: whole warps in every block."
+        unit = 16 * math.lcm(self.rows * self.cluster, self.deep)
         return -(-self.m // unit) * unit
 
     @property
