@@ -425,3 +425,20 @@ def test_the_status_line():
     t.make_step()
     t.log()
     assert ", accuracy " in t.status_line() and "%" in t.status_line() and "cross_entropy" not in t.status_line()
+
+
+def test_a_huge_gradient_that_is_finite_is_clipped_and_not_called_diverged():
+    p = Population(
+        make_task("adding", T=4, batch_size=4),
+        ModelConfig("wrnn", 2, 1, 4),
+        [RunSettings(0, 1e-2, 1.0), RunSettings(0, 1e-2, 1.0)],
+        "cpu",
+    )
+    grad = torch.zeros_like(p.theta)
+    grad[:, 0], grad[0, 1] = 3e25, math.nan
+    before, sums = p.theta.clone(), {k: torch.ones(2) for k in ("count", *p.names)}
+    p.update(torch.ones(2), sums, grad)
+    assert p.running.tolist() == [False, True] and p.diverged.tolist() == [1, 0]
+    assert torch.equal(p.theta[0], before[0])
+    assert abs((p.m[1, 0] - 0.1).item()) < 1e-6  # a gradient of norm 1 after the clip
+    assert (before[1, 0] - p.theta[1, 0]).item() == pytest.approx(1e-2, rel=1e-4)

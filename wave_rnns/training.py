@@ -226,12 +226,14 @@ def train_step(self: Population) -> None:
 @torch.no_grad()
 def update(self: Population, loss: Tensor, sums: dict[str, Tensor], grad: Tensor) -> None:
     "Equations (3) to (5) for the runs whose loss and gradient are finite; the others are frozen where they are."
-    norm = torch.linalg.vector_norm(grad, dim=1)
-    finite = (loss + norm).abs() < math.inf  # NaN compares as False
+    norm, long = (torch.linalg.vector_norm(grad, dim=1, dtype=d) for d in (grad.dtype, torch.float64))
+    finite = (loss + long).abs() < math.inf  # NaN compares as False
     t = self.step + 1
     self.diverged.copy_(torch.where(self.running > finite, t, self.diverged))  # a > b: a and not b
     frozen = self.running.logical_and_(finite).logical_not()
-    grad = (grad * clip_factors(norm, self.clip)[:, None]).masked_fill_(frozen[:, None], 0)
+    # The squares of a gradient of 1e20 do not fit float32, the gradient does: then its length is taken in float64.
+    factor = torch.where(norm.isinf(), clip_factors(long, self.clip).to(grad.dtype), clip_factors(norm, self.clip))
+    grad = (grad * factor[:, None]).masked_fill_(frozen[:, None], 0)
     lr = learning_rates(self.step, self.lr, self.drop_factor, self.drop_steps)
     adam_update(self.theta, self.m, self.v, grad, t, lr.masked_fill_(frozen, 0))
     means = torch.stack([torch.ones_like(loss), loss, *(sums[k] / sums["count"] for k in self.names)])
