@@ -231,7 +231,7 @@ def fall_back(reason: str) -> None:
         _WARNED.add(reason)
         warnings.warn(f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}", stacklevel=3)
 
-# %% ../nbs/04_kernels.ipynb #f3a57959
+# %% ../nbs/04_kernels.ipynb #4e2295ce
 CUDA_SIZES = r"""
 using u32 = unsigned int;
 using i64 = long long;
@@ -259,6 +259,9 @@ struct Lane {                                         // who this thread is, wit
     int tid = threadIdx.x % TH, lane = tid & 31, warp = tid >> 5, g = lane >> 2, q4 = lane & 3, grp = tid >> 2;
     bool used = NG % 8 == 0 || grp < NG, last = grp == NG - 1;
     int left = used ? (grp ? grp - 1 : NG - 1) * 4 + q4 : tid, right = used ? (last ? 0 : grp + 1) * 4 + q4 : tid;
+    u32 zero;                                         // 0, but the compiler cannot know
+    __device__ __forceinline__ Lane(i64 T) : zero(u32(T >> 62)) {}
+    __device__ __forceinline__ u32 copy(u32 x) const { return x ^ zero; }   // in a register of its own, see put_edges
     __device__ __forceinline__ bool owns(int slot) const { return used && (TAIL == 0 || !last || slot < TAIL); }
 };
 """
@@ -449,7 +452,7 @@ template <bool FLIP> __device__ __forceinline__ void load_weights(Wreg &w, uint4
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #b24a0cb0
+# %% ../nbs/04_kernels.ipynb #8a12ec1d
 CUDA_EDGES = r"""
 __device__ __forceinline__ void put_edges(uint4 *eb, const Frag &a, const Lane &L) {
 #pragma unroll
@@ -459,7 +462,7 @@ __device__ __forceinline__ void put_edges(uint4 *eb, const Frag &a, const Lane &
         for (int k = 0; k < NT; k++)
 #pragma unroll
             for (int q = 0; q < CQ; q++)
-                r[k * CQ + q] = e == 0 ? a[k][0][q] : TAIL && L.last ? a[k][TAIL ? TAIL - 1 : 0][q] : a[k][SL - 1][q];
+                r[k * CQ + q] = L.copy(e == 0 ? a[k][0][q] : TAIL && L.last ? a[k][TAIL ? TAIL - 1 : 0][q] : a[k][SL - 1][q]);
 #pragma unroll
         for (int i = 0; i < EV; i++) eb[(e * EV + i) * TH + L.tid] = make_uint4(r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]);
     }
@@ -487,20 +490,23 @@ __device__ __forceinline__ u32 row(const Frag &a, const Edge &E, int k, int s, i
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #520ac499
+# %% ../nbs/04_kernels.ipynb #75decff3
 CUDA_CONV = r"""
+constexpr bool STATE_FIRST = FAITHFUL != bool(WSM);                      // which operand of the products stays longest in hand
+constexpr bool COPIES = !TAIL && (FAITHFUL ? WSM || (!FORWARD && F) : !WSM);   // own rows that sit beside an edge: a copy?
 // m += products of first terms, c += all smaller products. EDGE: those that need a neighbour's row; otherwise the others.
 template <bool EDGE, int tap> __device__ __forceinline__ void conv_tap(Acc &m, Acc &c, const Frag &a, const Edge &E, const Wreg &wr, const uint4 *wsm, const Lane &L) {
     if constexpr (!STUB && (!EDGE || TAIL || tap != 1) && (EDGE || !TAIL) && (EDGE || MT > 1 || tap == 1)) {
 #define TILES _Pragma("unroll") for (int j = 0; j < MT; j++) _Pragma("unroll") for (int n = 0; n < CQ; n++) if ((TAIL || (tap == 0 && j == 0) || (tap == 2 && j == MT - 1)) == EDGE)
-#define A(k, q) row(a, E, k, j + tap - 1, q, L), row(a, E, k, j + tap - 1 + MT, q, L)
+#define ROW(k, q, s, edge) (EDGE && COPIES && tap == edge ? L.copy(row(a, E, k, s, q, L)) : row(a, E, k, s, q, L))
+#define A(k, q) ROW(k, q, j + tap - 1, 2), ROW(k, q, j + tap - 1 + MT, 0)
 #pragma unroll
         for (int q = 0; q + 1 < CQ; q += 2)
 #pragma unroll
             for (int outer = 0; outer < NT; outer++) {
 #pragma unroll
                 for (int inner = 0; inner < NT - outer; inner++) {
-                    const int kw = ORDER ? inner : outer, ka = ORDER ? outer : inner;   // terms of the weight and of the state
+                    const int kw = STATE_FIRST ? inner : outer, ka = STATE_FIRST ? outer : inner;   // terms of weight and state
                     u32 w[CQ][2];
                     if constexpr (WSM) {
 #pragma unroll
@@ -533,7 +539,7 @@ template <bool EDGE> __device__ __forceinline__ void conv(Acc &m, Acc &c, const 
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #d9e2c908
+# %% ../nbs/04_kernels.ipynb #0eca22cc
 CUDA_FORWARD_SETUP = r"""
 #if FORWARD
 // x [R|1][T][B][F], V [R][F][C][N], b [R][C][N]  or  index [R|1][T][B], table [R][rows][C][N] (in V); h0 [R][B][C][N] or null.
@@ -542,7 +548,7 @@ struct Forward { const float *u, *V, *b, *h0, *x; const i64 *index; u32 *H; floa
 
 extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forward p) {
     extern __shared__ uint4 sm[];
-    const Lane L;
+    const Lane L(p.T);
     const i64 b = blockIdx.x, r = blockIdx.y, rb = r * p.B + b;
     const int T = (int)p.T;
     uint4 *eb = sm, *wsm = eb + 4 * EV * TH;
@@ -661,7 +667,7 @@ CUDA_FORWARD_LOOP = r"""
 #else
 """
 
-# %% ../nbs/04_kernels.ipynb #b8ef66da
+# %% ../nbs/04_kernels.ipynb #e624681a
 CUDA_BACKWARD_SETUP = r"""
 // gy as y. Per block, to be summed afterwards: pU [R][blocks][C][C][3], pV [R][blocks][F+1 or rows][VALS][TH] float4 (last: db).
 // dh0 [R][B][C][N]. D: deltas in natural order: EMIT 1 [R][T][B][C][N] float; EMIT 2 the same as Store, a pair of samples with
@@ -676,7 +682,7 @@ using Store = float;
 
 extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const Backward p) {
     extern __shared__ uint4 sm[];
-    const Lane L;
+    const Lane L(p.T);
     const int sub = SPB > 1 ? threadIdx.x / TH : 0;                     // which of the block's samples
     const i64 b = (i64)blockIdx.x * SPB + sub, r = blockIdx.y, rb = r * p.B + b, blk = r * gridDim.x + blockIdx.x;
     const int T = (int)p.T;
@@ -1077,7 +1083,7 @@ WAVE_SOURCE = "".join([
     CUDA_ROW_SUMS,
 ])
 
-# %% ../nbs/04_kernels.ipynb #0d79324c
+# %% ../nbs/04_kernels.ipynb #b80857f0
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {80: 163, 87: 163, 86: 99, 89: 99, 120: 99, 121: 99}  # KB a block may use, by compute capability; others 227
 MAX_CHANNELS, MAX_THREADS = 32, 512
@@ -1101,7 +1107,6 @@ class Plan:
     ring: int = 0  # steps fetched ahead
     weights_shared: int = -1  # weights in shared memory instead of registers
     sums_shared: int = -1  # the sums of dV and db too
-    order: int = -1  # which operand of a product stays longest in hand
     state_bits: int = 6  # faithful forward: significant bits of the first term of a state,
     weight_bits: int = 10  # and that of a weight is a multiple of the largest weight / 2^10
     min_forward: int = 1  # blocks per multiprocessor asked of the compiler
@@ -1116,8 +1121,6 @@ class Plan:
             put("mt", self.share(self.n, self.c))
         if self.weights_shared < 0:
             put("weights_shared", int(self.cq == 4))
-        if self.order < 0:
-            put("order", int(faithful != bool(self.weights_shared)))
         if self.sums_shared < 0:
             put("sums_shared", int(faithful and self.F > 0 and self.vals >= 4 + 4 * (self.cq < 4)))
         if not self.ring:
@@ -1177,7 +1180,7 @@ class Plan:
         "Macros of the forward or of the backward module; each only those it depends on, so that they are compiled once."
         m = dict(N=self.n, C=self.c, MT=self.mt, NT=self.terms, ACT=ACT_CODE[self.activation], F=self.F, WSM=self.weights_shared, STUB=self.stub)
         m |= dict(SBITS=self.state_bits, WBITS=self.weight_bits) if forward and self.terms == 3 else dict(SBITS=8, WBITS=8)
-        m |= dict(HTERMS=self.kept_terms, STATES=int(self.states), RING=self.ring, ORDER=self.order, FORWARD=int(forward))
+        m |= dict(HTERMS=self.kept_terms, STATES=int(self.states), RING=self.ring, FORWARD=int(forward))
         back = dict(DTAB=int(self.rows > 0), EMIT=self.emit, SPB=self.pair, DVSM=self.sums_shared, MINB=self.min_backward, MINF=1)
         return m | (dict(DTAB=0, EMIT=0, SPB=1, DVSM=0, MINB=1, MINF=self.min_forward) if forward else back)
 

@@ -30,21 +30,16 @@ SHAPES = {
 # what to try beside the default plan
 VARIANTS = {
     "smnist": {
-        "faithful": [dict(mt=4), dict(mt=4, order=0), dict(mt=2), dict(mt=2, order=0), dict(mt=2, weights_shared=1)]
-        + [dict(state_bits=7, weight_bits=9), dict(state_bits=8, weight_bits=9)],
-        "fast": [dict(order=1), dict(mt=2), dict(ring=8), dict(weights_shared=1)],
+        "faithful": [dict(mt=4), dict(mt=2), dict(mt=4, sums_shared=0), dict(mt=2, weights_shared=1)]
+        + [dict(state_bits=7, weight_bits=9), dict(state_bits=8, weight_bits=8)],
+        "fast": [dict(mt=2), dict(ring=8), dict(sums_shared=1), dict(weights_shared=1)],
     },
     "adding": {
-        "faithful": [
-            dict(order=1),
-            dict(sums_shared=0),
-            dict(state_bits=7, weight_bits=9),
-            dict(state_bits=8, weight_bits=9),
-        ],
-        "fast": [dict(order=1), dict(min_forward=2), dict(order=1, min_forward=2)],
+        "faithful": [dict(sums_shared=0), dict(state_bits=8, weight_bits=8)],
+        "fast": [dict(min_forward=1), dict(min_forward=2), dict(sums_shared=1)],
     },
-    "copy": {p: [dict(mt=1), dict(ring=2), dict(order=1 - (p == "faithful"))] for p in ("faithful", "fast")},
-    "nscifar": {p: [dict(pair=1), dict(weights_shared=1)] for p in ("faithful", "fast")},
+    "copy": {p: [dict(mt=1), dict(mt=4), dict(ring=2)] for p in ("faithful", "fast")},
+    "nscifar": {p: [dict(pair=1), dict(mt=2)] for p in ("faithful", "fast")},
 }
 
 
@@ -158,7 +153,7 @@ def main():
     result, device = {"environment": environment(), "shapes": SHAPES, "rows": []}, torch.device("cuda", 0)
     for shape, precision, name, R, p in todo:
         row = dict(shape=shape, variant=name, precision=precision, R=R, T=SHAPES[shape]["T"], B=SHAPES[shape]["B"])
-        row |= {k: getattr(p, k) for k in ("mt", "ring", "weights_shared", "sums_shared", "order", "pair")}
+        row |= {k: getattr(p, k) for k in ("mt", "ring", "weights_shared", "sums_shared", "pair")}
         try:
             row |= measure(shape, p, R, a.reps)
             fi = p.module(True, device).attributes("wave_forward", p.threads, p.shared()[0])
