@@ -76,7 +76,7 @@ def median_ms(f, reps):
     torch.cuda.synchronize()
     del graph
     ms = sorted(a.elapsed_time(b) for a, b in events)
-    return statistics.median(ms), ms[len(ms) // 4], ms[-1 - len(ms) // 4]
+    return [round(v, 4) for v in (statistics.median(ms), ms[len(ms) // 4], ms[-1 - len(ms) // 4])]
 
 
 def measure(shape, p, R, reps):
@@ -118,8 +118,8 @@ def measure(shape, p, R, reps):
         "forward": f,
         "backward": w,
         "row_sums": sums,
-        "per_run": (f[0] + w[0] + sums[0]) / R,
-        "kept_GiB": kept.numel() * 4 / 2**30,
+        "per_run": round((f[0] + w[0] + sums[0]) / R, 4),
+        "kept_GiB": round(kept.numel() / 2**28, 3),
     }
 
 
