@@ -388,12 +388,12 @@ def sanitizer():
     return out
 
 
-def short(x):
+def rounded(x):
     "Three significant digits are enough for errors."
     if isinstance(x, dict):
-        return {k: short(v) for k, v in x.items()}
+        return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return [short(v) for v in x]
+        return [rounded(v) for v in x]
     return float(f"{x:.3g}") if isinstance(x, float) else x
 
 
@@ -474,7 +474,7 @@ def main():
     record["ok"] = not bad and all(
         "failed" not in record[f.__name__] for f in (long_runs, diverging, graph, opcheck, fallbacks)
     )
-    (a.out / "check_wave.json").write_text(json.dumps(short(record), indent=1, sort_keys=True) + "\n")
+    (a.out / "check_wave.json").write_text(json.dumps(rounded(record), indent=1, sort_keys=True) + "\n")
     print(f"{len(record['cases'])} cases, {bad} out of bounds, {record['seconds']} s", flush=True)
     return int(not record["ok"])
 
