@@ -113,13 +113,8 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int K> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(K) : "memory"); }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #ad3a288c
+# %% ../nbs/04_kernels_dense.ipynb #e278b761
 _CLUSTER = r"""
-#if SPIN
-#define WAIT "test_wait"
-#else
-#define WAIT "try_wait"
-#endif
 #if CLUSTER > 1
 __device__ __forceinline__ u32 peer(u32 at, u32 rank) { u32 d; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(at), "r"(rank)); return d; }
 __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -130,7 +125,7 @@ __device__ __forceinline__ void bell_make(u32 bell) {
 }
 __device__ __forceinline__ void bell_wait(u32 bell, u32 parity) {
     u32 done;
-    do asm volatile("{\n\t.reg .pred p;\n\tmbarrier." WAIT ".parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+    do asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
                     : "=r"(done) : "r"(bell), "r"(parity) : "memory");
     while (!done);
 }
@@ -433,7 +428,7 @@ extern "C" __global__ void dense_sum(const float *part, float *out, i64 pieces) 
 """
 SOURCE = "".join([_LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
 
-# %% ../nbs/04_kernels_dense.ipynb #43ee7993
+# %% ../nbs/04_kernels_dense.ipynb #d66c3d3a
 FUSED_UNITS = 256  # wider matrices do not fit on chip in three terms
 
 
@@ -450,7 +445,6 @@ class DensePlan:
     ahead: int = 4  # steps the inputs are fetched ahead
     outer_terms: int = 2  # terms in the sum for dU
     stub: bool = False  # leave out the arithmetic, for timing only
-    spin: bool = False
     diagonals: int = 0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
 
     @property
@@ -486,7 +480,6 @@ class DensePlan:
             "AHEAD": self.ahead,
             "OUTER_TERMS": self.outer_terms,
             "STUB": int(self.stub),
-            "SPIN": int(self.spin),
             "DIAGONALS": self.diagonals or (4 if self.terms == 3 else 2),
             "ACT": ("identity", "relu", "tanh").index(activation),
             "BACK": int(backward),

@@ -84,7 +84,6 @@ def layouts(m, precision):
             dict(cluster=2, rows=4, deep=4, ahead=2),
         ]
     plans = [DensePlan(m, terms, **s) for s in shapes]
-    plans += [dataclasses.replace(p, spin=True) for p in plans if p.cluster == 4]
     return plans + [
         dataclasses.replace(p, diagonals=3) for p in plans if p.terms == 3 and p.cluster in (2, 4) and p.ahead == 4
     ]
@@ -111,7 +110,7 @@ def sweep(T, B, m, precision):
         for t in ((1,) if R == 1 else (1, 2, 4, 8))
     ]
     for R, plan in tasks:
-        if not fits(plan) or (plan.spin and R > 1) or (plan.ahead == 2 and plan.tiles < 4):
+        if not fits(plan) or (plan.ahead == 2 and plan.tiles < 4):
             continue
         row = {"R": R, "plan": dataclasses.asdict(plan)}
         try:
@@ -123,7 +122,7 @@ def sweep(T, B, m, precision):
         name = " ".join(
             f"{k}={v}"
             for k, v in row["plan"].items()
-            if k in ("cluster", "rows", "deep", "tiles", "ahead", "spin", "diagonals")
+            if k in ("cluster", "rows", "deep", "tiles", "ahead", "diagonals")
         )
         print(f"m={m} {precision:8s} R={R:2d} {name}: {text}", flush=True)
         rows.append(row)

@@ -238,7 +238,7 @@ def every_layout_agrees():
 
 LAYOUTS = [
     DensePlan(256, 3, 4, 4, 2),
-    DensePlan(256, 3, 4, 2, 4, spin=True, diagonals=3),
+    DensePlan(256, 3, 4, 2, 4, diagonals=3),
     DensePlan(255, 3, 4, 4, 2, tiles=2),
     DensePlan(256, 3, 4, 2, 4, tiles=2),
     DensePlan(256, 3, 8, 2, 2),
