@@ -482,6 +482,14 @@ def test_interrupted_anywhere_the_result_is_the_same(tmp_path):
         assert not list(results.glob("checkpoints/*"))
 
 
+def test_other_code_under_a_half_finished_run_is_refused(tmp_path, monkeypatch):
+    interrupted_after([Run(TINY, 0)], tmp_path, 7)
+    monkeypatch.setattr("wave_rnns.training.code_hash", lambda: "other")
+    with pytest.raises(WaveRNNError, match="code: .*'other' now.*--resume no begins anew"):
+        train([Run(TINY, 0)], tmp_path, "cpu", progress=False)
+    assert train([Run(TINY, 0)], tmp_path, "cpu", progress=False, resume=False)[0]["code"] == "other"
+
+
 def test_more_seeds_later_go_on_with_what_was_begun(tmp_path):
     interrupted_after([Run(TINY, 0), Run(TINY, 1)], tmp_path, 7)
     records = train([Run(TINY, s) for s in range(3)], tmp_path, "cpu", progress=False)

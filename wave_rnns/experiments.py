@@ -257,7 +257,7 @@ for T in (0, 10, 80):
     for row in ("wrnn_no_V", "wrnn_no_u", "wrnn_no_both", "wrnn_identity", "irnn_sigma", "irnn_sigma_V"):
         declare(f"copy{T}_{row}", f"copy30_{row}", f"paper, Table 4: T={T}", task_options={"T": T})
 
-# %% ../nbs/09_experiments.ipynb #7e08aa0a
+# %% ../nbs/09_experiments.ipynb #da473660
 # Adding: Section 3 "Adding Task", Table 1, Figure 5 ----------------------------------------------------------------------
 declare(
     "adding100_wrnn",
@@ -744,7 +744,7 @@ def train(
         train_group(group, results, device, resume, progress, interrupt, checkpoint_seconds)
     return [read_record(run.path(results)) for run in runs]
 
-# %% ../nbs/09_experiments.ipynb #1bed95c6
+# %% ../nbs/09_experiments.ipynb #3d32f735
 def train_group(runs, results, device, resume, progress, interrupt, checkpoint_seconds) -> None:
     "One training loop: lock, train, write a record for each run, tidy up."
     import shutil
@@ -775,7 +775,7 @@ def fit_group(runs, folder, device, progress, interrupt, checkpoint_seconds) -> 
     from wave_rnns.checkpoints import CheckpointFile
     from wave_rnns.core import atomic_write
     from wave_rnns.tasks import make_task
-    from wave_rnns.training import RunSettings, fit
+    from wave_rnns.training import ResumeRefused, RunSettings, fit
 
     e, device = runs[0].experiment, checked_device(device)
     task = make_task(e.task, **e.task_options)
@@ -785,10 +785,11 @@ def fit_group(runs, folder, device, progress, interrupt, checkpoint_seconds) -> 
     ask = Once(interrupt or (lambda: False))
     checkpoint = Spaced(CheckpointFile(folder / "population.safetensors"), checkpoint_seconds, lambda: ask.said)
     hundredth = rhythm["log_every"] * math.ceil(rhythm["steps"] / 100 / rhythm["log_every"])
-    results = fit(
-        task, e.model, settings, **rhythm, device=device, progress=progress, checkpoint=checkpoint,
-        checkpoint_every=hundredth, interrupt=ask, about={"recipe": RECIPE},
-    )  # fmt: skip
+    often = {"checkpoint": checkpoint, "checkpoint_every": hundredth, "interrupt": ask, "about": {"recipe": RECIPE}}
+    try:
+        results = fit(task, e.model, settings, **rhythm, device=device, progress=progress, **often)
+    except ResumeRefused as refused:
+        raise ResumeRefused(f"{refused} (checkpoint in {folder}; wrnn_train with --resume no begins anew)") from None
     records = [make_record(run, r, task, rhythm, len(runs), device.type) for run, r in zip(runs, results, strict=True)]
     return [(record, r.curve) for record, r in zip(records, results, strict=True)]
 
