@@ -312,14 +312,31 @@ def test_shape_of_an_experiment_is_what_its_task_gives(name):
 
 def test_cases_cover_what_is_measured():
     cases = bench.cases(["rivals", "scaling", "training"])
-    assert len(cases) == len(set(cases)) and {shape.T for _, shape in cases} == {2}
+    assert len(cases) == len(set(cases)) and {case.shape.T for case in cases} == {2}
     for shape in SHAPES.values():
-        assert (OURS.name, replace(shape, T=2)) in cases and (COMPILED.name, replace(shape, T=2)) in cases
+        assert {(way.name, replace(shape, T=2), "check") for way in (OURS, FAST, COMPILED)} <= set(cases)
     for _, _, shape in bench.sweep_points(SHAPES["sMNIST"]):
-        assert {(OURS.name, replace(shape, T=2)), (FAST.name, replace(shape, T=2))} <= set(cases)
+        assert {(way.name, replace(shape, T=2), "step") for way in (OURS, FAST)} <= set(cases)
+    assert {case.shape.B for case in cases if case.what == "evaluate"} == {128, 1000}
     assert bench.cases(["cpu"]) == []
-    bench.compile_case("no such way", WAVE, "cpu")  # says nothing: it will be measured, and say so then
-    bench.compile_case(OURS.name, WAVE, "cpu")
+
+
+@pytest.mark.parametrize("what", ["step", "check", "evaluate"])
+def test_a_case_runs_what_will_be_measured(what, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trial, "both", lambda self: seen.append("step"))
+    monkeypatch.setattr(bench, "flips", lambda *_: seen.append("check"))
+    bench.compile_case(bench.Case(OURS.name, WAVE, what), "cpu")
+    assert seen == {"step": ["step"], "check": ["step", "check"], "evaluate": []}[what]
+
+
+def test_a_case_that_fails_keeps_quiet(capfd):
+    bench.compile_case(bench.Case("no such way", WAVE, "step"), "cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cases_run_in_other_processes():
+    assert bench.precompile([bench.Case(OURS.name, WAVE, "check")] * 2, CPU) > 0
 
 
 def test_sweeps_begin_in_the_middle():
@@ -390,10 +407,25 @@ def test_tables_show_dashes_and_failures():
         "ms": bench.spread([8.0]),
         "peak_bytes": 2**31,
         "epoch_seconds": None,
-        "run_seconds": 90.0,
+        "run_seconds": 150.0,
         "ratio": 1.2,
     }
-    assert "| e, fast | 4 | 8 ms | 2 ms | 1.20 | 2.00 GiB | – | 1.5 min |" in bench.training_table([done])
+    assert "| e, fast | 4 | 8 ms | 2 ms | 1.20 | 2.00 GiB | – | 2.5 min |" in bench.training_table([done])
+    assert bench.training_table([done, done | {"R": 1}]).splitlines()[2].startswith("| e, fast | 1 |")
+
+
+def test_floors_stand_below_the_ways():
+    ours = {"name": "a", "ms": bench.spread([2.0])}
+    rows = [bench.compare(k, s, ours, ours | {"name": "b"}) for k, s in (("wave", WAVE), ("dense", DENSE))]
+    lines = bench.rivals_table(rows, rates={"bytes": 1e6, "mma": 1e12}).splitlines()
+    floor = bench.time_text(bench.floor_ms(WAVE, "fast", {"bytes": 1e6, "mma": 1e12})["floor"])
+    assert lines[-1] == f"| *the floor, fast* | {floor} | – |"
+    assert "GiB" not in bench.rivals_table(rows, bench.gib)
+
+
+def test_durations_in_words():
+    assert [bench.long_text(s) for s in (None, 0.48, 123.0, 63_000.0)] == ["–", "0.48 s", "2.05 min", "17.5 h"]
+    assert [bench.time_text(s) for s in (None, 0.3921, 17.54, 1883.4)] == ["–", "0.392 ms", "17.5 ms", "1,883 ms"]
 
 
 @pytest.fixture
@@ -467,9 +499,7 @@ def test_last_words_of_another_process(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_step_is_equal():
-    way = replace(COMPILED, name="c")
-    for shape in (WAVE, DENSE):
-        assert Trial(way, shape, CPU).check()["equal"]
+    assert Trial(COMPILED, WAVE, CPU).check()["equal"]
 
 
 def test_the_loop_keeps_its_own_biases():

@@ -10,12 +10,13 @@ __all__ = ['WARM', 'SHAPES', 'OURS', 'FAST', 'LOOP', 'COMPILED', 'LIBRARY', 'RIV
            'library_way', 'Way', 'tf32', 'relative', 'reference', 'Trial', 'flips', 'counts', 'floor_ms', 'mma_rate',
            'copy_rate', 'Clock', 'attempt', 'measure', 'compare', 'rivals', 'flash_way', 'flash_rnn', 'flash_side',
            'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of', 'train_side', 'duration',
-           'training', 'needed', 'memory', 'on_cpu', 'cpu_row', 'peak_of_process', 'peaks_on_cpu', 'processor',
-           'machine', 'file_name', 'cases', 'compile_case', 'precompile', 'run_bench', 'section_rows', 'save',
-           'time_text', 'side_text', 'line_of', 'chosen_sections', 'speed_folder', 'wrnn_bench', 'read_speed',
-           'rows_of', 'source', 'cell', 'rivals_table', 'training_table']
+           'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_row', 'peak_of_process', 'peaks_on_cpu',
+           'processor', 'machine', 'file_name', 'Case', 'cases', 'compile_case', 'precompile', 'say_now', 'run_bench',
+           'preparation', 'section_rows', 'save', 'time_text', 'side_text', 'line_of', 'chosen_sections',
+           'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed', 'rows_of', 'source', 'cell', 'gib', 'rivals_table',
+           'long_text', 'training_line', 'training_table']
 
-# %% ../nbs/26_speed.ipynb #8f1cda3b
+# %% ../nbs/26_speed.ipynb #af9a7bc4
 import contextlib
 import functools
 import gc
@@ -34,10 +35,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import wave_rnns
+from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
@@ -81,7 +84,7 @@ def in_rounds(
             lap.append(1e3 * (time.perf_counter() - begun))
     return laps
 
-# %% ../nbs/26_speed.ipynb #dd35cfe1
+# %% ../nbs/26_speed.ipynb #d4984114
 WARM = 0.15  # seconds of work before anything counts
 
 
@@ -107,7 +110,7 @@ def times(
     repeats = max(least, min(most, int(seconds * calls / (time.perf_counter() - begun))))
     return (wall_times if device.type == "cpu" else event_times)(work, device, repeats)
 
-
+# %% ../nbs/26_speed.ipynb #aaa13853
 def wall_times(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     "Milliseconds of the wall clock."
     laps = []
@@ -129,7 +132,7 @@ def event_times(work: Callable[[], object], device: torch.device, repeats: int) 
         wait(device)
     return [before.elapsed_time(after) for before, after in marks]
 
-# %% ../nbs/26_speed.ipynb #0693255c
+# %% ../nbs/26_speed.ipynb #126d82ad
 def captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
     "The same work as a CUDA graph; on a CPU the work itself. Memory is given back in between, for large models need all of it."
     if device.type == "cpu":
@@ -153,7 +156,7 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
     return replay
 
-
+# %% ../nbs/26_speed.ipynb #5d0f0406
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     "The most memory that PyTorch's allocator had in use during the work, beyond what was there before; None on a CPU."
     if device.type == "cpu":
@@ -212,7 +215,7 @@ def weights(shape: Shape, generator: torch.Generator, damping: float = 0.98, mix
     u[:, ring, ring, 2] += damping * courant
     return {"u": u, "V": V, "b": b}
 
-# %% ../nbs/26_speed.ipynb #e6bd63c3
+# %% ../nbs/26_speed.ipynb #1803f2a4
 def problem(
     shape: Shape,
     device: torch.device,
@@ -229,7 +232,7 @@ def problem(
     table = torch.rand(R, T - own + own * B, shape.F, generator=g, device=device)
     return rows(table[0], index)._replace(table=table), weights(shape, g)
 
-
+# %% ../nbs/26_speed.ipynb #65803420
 def of_first_run(x: Tensor | Rows) -> Tensor | Rows:
     "The input of run 0."
     return x._replace(table=x.table[0]) if isinstance(x, Rows) else x[0]
@@ -263,7 +266,7 @@ def scan_way(precision: str) -> Callable:
 
     return build
 
-# %% ../nbs/26_speed.ipynb #e0edc545
+# %% ../nbs/26_speed.ipynb #4ea598c7
 def wave_step(h: Tensor, x: Tensor, u: Tensor, V: Tensor, b: Tensor, u_bias: Tensor) -> Tensor:
     "h [B, c, n], x [B, F] -> the next h, by a convolution over a padded ring and a linear layer."
     near = F.pad(h, (1, 1), mode="circular")
@@ -274,7 +277,7 @@ def dense_step(h: Tensor, x: Tensor, U: Tensor, V: Tensor, b: Tensor) -> Tensor:
     "h [B, n], x [B, F] -> the next h, by two linear layers."
     return torch.relu(F.linear(h, U) + F.linear(x, V, b))
 
-
+# %% ../nbs/26_speed.ipynb #12aa9ec7
 def loop_way(compile: bool = False) -> Callable:
     "A Python loop over the steps; each step as written, or compiled by torch.compile."
 
@@ -285,7 +288,7 @@ def loop_way(compile: bool = False) -> Callable:
             own |= {"V": own["V"].flatten(0, 1), "b": own["b"].flatten(), "u_bias": own["b"].new_zeros(shape.c)}
         leaves = {k: leaf(v) for k, v in own.items()}
         if compile:
-            torch.compiler.reset()
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a step is a few small kernels
             step = torch.compile(step, dynamic=False, fullgraph=True)
 
         def forward():
@@ -316,7 +319,7 @@ def library_way(kind: str) -> Callable:
 
     return build
 
-# %% ../nbs/26_speed.ipynb #c8db57c5
+# %% ../nbs/26_speed.ipynb #8ed89972
 @dataclass(frozen=True)
 class Way:
     "One way to run a layer forward and backward."
@@ -335,7 +338,7 @@ class Way:
         "Can it run this shape?"
         return self.kind in ("both", "wave" if shape.c else "dense")
 
-
+# %% ../nbs/26_speed.ipynb #807ecbad
 OURS = Way("our scan, faithful", scan_way("faithful"), graph=True)
 FAST = Way("our scan, fast", scan_way("fast"), graph=True, bound=2e-2)
 LOOP = Way("the loop, eager", loop_way())
@@ -392,7 +395,7 @@ def reference(shape: Shape, device: torch.device) -> dict:
     grads = torch.autograd.grad(y, list(leaves.values()), gy.double())
     return {"states": states.detach(), "y": y.detach(), "gy": gy, "grads": dict(zip(leaves, grads, strict=True))}
 
-# %% ../nbs/26_speed.ipynb #79fcaed6
+# %% ../nbs/26_speed.ipynb #904830ff
 class Trial:
     "A way at work on a problem: call `work()`; `gy` holds the gradient from above."
 
@@ -413,16 +416,18 @@ class Trial:
         "A gradient from above for every sample."
         self.gy.normal_().mul_(self.gy.numel() ** -0.5)
 
-    def check(self) -> dict:
-        "Errors against the double loop, and whether they are within the way's bound."
-        exact, batch = reference(self.shape, self.device), -1 - len(self.shape.state)
-        few = min(SAMPLES, self.shape.B)
-        self.gy.zero_().narrow(batch, 0, few).copy_(exact["gy"])
-        y, grads = self.work()
-        grads = dict(zip(self.leaves, grads, strict=True))
-        errors = {"y": relative(y.narrow(batch, 0, few), exact["y"])}
-        errors |= {k: relative(grads[k], g) for k, g in exact["grads"].items()}
-        return {"error": errors, "bound": self.way.bound, "equal": max(errors.values()) <= self.way.bound}
+# %% ../nbs/26_speed.ipynb #ece4c2d5
+@patch
+def check(self: Trial) -> dict:
+    "Errors against the double loop, and whether they are within the way's bound."
+    exact, batch = reference(self.shape, self.device), -1 - len(self.shape.state)
+    few = min(SAMPLES, self.shape.B)
+    self.gy.zero_().narrow(batch, 0, few).copy_(exact["gy"])
+    y, grads = self.work()
+    grads = dict(zip(self.leaves, grads, strict=True))
+    errors = {"y": relative(y.narrow(batch, 0, few), exact["y"])}
+    errors |= {k: relative(grads[k], g) for k, g in exact["grads"].items()}
+    return {"error": errors, "bound": self.way.bound, "equal": max(errors.values()) <= self.way.bound}
 
 # %% ../nbs/26_speed.ipynb #a8bc5615
 def flips(precision: str, shape: Shape, device: torch.device) -> int:
@@ -457,7 +462,7 @@ def floor_ms(
     parts = {k: rounded(1e3 * v / rates[k]) for k, v in counts(shape, precision).items()}
     return parts | {"floor": max(parts.values())}
 
-# %% ../nbs/26_speed.ipynb #1c5dc673
+# %% ../nbs/26_speed.ipynb #312e654b
 MMA_SOURCE = r"""
 extern "C" __global__ void products(const unsigned *in, float *out, long long steps) {
     unsigned v[6];
@@ -476,7 +481,7 @@ extern "C" __global__ void products(const unsigned *in, float *out, long long st
 }
 """
 
-
+# %% ../nbs/26_speed.ipynb #83469539
 def mma_rate(device: torch.device, steps: int = 20_000) -> float:
     "Matrix instructions a second, m16n8k16 on bfloat16, all multiprocessors together."
     blocks, threads = 4 * torch.cuda.get_device_properties(device).multi_processor_count, 128
@@ -517,7 +522,7 @@ def attempt(work: Callable[[], dict], name: str, clock: Clock | None = None) -> 
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-# %% ../nbs/26_speed.ipynb #0f96cacd
+# %% ../nbs/26_speed.ipynb #3446474d
 def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, checked: bool = True) -> dict:
     "One side of a comparison: name, times, peak memory, errors."
     with tf32(way.tf32):
@@ -532,7 +537,7 @@ def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, 
         trial.fill()
         return side | {"ms": spread(times(trial.work, device, seconds))}
 
-
+# %% ../nbs/26_speed.ipynb #2a9ff1c9
 def compare(name: str, shape: Shape, ours: dict, other: dict, laps: tuple | None = None) -> dict:
     "A row: both sides, and how many times as long the other takes. `laps`: times of both, round by round."
     row = {"shape": name, "sizes": asdict(shape), "ours": ours, "other": other, "ratio": None}
@@ -544,13 +549,13 @@ def compare(name: str, shape: Shape, ours: dict, other: dict, laps: tuple | None
         row["ratio"] = {k: rounded(b[p] / a[q]) for k, (p, q) in pairs.items()}
     return row
 
-# %% ../nbs/26_speed.ipynb #4be91722
+# %% ../nbs/26_speed.ipynb #e4567b0d
 def rivals(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None) -> Iterator[dict]:
     "Rows of ours against every rival."
     shapes, ours = SHAPES if shapes is None else shapes, {}
-    *first, compiled_graph, compiled = RIVALS
-    for chosen in (first, [compiled_graph], [compiled]):
+    for chosen in (RIVALS[:-2], RIVALS[-2:]):  # the last two compile, and share what is compiled
         for name, shape in shapes.items():
+            torch.compiler.reset()
             if name not in ours:
                 ours[name] = attempt(lambda shape=shape: measure(OURS, shape, device), OURS.name, clock)
             for way in chosen:
@@ -562,7 +567,7 @@ def rivals(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None =
             yield flash_rnn(name, replace(shape, activation="tanh"), device, clock)
     reference.cache_clear()
 
-# %% ../nbs/26_speed.ipynb #1ae126e2
+# %% ../nbs/26_speed.ipynb #70242ee7
 FLASH = "FlashRNN elman, bfloat16"
 
 
@@ -581,7 +586,7 @@ def flash_way(shape: Shape, x: Tensor | Rows, w: dict[str, Tensor]) -> tuple[Cal
 
     return forward, leaves
 
-
+# %% ../nbs/26_speed.ipynb #716801b5
 def flash_rnn(name: str, shape: Shape, device: torch.device, clock: Clock) -> dict:
     "Our dense scan, fast, beside FlashRNN, or the reason why there is no number."
     ours = attempt(lambda: measure(FAST, shape, device), FAST.name, clock)
@@ -617,7 +622,7 @@ def in_process(function: str, *args, seconds: float = 120) -> dict:
         raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/26_speed.ipynb #25d22b5b
+# %% ../nbs/26_speed.ipynb #6aacbb74
 SWEEPS = {
     "T": (98, 196, 392, 784, 1568, 3136),
     "B": (8, 32, 64, 128, 256, 512),
@@ -632,27 +637,21 @@ def sweep_points(shape: Shape, sweeps: dict = SWEEPS) -> list[tuple[str, int, Sh
     points = [(k, v, replace(shape, **{k: v})) for k, values in sweeps.items() for v in values]
     return sorted(points, key=lambda p: abs(math.log(p[1] / getattr(shape, p[0]))))
 
-
+# %% ../nbs/26_speed.ipynb #cb39c2f7
 def scaling(
     device: torch.device, clock: Clock, rates: dict, shape: Shape = SHAPES["sMNIST"], sweeps: dict = SWEEPS
 ) -> Iterator[dict]:
     "Rows of time, peak memory and floor."
+    sides = {}  # the middle belongs to every sweep and is measured once
     for way, precision in ((OURS, "faithful"), (FAST, "fast")):
         for letter, value, point in sweep_points(shape, sweeps):
-            side = attempt(
-                lambda way=way, point=point: measure(way, point, device, 0.2, checked=False), way.name, clock
-            )
-            floor = floor_ms(point, precision, rates) if rates else None
-            yield {
-                "sweep": letter,
-                "value": value,
-                "sizes": asdict(point),
-                "precision": precision,
-                "floor": floor,
-                **side,
-            }
+            if (way.name, point) not in sides:
+                work = lambda way=way, point=point: measure(way, point, device, 0.2, checked=False)  # noqa: E731
+                sides[way.name, point] = attempt(work, way.name, clock)
+            row = {"sweep": letter, "value": value, "sizes": asdict(point), "precision": precision}
+            yield row | {"floor": floor_ms(point, precision, rates)} | sides[way.name, point]
 
-# %% ../nbs/26_speed.ipynb #bb75ecb2
+# %% ../nbs/26_speed.ipynb #00f9aa07
 TRAINED = (
     "copy80_wrnn",
     "adding1000_wrnn",
@@ -664,7 +663,7 @@ TRAINED = (
 )
 RUNS = (1, 4, 16, 64)
 
-
+# %% ../nbs/26_speed.ipynb #ad779972
 def stand_in(task) -> bool:
     "Random images for an image task whose data are not here. True if that was so."
     if not isinstance(task, ImageTask) or have_data(task.data):
@@ -678,7 +677,7 @@ def stand_in(task) -> bool:
     task.sets = {"train": some(task.n_train), "valid": some(3000), "test": some(1000)}
     return True
 
-
+# %% ../nbs/26_speed.ipynb #8c320f22
 def shape_of(task, model: ModelConfig, R: int) -> Shape:
     "The shape of a task's layer."
     drive = {"copy": "tokens", "nscifar10": "rows"}.get(task.name, "features")
@@ -693,7 +692,7 @@ def shape_of(task, model: ModelConfig, R: int) -> Shape:
         R,
     )
 
-# %% ../nbs/26_speed.ipynb #f5617efb
+# %% ../nbs/26_speed.ipynb #26bfb836
 def train_side(name: str, R: int, precision: str, device: torch.device, **options) -> dict:
     "One training step of R runs of an experiment: times, memory, and what an epoch and a whole run would take."
     e = EXPERIMENTS[name]
@@ -705,7 +704,7 @@ def train_side(name: str, R: int, precision: str, device: torch.device, **option
         task, replace(e.model, precision=precision), [RunSettings(seed, e.lr, e.clip) for seed in range(R)], device
     )
     task.prepare_epoch(population.seeds, 0)
-    step = population.step_function()
+    step = population.step_function(graph=device.type == "cuda")
     side = {"name": f"a training step of {name}", "ms": spread(times(step, device))}
     side["peak_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     population.evaluate("valid")
@@ -718,7 +717,7 @@ def train_side(name: str, R: int, precision: str, device: torch.device, **option
         | duration(side["ms"]["median"], task, rhythm, looks)
     )
 
-
+# %% ../nbs/26_speed.ipynb #c290a26e
 def duration(ms: float, task, rhythm: dict, looks: tuple[float, int]) -> dict:
     "Seconds of an epoch's steps, of one look at the validation data, and of a whole run with all its looks."
     epoch = 1e-3 * ms * task.steps_per_epoch if task.steps_per_epoch else None
@@ -729,38 +728,39 @@ def duration(ms: float, task, rhythm: dict, looks: tuple[float, int]) -> dict:
         "steps": rhythm["steps"],
     }
 
-# %% ../nbs/26_speed.ipynb #b2456b1e
+# %% ../nbs/26_speed.ipynb #04739074
 def training(
     device: torch.device, clock: Clock, names: tuple = TRAINED, runs: tuple = RUNS, **options
 ) -> Iterator[dict]:
-    "Rows of a training step against its layer. Runs that will not fit in memory, by what fewer needed, are not tried."
+    "Rows of a training step against its layer: few runs first, all experiments in each precision."
     peaks = {}
+    plan = [("faithful", name) for name in names] + [("fast", name) for name in names if "wrnn" in name]
     for R in runs:
-        for precision, name in [("faithful", name) for name in names] + [
-            ("fast", name) for name in names if "wrnn" in name
-        ]:
-            row = {"experiment": name, "R": R, "precision": precision}
-            need, have = needed(peaks.get((name, precision), {}), R), memory(device)
-            if have and need > 0.9 * have:
-                yield row | {
-                    "name": name,
-                    "skipped": f"{R} runs would need about {need / 2**30:.0f} GiB of {have / 2**30:.0f}",
-                }
-                continue
-            side = attempt(lambda name=name, R=R, p=precision: train_side(name, R, p, device, **options), name, clock)
-            if "shape" in side:
-                peaks.setdefault((name, precision), {})[R] = side["peak_bytes"] or 0
-                way, shape = OURS if precision == "faithful" else FAST, Shape(**side.pop("shape"))
-                layer = attempt(
-                    lambda way=way, shape=shape: measure(way, shape, device, 0.3, checked=False), way.name, clock
-                )
-                row |= {
-                    "layer": layer,
-                    "ratio": rounded(side["ms"]["median"] / layer["ms"]["median"]) if "ms" in layer else None,
-                }
-            yield row | side
+        for precision, name in plan:
+            known = peaks.setdefault((name, precision), {})
+            row = training_row(name, R, precision, device, clock, known, **options)
+            if row.get("peak_bytes"):
+                known[R] = row["peak_bytes"]
+            yield row
 
+# %% ../nbs/26_speed.ipynb #f0bf6ab9
+def training_row(
+    name: str, R: int, precision: str, device: torch.device, clock: Clock, known: dict[int, int], **options
+) -> dict:
+    "A step beside its layer. Runs that will not fit in memory, by what fewer needed, are not tried."
+    row = {"experiment": name, "R": R, "precision": precision, "name": name}
+    need, have = needed(known, R), memory(device)
+    if have and need > 0.9 * have:
+        return row | {"skipped": f"{R} runs would need about {need / 2**30:.0f} GiB of {have / 2**30:.0f}"}
+    side = attempt(lambda: train_side(name, R, precision, device, **options), name, clock)
+    if "ms" not in side:
+        return row | side
+    way, shape = OURS if precision == "faithful" else FAST, Shape(**side.pop("shape"))
+    layer = attempt(lambda: measure(way, shape, device, 0.3, checked=False), way.name)
+    ratio = rounded(side["ms"]["median"] / layer["ms"]["median"]) if "ms" in layer else None
+    return row | side | {"layer": layer, "ratio": ratio}
 
+# %% ../nbs/26_speed.ipynb #7885dc09
 def needed(peaks: dict[int, int], R: int) -> float:
     "Bytes that R runs need, from what fewer needed: a line through the last two."
     known = sorted(peaks.items())[-2:]
@@ -774,7 +774,7 @@ def memory(device: torch.device) -> int:
     "Bytes of a GPU; 0 for a CPU."
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
-# %% ../nbs/26_speed.ipynb #0280609b
+# %% ../nbs/26_speed.ipynb #ad684a84
 CPU_SHAPES = {
     "copy": Shape(100, 128, 100, 6, 10, "tokens", last=False),
     "adding": Shape(200, 128, 100, 27, 2),
@@ -783,12 +783,13 @@ CPU_SHAPES = {
 }
 ON_CPU = {way.name: way for way in (replace(OURS, name="our scan"), LOOP, replace(LIBRARY, name="nn.RNN"), COMPILED)}
 
-
+# %% ../nbs/26_speed.ipynb #10031a9e
 def on_cpu(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None) -> Iterator[dict]:
     "Rows of ours against the others, in rounds; first those without a compiler."
     shapes, (ours, *others), cpu = CPU_SHAPES if shapes is None else shapes, ON_CPU.values(), torch.device("cpu")
     for chosen in ([way for way in others if way != COMPILED], [COMPILED]):
         for name, shape in shapes.items():
+            torch.compiler.reset()
             for way in chosen:
                 if way.fits(shape):
                     failed = {"shape": name, "sizes": asdict(shape), "ours": {"name": ours.name}, "ratio": None}
@@ -800,7 +801,7 @@ def on_cpu(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None =
             yield from peaks_on_cpu(shapes, clock)
     reference.cache_clear()
 
-
+# %% ../nbs/26_speed.ipynb #8ba0a348
 def cpu_row(name: str, shape: Shape, ours: Way, way: Way, device: torch.device, seconds: float = 8) -> dict:
     "One comparison in rounds."
     trials = Trial(ours, shape, device), Trial(way, shape, device)
@@ -810,7 +811,7 @@ def cpu_row(name: str, shape: Shape, ours: Way, way: Way, device: torch.device, 
     laps = in_rounds(*(t.work for t in trials), seconds)
     return compare(name, shape, *({**side, "ms": spread(lap)} for side, lap in zip(sides, laps, strict=True)), laps)
 
-# %% ../nbs/26_speed.ipynb #64a3f626
+# %% ../nbs/26_speed.ipynb #ba212ce5
 def peak_of_process(name: str, sizes: dict) -> dict:
     "Bytes this process had in memory before the work and at most. To be called in a process of its own."
     import resource  # not on Windows: then the row says so
@@ -822,7 +823,7 @@ def peak_of_process(name: str, sizes: dict) -> dict:
     trial.work()
     return {"name": name, "before_bytes": before, "peak_bytes": peak()}
 
-
+# %% ../nbs/26_speed.ipynb #119d9612
 def peaks_on_cpu(shapes: dict[str, Shape], clock: Clock) -> Iterator[dict]:
     "A row of peak memory for the largest shape."
     name, shape = max(shapes.items(), key=lambda item: item[1].T * item[1].B * math.prod(item[1].state))
@@ -833,7 +834,7 @@ def peaks_on_cpu(shapes: dict[str, Shape], clock: Clock) -> Iterator[dict]:
     ratio = rounded(loop["peak_bytes"] / ours["peak_bytes"]) if "peak_bytes" in ours and "peak_bytes" in loop else None
     yield {"shape": name, "sizes": asdict(shape), "ours": ours, "other": loop, "memory_ratio": ratio, "ratio": None}
 
-# %% ../nbs/26_speed.ipynb #ebd621a5
+# %% ../nbs/26_speed.ipynb #147ba3e5
 SECTIONS = {"rivals": 0.45, "scaling": 0.25, "training": 0.3, "cpu": 1.0}  # shares of the time
 
 
@@ -845,7 +846,7 @@ def processor() -> str:
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
-
+# %% ../nbs/26_speed.ipynb #d9656df7
 def machine(device: torch.device) -> dict:
     "What a record says about where it was made."
     facts = environment() | {
@@ -867,44 +868,65 @@ def file_name(machine: str) -> str:
     "A machine's name as a file name."
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json"
 
-# %% ../nbs/26_speed.ipynb #afd5fd27
-def cases(sections: list[str]) -> list[tuple[str, Shape]]:
-    "(way, shape) of everything that compiles something."
-    ways = [way for way in NAMED.values() if way.name.startswith("our scan") and way.graph or way == COMPILED]
-    some = [(way.name, s) for s in SHAPES.values() for way in ways] if "rivals" in sections else []
+# %% ../nbs/26_speed.ipynb #a09fb1ea
+class Case(NamedTuple):
+    "Something that compiles: a way and a shape, and what is done with it."
+
+    way: str
+    shape: Shape
+    what: str  # 'step', 'check' (a step, and the states for counting flips), or 'evaluate' (no gradient)
+
+
+def cases(sections: list[str]) -> list[Case]:
+    "Everything that the sections will compile, on two steps of time."
+    some, both = [], (OURS, FAST)
+    if "rivals" in sections:
+        some += [Case(way.name, s, "check") for s in SHAPES.values() for way in (*both, COMPILED)]
+        some += [Case(FAST.name, replace(s, activation="tanh"), "step") for s in SHAPES.values() if not s.c]
     if "scaling" in sections:
-        some += [(way.name, s) for _, _, s in sweep_points(SHAPES["sMNIST"]) for way in (OURS, FAST)]
-    if "training" in sections:
-        for name in TRAINED:
-            e, ways = EXPERIMENTS[name], (OURS, FAST) if "wrnn" in name else (OURS,)
-            task = make_task(e.task, **e.task_options)
-            some += [(way.name, shape_of(task, e.model, R)) for R in RUNS[:3] for way in ways]
-    return list(dict.fromkeys((name, replace(s, T=min(2, s.T))) for name, s in some))
+        some += [Case(way.name, s, "step") for _, _, s in sweep_points(SHAPES["sMNIST"]) for way in both]
+    for e in map(EXPERIMENTS.__getitem__, TRAINED if "training" in sections else ()):
+        task = make_task(e.task, **e.task_options)
+        for R in RUNS:
+            shape, ways = shape_of(task, e.model, R), both if e.model.kind == "wrnn" else (OURS,)
+            some += [Case(way.name, shape, "step") for way in ways]
+            some += [Case(way.name, replace(shape, B=shape.B if task.every_step else 1000), "evaluate") for way in ways]
+    return list(dict.fromkeys(c._replace(shape=replace(c.shape, T=2)) for c in some))
 
-
-def compile_case(name: str, shape: Shape, device: str) -> None:
+# %% ../nbs/26_speed.ipynb #87284568
+def compile_case(case: Case, device: str) -> None:
     "Run two steps of one case, so that its kernels are in the cache."
     with (
         contextlib.suppress(Exception),
         contextlib.redirect_stderr(io.StringIO()),
     ):  # it will be measured, and say so then
-        Trial(NAMED[name], shape, torch.device(device)).work()
+        with torch.set_grad_enabled(case.what != "evaluate"):
+            trial = Trial(NAMED[case.way], case.shape, torch.device(device))
+        if case.what != "evaluate":
+            trial.work()
+        if case.what == "check" and trial.way in (OURS, FAST):
+            flips("fast" if trial.way == FAST else "faithful", case.shape, trial.device)
 
 
-def precompile(some: list[tuple[str, Shape]], device: torch.device) -> float:
+def precompile(some: list[Case], device: torch.device) -> float:
     "Fill the caches with many processes; returns the seconds it took."
     begun = time.monotonic()
     with ProcessPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 2)), mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_case, *zip(*some, strict=True), [str(device)] * len(some)))
+        list(pool.map(compile_case, some, [str(device)] * len(some)))
     return time.monotonic() - begun
 
-# %% ../nbs/26_speed.ipynb #ab67551a
+# %% ../nbs/26_speed.ipynb #9b6369db
+def say_now(text: str) -> None:
+    "Print a line at once, also where the output is a pipe."
+    print(text, flush=True)
+
+
 def run_bench(
     device: torch.device,
     out: Path,
     sections: list[str],  # of SECTIONS, in the order in which they run
     minutes: float,  # for all sections together; one that needs less leaves the rest to the next
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = say_now,
 ) -> dict:  # the record
     "Run the sections and write the record, again after each row."
     record = {
@@ -913,14 +935,10 @@ def run_bench(
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sections": {},
     }
-    begun, total, spent = time.monotonic(), sum(SECTIONS[s] for s in sections), 0.0
-    say(
-        f"{record['environment']['machine']}: {', '.join(sections)}; at most about {minutes:g} minutes, after compiling"
-    )
+    say(f"{record['environment']['machine']}: {', '.join(sections)}; about {minutes:g} minutes")
     if device.type == "cuda" and set(sections) != {"cpu"}:
-        record["compile_seconds"] = rounded(precompile(cases(sections), device))
-        record["rates"] = {"bytes": rounded(copy_rate(device)), "mma": rounded(mma_rate(device))}
-        begun = time.monotonic()
+        record |= preparation(device, sections)
+    begun, total, spent = time.monotonic(), sum(SECTIONS[s] for s in sections), 0.0
     for section in sections:
         spent += SECTIONS[section]
         clock = Clock(begun + 60 * minutes * spent / total - time.monotonic())
@@ -931,6 +949,15 @@ def run_bench(
             save(record, out)
             say(line_of(section, row))
     return record
+
+# %% ../nbs/26_speed.ipynb #d5f9358c
+def preparation(device: torch.device, sections: list[str]) -> dict:
+    "Compile, then measure the rates that floors are made of."
+    seconds = precompile(cases(sections), device)
+    return {
+        "compile_seconds": rounded(seconds),
+        "rates": {"bytes": rounded(copy_rate(device)), "mma": rounded(mma_rate(device))},
+    }
 
 
 def section_rows(section: str, device: torch.device, clock: Clock, rates: dict | None) -> Iterator[dict]:
@@ -947,14 +974,14 @@ def save(record: dict, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, to_json(record, indent=1) + "\n")
 
-# %% ../nbs/26_speed.ipynb #65688878
+# %% ../nbs/26_speed.ipynb #7c542039
 def time_text(ms: float | None) -> str:
     "A duration in three digits: '0.392 ms', '17.5 ms', '1,883 ms'; a dash for none."
     if ms is None:
         return "–"
     return f"{ms:,.0f} ms" if ms >= 999.5 else f"{ms:.3g} ms"
 
-
+# %% ../nbs/26_speed.ipynb #e6c02123
 def side_text(side: dict) -> str:
     "One side in words."
     if "ms" not in side:
@@ -991,12 +1018,17 @@ def chosen_sections(text: str | None, device: torch.device) -> list[str]:
         raise usage_error(f"--sections {text}: on a CPU there is only 'cpu'; the others time GPU kernels")
     return list(dict.fromkeys(names))
 
-# %% ../nbs/26_speed.ipynb #8e4aa03f
+# %% ../nbs/26_speed.ipynb #f83d6f71
 def speed_folder() -> Path:
     "Where records of speed are."
     return results_root() / "speed"
 
 
+def bench_path(out: str | None, device: torch.device) -> Path:
+    "The record's file: as asked for, or named after the machine."
+    return Path(out) if out else speed_folder() / file_name(machine(device)["machine"])
+
+# %% ../nbs/26_speed.ipynb #44b97d0b
 @call_parse
 @answer
 def wrnn_bench(
@@ -1017,12 +1049,9 @@ def wrnn_bench(
     if minutes < 0:
         raise usage_error(f"--minutes {minutes:g}: expected a positive number, or 0 for the default")
     minutes = minutes or 4.0 * (set(names) != {"cpu"}) + 2.0 * ("cpu" in names)
-    path = (
-        Path(out)
-        if out
-        else speed_folder() / file_name(machine(torch.device("cpu") if names == ["cpu"] else where)["machine"])
-    )
-    record = run_bench(torch.device("cpu") if names == ["cpu"] else where, path, names, minutes)
+    where = torch.device("cpu") if names == ["cpu"] else where
+    path = bench_path(out, where)
+    record = run_bench(where, path, names, minutes)
     print(
         f"{path}: {sum(len(s['rows']) for s in record['sections'].values())} rows in {record.get('seconds', 0):.0f} s"
     )
@@ -1051,7 +1080,7 @@ def rows_of(records: list[dict], section: str) -> tuple[list[dict], dict]:
             return rows, record
     return [], {}
 
-# %% ../nbs/26_speed.ipynb #b67be297
+# %% ../nbs/26_speed.ipynb #f77f2dda
 def source(record: dict) -> str:
     "Where a table comes from, in one line."
     if not record:
@@ -1060,7 +1089,7 @@ def source(record: dict) -> str:
     versions = f"torch {e['torch']}" + (f", CUDA {e['cuda']}" if e["device"] != "cpu" else "")
     return f"*{e['machine']}, {versions}, {record['started'][:10]}, commit {(e['commit'] or 'not known')[:9]}, code {e['code'][:8]}.*"
 
-
+# %% ../nbs/26_speed.ipynb #b3551bfb
 def cell(side: dict | None, ratio: dict | None = None) -> str:
     "A side in a table: its time and how many times ours that is; a dash where there is none."
     if not side or "ms" not in side:
@@ -1068,35 +1097,75 @@ def cell(side: dict | None, ratio: dict | None = None) -> str:
     times_ours = f" ({ratio['median']:.3g})" if ratio else ""
     return time_text(side["ms"]["median"]) + times_ours + ("" if side.get("equal", True) else ", not equal")
 
+# %% ../nbs/26_speed.ipynb #0bb502e6
+def gib(side: dict | None, ratio: dict | None = None) -> str:
+    "A side's peak memory in a table."
+    return f"{side['peak_bytes'] / 2**30:.2f} GiB" if side and side.get("peak_bytes") else "–"
 
-def rivals_table(rows: list[dict]) -> str:
-    "Ways by shapes: milliseconds forward + backward, and in brackets how many times ours."
+
+def rivals_table(rows: list[dict], show: Callable = cell, rates: dict | None = None) -> str:
+    "Ways by shapes: milliseconds forward + backward, and in brackets how many times ours; with `show=gib` peak memory. `rates` adds the floor."
     rows = [row for row in rows if "memory_ratio" not in row]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    cells = {(row["ours"]["name"], row["shape"]): cell(row["ours"]) for row in rows if "ms" in row["ours"]}
-    cells |= {(row["other"]["name"], row["shape"]): cell(row["other"], row["ratio"]) for row in rows}
-    order = dict.fromkeys([row["ours"]["name"] for row in rows] + [row["other"]["name"] for row in rows])
-    return markdown(
-        ["forward + backward", *shapes], [[name, *(cells.get((name, s), "–") for s in shapes)] for name in order]
+    shapes, lines = {row["shape"]: row["sizes"] for row in rows}, {}
+    for side in ("ours", "other"):
+        for row in rows:
+            line = lines.setdefault(row[side]["name"], {})
+            if side == "other" or "ms" in row[side]:
+                line[row["shape"]] = show(row[side], row["ratio"] if side == "other" else None)
+    table = [[name, *(line.get(shape, "–") for shape in shapes)] for name, line in lines.items()]
+    for precision in PRODUCTS if rates else ():
+        floors = [
+            time_text(floor_ms(Shape(**z), precision, rates)["floor"] if z["c"] else None) for z in shapes.values()
+        ]
+        table.append([f"*the floor, {precision}*", *floors])
+    return markdown(["forward + backward", *shapes], table)
+
+# %% ../nbs/26_speed.ipynb #9d917b95
+def long_text(seconds: float | None) -> str:
+    "A longer duration: '0.48 s', '2.05 min', '17.5 h'; a dash for none."
+    if seconds is None:
+        return "–"
+    return (
+        f"{seconds:.3g} s"
+        if seconds < 100
+        else f"{seconds / 60:.3g} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
     )
 
-# %% ../nbs/26_speed.ipynb #a41f7620
-def training_table(rows: list[dict]) -> str:
-    "Experiments by R: milliseconds a step and a run, step over layer, and how long an epoch and a whole population take."
-    lines = []
-    for key in dict.fromkeys((row["experiment"], row["precision"]) for row in rows):
-        for row in rows:
-            if (row["experiment"], row["precision"]) == key:
-                measured, R = "ms" in row, row["R"]
-                each = time_text(row["ms"]["median"] / R) if measured else row.get("skipped", "failed")
-                epoch = f"{row['epoch_seconds']:.3g} s" if measured and row["epoch_seconds"] else "–"
-                whole = f"{row['run_seconds'] / 60:.3g} min" if measured else "–"
-                gib = f"{row['peak_bytes'] / 2**30:.2f} GiB" if measured and row["peak_bytes"] else "–"
-                layer = f"{row['ratio']:.2f}" if row.get("ratio") else "–"
-                lines.append(
-                    [f"{key[0]}, {key[1]}", R, cell(row if measured else None), each, layer, gib, epoch, whole]
-                )
-    return markdown(
-        ["experiment", "R", "a step", "a run's share", "step / layer", "peak", "an epoch", "all steps and validations"],
-        lines,
+
+def training_line(row: dict) -> list:
+    "The cells of one population of R runs."
+    share = {"ms": {"median": row["ms"]["median"] / row["R"]}} if "ms" in row else None
+    layer = f"{row['ratio']:.2f}" if row.get("ratio") else "–"
+    last = (
+        [long_text(row.get(key)) for key in ("epoch_seconds", "run_seconds")]
+        if share
+        else ["–", row.get("skipped", "failed")]
     )
+    return [
+        f"{row['experiment']}, {row['precision']}",
+        row["R"],
+        cell(share and {"ms": row["ms"]}),
+        cell(share),
+        layer,
+        gib(row),
+        *last,
+    ]
+
+
+def training_table(rows: list[dict]) -> str:
+    "Experiments by R: milliseconds a step and a run, step over layer, peak memory, and how long an epoch and all steps take."
+    header = [
+        "experiment",
+        "R",
+        "a step",
+        "a run's share",
+        "step / layer",
+        "peak",
+        "an epoch",
+        "all steps and validations",
+    ]
+    order = list(dict.fromkeys((row["experiment"], row["precision"]) for row in rows))
+    rows = sorted(rows, key=lambda row: (order.index((row["experiment"], row["precision"])), row["R"]))
+    return markdown(header, [training_line(row) for row in rows])
