@@ -165,10 +165,12 @@ def _slope(activation):
         "identity": lambda dh, h, out: out.copy_(dh),
     }[activation]
 
-# %% ../nbs/03_scan.ipynb #9add411e
+# %% ../nbs/03_scan.ipynb #6f9eb0de
 def turned(matrices: Tensor) -> Tensor:  # [N, rows, columns] -> [N, columns, rows]
     "Transposed copies of matrices. `channel_shuffle` in channels-last order is just that, and four times as fast as a copy on a CPU."
     N, rows, columns = matrices.shape
+    if matrices.device.type != "cpu":
+        return matrices.mT.contiguous()
     size = rows * columns
     pixels = matrices.contiguous().as_strided((N, size, 1, 1), (size, 1, size, size))
     return torch.channel_shuffle(pixels, rows).view(N, columns, rows)
@@ -244,15 +246,14 @@ class LookupDrive:
     def grad(self):
         return self.sums
 
-# %% ../nbs/03_scan.ipynb #cde6a142
+# %% ../nbs/03_scan.ipynb #e41fbd0c
 def fresh_pages(size: int) -> mmap.mmap:
     "Anonymous memory from the system, in huge pages where it has them."
     size = -(-size // 2**21) * 2**21
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size)  # Windows
-    block = mmap.mmap(
-        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # the default, shared, would tie forked processes together
+    # private: mmap's default would tie forked processes together
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
@@ -312,14 +313,14 @@ def _kept(T, c, n):
     "How many places that takes, for a T that may be symbolic."
     return T + 1 if c * n < 4096 else T + 1 - (T + 1) // 4
 
-# %% ../nbs/03_scan.ipynb #5a5aa5a0
+# %% ../nbs/03_scan.ipynb #6c909880
 class WaveSteps:
     "What the forward and the backward loop share: the states in their slots, and the step from one to the next."
 
     def __init__(self, u, drive, activation, states, slots, n):
-        (self.R, self.c, _, k), self.n, self.p = u.shape, n, u.shape[3] // 2
+        R, c, _, k = u.shape
         self.G, self.drive, self.slots, self.act = _groups(u), drive, slots, _activate(activation)
-        self.taps = _spread(u.transpose(2, 3).reshape(self.R, self.c, k * self.c), n, k, self.G)
+        self.taps = _spread(u.transpose(2, 3).reshape(R, c, k * c), n, k, self.G)
         self.view = Rings(states, self.G, n, k)
         if -1 in slots:
             self.view.append(Rings(torch.empty_like(states[:1]), self.G, n, k))
@@ -363,7 +364,7 @@ def batch_last_forward(
                 _turn_out(steps.view.rings[steps.at(t + 1, g)], out[g, :, 0 if last else t])
     return y, states if keep else u.new_empty(0)
 
-# %% ../nbs/03_scan.ipynb #e4b8d843
+# %% ../nbs/03_scan.ipynb #32fe2411
 def batch_last_backward(
     drive,  # what collects the gradient of V and b
     gy: Tensor,  # dL/dh_t [R, T, B, c, n], or dL/dh_T [R, B, c, n]
@@ -387,10 +388,11 @@ def batch_last_backward(
     for g in range(G):
         _turn_in(gys[g, :, -1], dh)
         sums = u.new_zeros(len(body), c, k * c)
+        if steps.slots[T] < 0:
+            steps.advance(T - 1, g)
         for t in range(T, 0, -1):
-            for missing in (T, t - 1) if t == T else (t - 1,):
-                if steps.slots[missing] < 0:
-                    steps.advance(missing - 1, g)
+            if steps.slots[t - 1] < 0:
+                steps.advance(t - 2, g)
             slope(dh, view.rings[steps.at(t, g)], delta.rings[0])
             delta.close(0)
             sums.baddbmm_(delta.body[0], view.windows[steps.at(t - 1, g)].mT)
@@ -914,7 +916,7 @@ def same_kind_input(like, x, **tensors):
 # %% ../nbs/03_scan.ipynb #bd9c03d3
 PRECISIONS = ("faithful", "fast")
 
-# %% ../nbs/03_scan.ipynb #d29fcbe4
+# %% ../nbs/03_scan.ipynb #5d09ba80
 def wave_scan(
     x: Tensor | Rows,  # input [T, B, F], tokens int64 [T, B], or rows of a table
     u: Tensor,  # recurrent kernel [c, c, k], k odd
@@ -931,7 +933,7 @@ def wave_scan(
     that does not fit, `ConfigError` for an unknown option."""
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("precision", precision, PRECISIONS)
-    sizes, dtype = {}, u.dtype
+    sizes = {}
     fit(sizes, "u", u, "c c k")
     fit(sizes, "V", V, "c n F")
     fit(sizes, "b", b, "c n")
@@ -939,7 +941,7 @@ def wave_scan(
     fit_state(h_0, sizes["B"], sizes["c"], sizes["n"])
     if sizes["k"] % 2 == 0 or sizes["n"] < sizes["k"]:
         raise ScanError(f"u: expected an odd number k of taps, at most n = {sizes['n']}, got k = {sizes['k']}")
-    u, x, V, b, h_0 = same_kind_input(u, x, V=V, b=b, h_0=h_0)
+    dtype, (u, x, V, b, h_0) = u.dtype, same_kind_input(u, x, V=V, b=b, h_0=h_0)
     with no_autocast(u.device):
         return _wave_scan(x, u, V, b, h_0, activation, last, precision).to(dtype)
 
@@ -968,7 +970,7 @@ def _encode(x, V, b):
     drive = torch.baddbmm(b, x.reshape(pieces, -1, x.shape[-1]), V.T.expand(pieces, -1, -1))
     return drive.view(*x.shape[:2], -1)
 
-# %% ../nbs/03_scan.ipynb #6c21463d
+# %% ../nbs/03_scan.ipynb #9c38edff
 def dense_scan(
     x: Tensor | Rows,  # input [T, B, F], tokens int64 [T, B], or rows of a table
     U: Tensor,  # recurrent matrix [m, m]
@@ -982,13 +984,13 @@ def dense_scan(
     "The recurrence of an ordinary RNN over a whole sequence: what `dense_loop` computes, fast. Raises what `wave_scan` raises."
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("precision", precision, PRECISIONS)
-    sizes, dtype = {}, U.dtype
+    sizes = {}
     fit(sizes, "U", U, "m m")
     fit(sizes, "V", V, "m F")
     fit(sizes, "b", b, "m")
     fit_input(sizes, x, U.device)
     fit_state(h_0, sizes["B"], sizes["m"])
-    U, x, V, b, h_0 = same_kind_input(U, x, V=V, b=b, h_0=h_0)
+    dtype, (U, x, V, b, h_0) = U.dtype, same_kind_input(U, x, V=V, b=b, h_0=h_0)
     with no_autocast(U.device):
         # Every step gets its own copy of its input: the gradient of V is then one product, and no sum over equal rows.
         if isinstance(x, Rows):
