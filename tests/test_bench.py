@@ -243,6 +243,14 @@ def test_measure_checks_the_recorded_graph(acted, monkeypatch):
     assert len(recorded) == 1
 
 
+def test_a_run_of_several_is_its_share(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "times", lambda work, *_: seen.append(work()[0].shape[0]) or [8.0] * 3)
+    monkeypatch.setattr(bench, "peak_bytes", lambda *_: 400)
+    side = bench.measure(replace(OURS, runs=4), WAVE, CPU)
+    assert seen == [4] and side["ms"]["median"] == 2.0 and side["peak_bytes"] == 100 and "error" not in side
+
+
 # -------------------------------------------------------------------------------------------------------- floors
 
 
@@ -364,6 +372,7 @@ def test_record_is_written_after_every_row(tmp_path, monkeypatch):
     assert seen == [1, 2] and len(said) == 4
     (record,) = bench.read_speed(tmp_path / "a")
     assert len(record["sections"]["cpu"]["rows"]) == 3 and record["environment"]["device"] == "cpu"
+    assert "load at most" in bench.source(record)
 
 
 def test_sections_share_the_time(tmp_path, monkeypatch):

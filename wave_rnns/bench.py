@@ -11,7 +11,7 @@ __all__ = ['WARM', 'SHAPES', 'OURS', 'FAST', 'LOOP', 'COMPILED', 'LIBRARY', 'RIV
            'copy_rate', 'Clock', 'attempt', 'measure', 'compare', 'rivals', 'flash_way', 'flash_rnn', 'flash_side',
            'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of', 'train_side', 'duration',
            'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_row', 'peak_rss', 'peak_of_process',
-           'peaks_on_cpu', 'processor', 'machine', 'file_name', 'Case', 'cases', 'compile_case', 'precompile',
+           'peaks_on_cpu', 'processor', 'load', 'machine', 'file_name', 'Case', 'cases', 'compile_case', 'precompile',
            'say_now', 'run_bench', 'preparation', 'section_rows', 'save', 'time_text', 'side_text', 'line_of',
            'chosen_sections', 'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed', 'rows_of', 'source', 'cell',
            'gib', 'rivals_table', 'long_text', 'training_line', 'training_table']
@@ -319,7 +319,7 @@ def library_way(kind: str) -> Callable:
 
     return build
 
-# %% ../nbs/26_speed.ipynb #6b4f596d
+# %% ../nbs/26_speed.ipynb #27dbfdf0
 @dataclass(frozen=True)
 class Way:
     "One way to run a layer forward and backward."
@@ -331,12 +331,13 @@ class Way:
     same: bool = True  # computes what the loop computes: then it is checked
     bounds: tuple = (1e-4, 1e-2)  # largest relative error of the output and of a gradient
     tf32: bool = False  # lets the matrix units round to 10 bits, PyTorch's default for cuDNN
+    runs: int = 1  # independent runs in one launch; what is reported is the share of one
 
     def fits(self, shape: Shape) -> bool:
         "Can it run this shape?"
         return self.kind in ("both", "wave" if shape.c else "dense")
 
-# %% ../nbs/26_speed.ipynb #1eb14042
+# %% ../nbs/26_speed.ipynb #b035ec7f
 OURS = Way("our scan, faithful", scan_way("faithful"), graph=True)
 FAST = Way("our scan, fast", scan_way("fast"), graph=True, bounds=(1e-2, 5e-2))
 LOOP = Way("the loop, eager", loop_way())
@@ -351,6 +352,8 @@ RIVALS = [
     replace(LIBRARY, name="nn.RNN, tf32", tf32=True),
     Way("nn.LSTM (n units)", library_way("LSTM"), graph=True, same=False),
     Way("nn.GRU (n units)", library_way("GRU"), graph=True, same=False),
+    *(replace(way, name=f"{way.name}, one of 4 runs", runs=4) for way in (OURS, FAST)),
+    *(replace(way, name=f"{way.name}, one of 16 runs", runs=16, kind="dense") for way in (OURS, FAST)),
     replace(COMPILED, name="the loop, its step by torch.compile, in a CUDA graph", graph=True),
     COMPILED,
 ]
@@ -521,20 +524,21 @@ def attempt(work: Callable[[], dict], name: str, clock: Clock | None = None) -> 
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-# %% ../nbs/26_speed.ipynb #3446474d
+# %% ../nbs/26_speed.ipynb #a9c9d6ce
 def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, checked: bool = True) -> dict:
     "One side of a comparison: name, times, peak memory, errors."
     with tf32(way.tf32):
-        trial = Trial(way, shape, device)
-        side = {"name": way.name, "peak_bytes": peak_bytes(trial.work, device)}
+        trial = Trial(way, replace(shape, R=shape.R * way.runs), device)
+        peak = peak_bytes(trial.work, device)
+        side = {"name": way.name, "peak_bytes": peak and peak // way.runs}
         if way.graph:
             trial.work = captured(trial.work, device)
-        if checked and way.same and shape.R == 1:
+        if checked and way.same and trial.shape.R == 1:
             side |= trial.check()
-            if way in (OURS, FAST) and shape.activation == "relu":
-                side["flips"] = flips("fast" if way == FAST else "faithful", shape, device)
+        if checked and way in (OURS, FAST) and shape.activation == "relu":
+            side["flips"] = flips("fast" if way == FAST else "faithful", shape, device)
         trial.fill()
-        return side | {"ms": spread(times(trial.work, device, seconds))}
+        return side | {"ms": spread([ms / way.runs for ms in times(trial.work, device, seconds)])}
 
 # %% ../nbs/26_speed.ipynb #2a9ff1c9
 def compare(name: str, shape: Shape, ours: dict, other: dict, laps: tuple | None = None) -> dict:
@@ -842,8 +846,8 @@ def peaks_on_cpu(shapes: dict[str, Shape], clock: Clock) -> Iterator[dict]:
     ratio = rounded(loop["peak_bytes"] / ours["peak_bytes"]) if "peak_bytes" in ours and "peak_bytes" in loop else None
     yield {"shape": name, "sizes": asdict(shape), "ours": ours, "other": loop, "memory_ratio": ratio, "ratio": None}
 
-# %% ../nbs/26_speed.ipynb #147ba3e5
-SECTIONS = {"rivals": 0.45, "scaling": 0.25, "training": 0.3, "cpu": 1.0}  # shares of the time
+# %% ../nbs/26_speed.ipynb #448de397
+SECTIONS = {"rivals": 0.5, "scaling": 0.2, "training": 0.3, "cpu": 1.0}  # shares of the time
 
 
 def processor() -> str:
@@ -854,7 +858,12 @@ def processor() -> str:
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
-# %% ../nbs/26_speed.ipynb #d9656df7
+# %% ../nbs/26_speed.ipynb #0f758804
+def load() -> float | None:
+    "Processes that want to run, mean of the last minute; None where the system does not say."
+    return rounded(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def machine(device: torch.device) -> dict:
     "What a record says about where it was made."
     facts = environment() | {
@@ -863,8 +872,6 @@ def machine(device: torch.device) -> dict:
         "cores": os.cpu_count(),
         "code": code_hash(),
     }
-    if hasattr(os, "getloadavg"):
-        facts["load"] = rounded(os.getloadavg()[0], 2)
     if device.type == "cpu":
         return facts | {"device": "cpu", "machine": f"{facts['processor']}, {facts['threads']} threads"}
     properties = torch.cuda.get_device_properties(device)
@@ -876,7 +883,7 @@ def file_name(machine: str) -> str:
     "A machine's name as a file name."
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json"
 
-# %% ../nbs/26_speed.ipynb #a09fb1ea
+# %% ../nbs/26_speed.ipynb #b8af5447
 class Case(NamedTuple):
     "Something that compiles: a way and a shape, and what is done with it."
 
@@ -889,7 +896,9 @@ def cases(sections: list[str]) -> list[Case]:
     "Everything that the sections will compile, on two steps of time."
     some, both = [], (OURS, FAST)
     if "rivals" in sections:
+        ours = [way for way in RIVALS if way.runs > 1]
         some += [Case(way.name, s, "check") for s in SHAPES.values() for way in (*both, COMPILED)]
+        some += [Case(way.name, replace(s, R=way.runs), "step") for s in SHAPES.values() for way in ours if way.fits(s)]
         some += [Case(FAST.name, replace(s, activation="tanh"), "step") for s in SHAPES.values() if not s.c]
     if "scaling" in sections:
         some += [Case(way.name, s, "step") for _, _, s in sweep_points(SHAPES["sMNIST"]) for way in both]
@@ -923,7 +932,7 @@ def precompile(some: list[Case], device: torch.device) -> float:
         list(pool.map(compile_case, some, [str(device)] * len(some)))
     return time.monotonic() - begun
 
-# %% ../nbs/26_speed.ipynb #9b6369db
+# %% ../nbs/26_speed.ipynb #1c257e30
 def say_now(text: str) -> None:
     "Print a line at once, also where the output is a pipe."
     print(text, flush=True)
@@ -954,6 +963,7 @@ def run_bench(
         for row in section_rows(section, device, clock, record.get("rates")):
             rows["rows"].append(row)
             rows["seconds"] = record["seconds"] = rounded(time.monotonic() - begun)
+            rows["load"] = max(filter(None, (rows.get("load"), load())), default=None)
             save(record, out)
             say(line_of(section, row))
     return record
@@ -1089,14 +1099,15 @@ def rows_of(records: list[dict], section: str) -> tuple[list[dict], dict]:
             return rows, record
     return [], {}
 
-# %% ../nbs/26_speed.ipynb #f77f2dda
+# %% ../nbs/26_speed.ipynb #a45a4280
 def source(record: dict) -> str:
     "Where a table comes from, in one line."
     if not record:
         return "*Nothing of this has been committed: a dash for every number. `wrnn_bench` measures it.*"
-    e = record["environment"]
+    e, loads = record["environment"], [s["load"] for s in record["sections"].values() if s.get("load")]
+    busy = f", load at most {max(loads):g}" if e["device"] == "cpu" and loads else ""
     versions = f"torch {e['torch']}" + (f", CUDA {e['cuda']}" if e["device"] != "cpu" else "")
-    return f"*{e['machine']}, {versions}, {record['started'][:10]}, commit {(e['commit'] or 'not known')[:9]}, code {e['code'][:8]}.*"
+    return f"*{e['machine']}, {versions}, {record['started'][:10]}{busy}, commit {(e['commit'] or 'not known')[:9]}, code {e['code'][:8]}.*"
 
 # %% ../nbs/26_speed.ipynb #b3551bfb
 def cell(side: dict | None, ratio: dict | None = None) -> str:
