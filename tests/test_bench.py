@@ -243,12 +243,31 @@ def test_measure_checks_the_recorded_graph(acted, monkeypatch):
     assert len(recorded) == 1
 
 
+def test_a_side_of_ours_names_its_backend(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "backend_for", lambda *what: asked.append(what) or SimpleNamespace())
+    for shape in (WAVE, replace(WAVE, drive="tokens"), Shape(40, 5, 9, 2, 3, "rows"), DENSE):
+        assert bench.backend_of(shape, "fast", CPU) == "SimpleNamespace"
+    assert [(what[0], *what[3:7]) for what in asked] == [
+        ("wave", 2, 9, 3, 3),
+        ("rows", 2, 9, 3, 3),
+        ("rows", 2, 9, 3, 8 + 32 * 5),
+        ("dense", 1, 9, 0, 0),
+    ]
+
+
 def test_a_run_of_several_is_its_share(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "times", lambda work, *_: seen.append(work()[0].shape[0]) or [8.0] * 3)
     monkeypatch.setattr(bench, "peak_bytes", lambda *_: 400)
     side = bench.measure(replace(OURS, runs=4), WAVE, CPU)
-    assert seen == [4] and side["ms"]["median"] == 2.0 and side["peak_bytes"] == 100 and "error" not in side
+    assert (
+        seen == [4]
+        and side["backend"] == "TorchBackend"
+        and side["ms"]["median"] == 2.0
+        and side["peak_bytes"] == 100
+        and "error" not in side
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- floors

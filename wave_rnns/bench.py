@@ -8,15 +8,15 @@ __all__ = ['WARM', 'SHAPES', 'OURS', 'FAST', 'LOOP', 'COMPILED', 'LIBRARY', 'RIV
            'in_rounds', 'wait', 'times', 'wall_times', 'event_times', 'captured', 'peak_bytes', 'Shape', 'weights',
            'problem', 'of_first_run', 'as_features', 'leaf', 'scan_way', 'wave_step', 'dense_step', 'loop_way',
            'library_way', 'Way', 'tf32', 'relative', 'reference', 'Trial', 'flips', 'counts', 'floor_ms', 'mma_rate',
-           'copy_rate', 'Clock', 'attempt', 'measure', 'compare', 'rivals', 'flash_way', 'flash_rnn', 'flash_side',
-           'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of', 'train_side', 'duration',
-           'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_row', 'peak_rss', 'peak_of_process',
-           'peaks_on_cpu', 'processor', 'load', 'machine', 'file_name', 'Case', 'cases', 'compile_case', 'precompile',
-           'say_now', 'run_bench', 'preparation', 'section_rows', 'save', 'time_text', 'side_text', 'line_of',
-           'chosen_sections', 'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed', 'rows_of', 'source', 'cell',
-           'gib', 'rivals_table', 'long_text', 'training_line', 'training_table']
+           'copy_rate', 'Clock', 'attempt', 'measure', 'backend_of', 'compare', 'rivals', 'flash_way', 'flash_rnn',
+           'flash_side', 'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of', 'train_side',
+           'duration', 'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_row', 'peak_rss',
+           'peak_of_process', 'peaks_on_cpu', 'processor', 'load', 'machine', 'file_name', 'Case', 'cases',
+           'compile_case', 'precompile', 'say_now', 'run_bench', 'preparation', 'section_rows', 'save', 'time_text',
+           'side_text', 'line_of', 'chosen_sections', 'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed',
+           'rows_of', 'source', 'cell', 'gib', 'rivals_table', 'long_text', 'training_line', 'training_table']
 
-# %% ../nbs/26_speed.ipynb #af9a7bc4
+# %% ../nbs/26_speed.ipynb #5e1a763e
 import contextlib
 import functools
 import gc
@@ -49,7 +49,7 @@ from .experiments import EXPERIMENTS, answer, checked_device, results_root, rhyt
 from .kernels import load_module
 from .model import ModelConfig
 from .reports import markdown
-from .scan import Rows, dense_loop, dense_scan, rows, wave_loop, wave_scan
+from .scan import Rows, backend_for, dense_loop, dense_scan, rows, wave_loop, wave_scan
 from .tasks import ImageTask, have_data, make_task, pool_images
 from .training import Population, RunSettings, code_hash
 
@@ -319,7 +319,7 @@ def library_way(kind: str) -> Callable:
 
     return build
 
-# %% ../nbs/26_speed.ipynb #27dbfdf0
+# %% ../nbs/26_speed.ipynb #0cae37fe
 @dataclass(frozen=True)
 class Way:
     "One way to run a layer forward and backward."
@@ -332,14 +332,15 @@ class Way:
     bounds: tuple = (1e-4, 1e-2)  # largest relative error of the output and of a gradient
     tf32: bool = False  # lets the matrix units round to 10 bits, PyTorch's default for cuDNN
     runs: int = 1  # independent runs in one launch; what is reported is the share of one
+    precision: str = ""  # of ours
 
     def fits(self, shape: Shape) -> bool:
         "Can it run this shape?"
         return self.kind in ("both", "wave" if shape.c else "dense")
 
-# %% ../nbs/26_speed.ipynb #b035ec7f
-OURS = Way("our scan, faithful", scan_way("faithful"), graph=True)
-FAST = Way("our scan, fast", scan_way("fast"), graph=True, bounds=(1e-2, 5e-2))
+# %% ../nbs/26_speed.ipynb #3de0e286
+OURS = Way("our scan, faithful", scan_way("faithful"), graph=True, precision="faithful")
+FAST = Way("our scan, fast", scan_way("fast"), graph=True, bounds=(1e-2, 5e-2), precision="fast")
 LOOP = Way("the loop, eager", loop_way())
 COMPILED = Way("the loop, its step by torch.compile", loop_way(compile=True))
 LIBRARY = Way("nn.RNN", library_way("RNN"), graph=True, kind="dense")
@@ -524,7 +525,7 @@ def attempt(work: Callable[[], dict], name: str, clock: Clock | None = None) -> 
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-# %% ../nbs/26_speed.ipynb #a9c9d6ce
+# %% ../nbs/26_speed.ipynb #b0dd0098
 def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, checked: bool = True) -> dict:
     "One side of a comparison: name, times, peak memory, errors."
     with tf32(way.tf32):
@@ -536,9 +537,21 @@ def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, 
         if checked and way.same and trial.shape.R == 1:
             side |= trial.check()
         if checked and way in (OURS, FAST) and shape.activation == "relu":
-            side["flips"] = flips("fast" if way == FAST else "faithful", shape, device)
+            side["flips"] = flips(way.precision, shape, device)
+        if way.precision:
+            side["backend"] = backend_of(trial.shape, way.precision, device)
         trial.fill()
         return side | {"ms": spread([ms / way.runs for ms in times(trial.work, device, seconds)])}
+
+# %% ../nbs/26_speed.ipynb #370710d7
+def backend_of(shape: Shape, precision: str, device: torch.device) -> str:
+    "The class of the backend that computes this shape."
+    own = min(32, shape.T)
+    size = {"features": shape.F, "tokens": shape.F, "rows": shape.T - own + own * shape.B}[shape.drive]
+    kind, c, k, size = (
+        ("wave" if shape.drive == "features" else "rows", shape.c, 3, size) if shape.c else ("dense", 1, 0, 0)
+    )
+    return type(backend_for(kind, device, torch.float32, c, shape.n, k, size, shape.activation, precision)).__name__
 
 # %% ../nbs/26_speed.ipynb #2a9ff1c9
 def compare(name: str, shape: Shape, ours: dict, other: dict, laps: tuple | None = None) -> dict:
@@ -640,19 +653,19 @@ def sweep_points(shape: Shape, sweeps: dict = SWEEPS) -> list[tuple[str, int, Sh
     points = [(k, v, replace(shape, **{k: v})) for k, values in sweeps.items() for v in values]
     return sorted(points, key=lambda p: abs(math.log(p[1] / getattr(shape, p[0]))))
 
-# %% ../nbs/26_speed.ipynb #cb39c2f7
+# %% ../nbs/26_speed.ipynb #4678883c
 def scaling(
     device: torch.device, clock: Clock, rates: dict, shape: Shape = SHAPES["sMNIST"], sweeps: dict = SWEEPS
 ) -> Iterator[dict]:
     "Rows of time, peak memory and floor."
     sides = {}  # the middle belongs to every sweep and is measured once
-    for way, precision in ((OURS, "faithful"), (FAST, "fast")):
+    for way in (OURS, FAST):
         for letter, value, point in sweep_points(shape, sweeps):
             if (way.name, point) not in sides:
                 work = lambda way=way, point=point: measure(way, point, device, 0.2, checked=False)  # noqa: E731
                 sides[way.name, point] = attempt(work, way.name, clock)
-            row = {"sweep": letter, "value": value, "sizes": asdict(point), "precision": precision}
-            yield row | {"floor": floor_ms(point, precision, rates)} | sides[way.name, point]
+            row = {"sweep": letter, "value": value, "sizes": asdict(point), "precision": way.precision}
+            yield row | {"floor": floor_ms(point, way.precision, rates)} | sides[way.name, point]
 
 # %% ../nbs/26_speed.ipynb #00f9aa07
 TRAINED = (
@@ -910,7 +923,7 @@ def cases(sections: list[str]) -> list[Case]:
             some += [Case(way.name, replace(shape, B=shape.B if task.every_step else 1000), "evaluate") for way in ways]
     return list(dict.fromkeys(c._replace(shape=replace(c.shape, T=2)) for c in some))
 
-# %% ../nbs/26_speed.ipynb #87284568
+# %% ../nbs/26_speed.ipynb #e344e7e0
 def compile_case(case: Case, device: str) -> None:
     "Run two steps of one case, so that its kernels are in the cache."
     with (
@@ -922,7 +935,7 @@ def compile_case(case: Case, device: str) -> None:
         if case.what != "evaluate":
             trial.work()
         if case.what == "check" and trial.way in (OURS, FAST):
-            flips("fast" if trial.way == FAST else "faithful", case.shape, trial.device)
+            flips(trial.way.precision, case.shape, trial.device)
 
 
 def precompile(some: list[Case], device: torch.device) -> float:
