@@ -76,7 +76,9 @@ def call(function, a, **options):
 
 def trainable(a):
     "Copies that ask for a gradient, where one exists."
-    return {k: v.detach().clone().requires_grad_() if v is not None and v.is_floating_point() else v for k, v in a.items()}
+    return {
+        k: v.detach().clone().requires_grad_() if v is not None and v.is_floating_point() else v for k, v in a.items()
+    }
 
 
 def compare(function, a, activation, last, expected=None, **tolerance):

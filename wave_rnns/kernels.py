@@ -43,7 +43,9 @@ def nvrtc() -> ctypes.CDLL:
     "The run-time compiler: from PyTorch's own packages, else from the system. Raises KernelError if there is none."
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or []) if spec else []
-    found = [f for r in roots for f in sorted(glob.glob(os.path.join(r, "*", "lib", "libnvrtc.so*"))) if ".alt." not in f]
+    found = [
+        f for r in roots for f in sorted(glob.glob(os.path.join(r, "*", "lib", "libnvrtc.so*"))) if ".alt." not in f
+    ]
     major = (torch.version.cuda or "13").split(".")[0]
     for name in found + [f"libnvrtc.so.{major}", "libnvrtc.so"]:
         try:
@@ -77,7 +79,9 @@ def architecture_for(capability: tuple[int, int]) -> str:  # 'sm_90', or 'comput
     cc = 10 * capability[0] + capability[1]
     older = [a for a in nvrtc_architectures() if a <= cc]
     if not older:
-        raise KernelError(f"NVRTC {'.'.join(map(str, nvrtc_version()))} cannot compile for compute capability {cc / 10}")
+        raise KernelError(
+            f"NVRTC {'.'.join(map(str, nvrtc_version()))} cannot compile for compute capability {cc / 10}"
+        )
     return f"sm_{older[-1]}" if older[-1] // 10 == cc // 10 else f"compute_{older[-1]}"
 
 # %% ../nbs/04_kernels.ipynb #690336e0
@@ -86,7 +90,9 @@ def _compile(source: str, options: Sequence[str], name: str) -> tuple[bytes, str
     rtc, prog, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     rtc.nvrtcCreateProgram(ctypes.byref(prog), source.encode(), f"{name}.cu".encode(), 0, None, None)
     try:
-        bad = rtc.nvrtcCompileProgram(prog, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options]))
+        bad = rtc.nvrtcCompileProgram(
+            prog, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
+        )
         rtc.nvrtcGetProgramLogSize(prog, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         rtc.nvrtcGetProgramLog(prog, log)
@@ -118,7 +124,9 @@ def compile_kernel(
     except OSError:
         pass
     sizes = " ".join(f"{k}={v}" for k, v in sorted(macros.items()))
-    print(f"wave_rnns: compiling {name} for {arch} ({sizes}), once; cached in {path.parent}", file=sys.stderr, flush=True)
+    print(
+        f"wave_rnns: compiling {name} for {arch} ({sizes}), once; cached in {path.parent}", file=sys.stderr, flush=True
+    )
     code, _ = _compile(source, options, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,12 +138,19 @@ def compile_kernel(
 # %% ../nbs/04_kernels.ipynb #7b926d1f
 def compile_report(source: str, macros: dict, arch: str = "sm_90", name: str = "kernel") -> dict[str, dict]:
     "Registers, stack frame and spilled bytes of every kernel in `source`: {kernel: {registers, stack, spill_stores, spill_loads}}."
-    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"] + [f"-D{k}={v}" for k, v in sorted(macros.items())]
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"] + [
+        f"-D{k}={v}" for k, v in sorted(macros.items())
+    ]
     _, log = _compile(source, options, name)
     report = {}
     for part in log.split("Compiling entry function")[1:]:
-        numbers = [int(re.search(p, part)[1]) for p in (r"Used (\d+) reg", r"(\d+) bytes stack", r"(\d+) bytes spill st", r"(\d+) bytes spill lo")]
-        report[part.split("'")[1]] = dict(zip(("registers", "stack", "spill_stores", "spill_loads"), numbers, strict=True))
+        numbers = [
+            int(re.search(p, part)[1])
+            for p in (r"Used (\d+) reg", r"(\d+) bytes stack", r"(\d+) bytes spill st", r"(\d+) bytes spill lo")
+        ]
+        report[part.split("'")[1]] = dict(
+            zip(("registers", "stack", "spill_stores", "spill_loads"), numbers, strict=True)
+        )
     return report
 
 # %% ../nbs/04_kernels.ipynb #b95e6386
@@ -172,26 +187,37 @@ class Module:
         "Handle of a kernel, allowed to use `shared` bytes of dynamic shared memory."
         if kernel not in self._functions:
             f = ctypes.c_void_p()
-            _check(_driver().cuModuleGetFunction(ctypes.byref(f), self.handle, kernel.encode()), f"{self.name}: {kernel}")
+            _check(
+                _driver().cuModuleGetFunction(ctypes.byref(f), self.handle, kernel.encode()), f"{self.name}: {kernel}"
+            )
             self._functions[kernel] = [f, 0]
         f, have = self._functions[kernel]
         if shared > have:  # beyond 48 KB a kernel has to be told
-            _check(_driver().cuFuncSetAttribute(f, 8, shared), f"{self.name}: {kernel} with {shared} bytes of shared memory")
+            _check(
+                _driver().cuFuncSetAttribute(f, 8, shared),
+                f"{self.name}: {kernel} with {shared} bytes of shared memory",
+            )
             self._functions[kernel][1] = shared
         return f
 
     def launch(self, kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, *args) -> None:
         "Queue a kernel on PyTorch's current stream. Arguments: tensors, None (null), 64-bit ints, or a list of these passed as one struct."
+
         def word(a):
             return 0 if a is None else a.data_ptr() if isinstance(a, Tensor) else int(a)
 
-        values = [(ctypes.c_int64 * len(a))(*map(word, a)) if isinstance(a, list) else ctypes.c_int64(word(a)) for a in args]
+        values = [
+            (ctypes.c_int64 * len(a))(*map(word, a)) if isinstance(a, list) else ctypes.c_int64(word(a)) for a in args
+        ]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         with torch.cuda.device(self.device):
             _driver().cuCtxSetCurrent(self.context)  # a fresh thread (autograd's) has none yet
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             dims = [*grid, 1, 1][:3] + [*block, 1, 1][:3]
-            _check(_driver().cuLaunchKernel(self.function(kernel, shared), *dims, shared, stream, pointers, None), f"{self.name}: {kernel}")
+            _check(
+                _driver().cuLaunchKernel(self.function(kernel, shared), *dims, shared, stream, pointers, None),
+                f"{self.name}: {kernel}",
+            )
 
     def attributes(self, kernel: str, threads: int, shared: int = 0) -> dict:
         "registers, local (spilled) bytes, blocks that fit one multiprocessor"
@@ -199,7 +225,12 @@ class Module:
         for key, attr in (("registers", 4), ("local_bytes", 3)):
             _check(_driver().cuFuncGetAttribute(ctypes.byref(v), attr, self.function(kernel, shared)), kernel)
             out[key] = v.value
-        _check(_driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(v), self.function(kernel, shared), threads, ctypes.c_size_t(shared)), kernel)
+        _check(
+            _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(v), self.function(kernel, shared), threads, ctypes.c_size_t(shared)
+            ),
+            kernel,
+        )
         return out | {"blocks_per_sm": v.value, "shared": shared}
 
 # %% ../nbs/04_kernels.ipynb #5ea9e39f
@@ -229,7 +260,9 @@ def fall_back(reason: str) -> None:
     "Warn, once a process for each reason, that the fused kernels are not used."
     if reason not in _WARNED:
         _WARNED.add(reason)
-        warnings.warn(f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}", stacklevel=3)
+        warnings.warn(
+            f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}", stacklevel=3
+        )
 
 # %% ../nbs/04_kernels.ipynb #4e2295ce
 CUDA_SIZES = r"""
@@ -1059,33 +1092,42 @@ extern "C" __global__ void sum_rows(const Store *D, const i64 *place, const i64 
 """
 
 # %% ../nbs/04_kernels.ipynb #a2c017ea
-WAVE_SOURCE = "".join([
-    CUDA_SIZES,
-    CUDA_INSTRUCTIONS,
-    CUDA_NATURAL,
-    CUDA_FEED,
-    CUDA_SPLIT,
-    CUDA_WEIGHTS,
-    CUDA_EDGES,
-    CUDA_CONV,
-    CUDA_FORWARD_SETUP,
-    CUDA_FORWARD_DRIVE,
-    CUDA_FORWARD_STEP,
-    CUDA_FORWARD_LOOP,
-    CUDA_BACKWARD_SETUP,
-    CUDA_BACKWARD_FETCH,
-    CUDA_BACKWARD_SUMS,
-    CUDA_BACKWARD_DELTA,
-    CUDA_BACKWARD_U,
-    CUDA_BACKWARD_LOOP,
-    CUDA_BACKWARD_OUT,
-    CUDA_SUMS,
-    CUDA_ROW_SUMS,
-])
+WAVE_SOURCE = "".join(
+    [
+        CUDA_SIZES,
+        CUDA_INSTRUCTIONS,
+        CUDA_NATURAL,
+        CUDA_FEED,
+        CUDA_SPLIT,
+        CUDA_WEIGHTS,
+        CUDA_EDGES,
+        CUDA_CONV,
+        CUDA_FORWARD_SETUP,
+        CUDA_FORWARD_DRIVE,
+        CUDA_FORWARD_STEP,
+        CUDA_FORWARD_LOOP,
+        CUDA_BACKWARD_SETUP,
+        CUDA_BACKWARD_FETCH,
+        CUDA_BACKWARD_SUMS,
+        CUDA_BACKWARD_DELTA,
+        CUDA_BACKWARD_U,
+        CUDA_BACKWARD_LOOP,
+        CUDA_BACKWARD_OUT,
+        CUDA_SUMS,
+        CUDA_ROW_SUMS,
+    ]
+)
 
 # %% ../nbs/04_kernels.ipynb #b80857f0
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
-SHARED_LIMIT = {80: 163, 87: 163, 86: 99, 89: 99, 120: 99, 121: 99}  # KB a block may use, by compute capability; others 227
+SHARED_LIMIT = {
+    80: 163,
+    87: 163,
+    86: 99,
+    89: 99,
+    120: 99,
+    121: 99,
+}  # KB a block may use, by compute capability; others 227
 MAX_CHANNELS, MAX_THREADS = 32, 512
 
 
@@ -1178,14 +1220,36 @@ class Plan:
 
     def macros(self, forward: bool) -> dict:
         "Macros of the forward or of the backward module; each only those it depends on, so that they are compiled once."
-        m = dict(N=self.n, C=self.c, MT=self.mt, NT=self.terms, ACT=ACT_CODE[self.activation], F=self.F, WSM=self.weights_shared, STUB=self.stub)
-        m |= dict(SBITS=self.state_bits, WBITS=self.weight_bits) if forward and self.terms == 3 else dict(SBITS=8, WBITS=8)
+        m = dict(
+            N=self.n,
+            C=self.c,
+            MT=self.mt,
+            NT=self.terms,
+            ACT=ACT_CODE[self.activation],
+            F=self.F,
+            WSM=self.weights_shared,
+            STUB=self.stub,
+        )
+        m |= (
+            dict(SBITS=self.state_bits, WBITS=self.weight_bits)
+            if forward and self.terms == 3
+            else dict(SBITS=8, WBITS=8)
+        )
         m |= dict(HTERMS=self.kept_terms, STATES=int(self.states), RING=self.ring, FORWARD=int(forward))
-        back = dict(DTAB=int(self.rows > 0), EMIT=self.emit, SPB=self.pair, DVSM=self.sums_shared, MINB=self.min_backward, MINF=1)
+        back = dict(
+            DTAB=int(self.rows > 0),
+            EMIT=self.emit,
+            SPB=self.pair,
+            DVSM=self.sums_shared,
+            MINB=self.min_backward,
+            MINF=1,
+        )
         return m | (dict(DTAB=0, EMIT=0, SPB=1, DVSM=0, MINB=1, MINF=self.min_forward) if forward else back)
 
     def module(self, forward: bool, device) -> Module:
-        return load_module(WAVE_SOURCE, self.macros(forward), device, f"wave scan {'forward' if forward else 'backward'}")
+        return load_module(
+            WAVE_SOURCE, self.macros(forward), device, f"wave scan {'forward' if forward else 'backward'}"
+        )
 
 # %% ../nbs/04_kernels.ipynb #b0964b40
 def _new(what: str, R: int, *shape, like: Tensor, dtype=torch.float32) -> Tensor:
@@ -1194,10 +1258,16 @@ def _new(what: str, R: int, *shape, like: Tensor, dtype=torch.float32) -> Tensor
         return torch.empty(shape, dtype=dtype, device=like.device)
     except torch.OutOfMemoryError as e:
         need = math.prod(shape) * dtype.itemsize
-        free = torch.cuda.mem_get_info(like.device)[0] + torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
+        free = (
+            torch.cuda.mem_get_info(like.device)[0]
+            + torch.cuda.memory_reserved(like.device)
+            - torch.cuda.memory_allocated(like.device)
+        )
         fit = int(free // (need // R))
         hint = f"R = {fit} runs would fit" if fit else "not even one run fits: use a smaller batch"
-        raise torch.OutOfMemoryError(f"wave_rnns: {what} of {R} runs need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: {hint}") from e
+        raise torch.OutOfMemoryError(
+            f"wave_rnns: {what} of {R} runs need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: {hint}"
+        ) from e
 
 
 def _aligned(x: Tensor | None) -> Tensor | None:
@@ -1222,11 +1292,29 @@ def run_forward(
     "Launch the forward kernel."
     R = u.shape[0]
     words = words or p.tile * p.kept_terms
-    kept = _new("the states kept for backward", R, R, B, T + 1, words, like=u, dtype=torch.int32) if p.keep else u.new_empty(0, dtype=torch.int32)
+    kept = (
+        _new("the states kept for backward", R, R, B, T + 1, words, like=u, dtype=torch.int32)
+        if p.keep
+        else u.new_empty(0, dtype=torch.int32)
+    )
     y = _new("the states", R, R, *((T, B) if p.states else (B,)), p.c, p.n, like=u)
     run = 0 if x is None or x.shape[0] == 1 else T * B * max(p.F, 1)
     fx, index = (x, None) if p.F else (None, x)
-    args = [u, V, b, h_0, fx, index, kept if p.keep else None, y, B, T, run, 0 if p.F else V.shape[1], B * (T + 1) * words]
+    args = [
+        u,
+        V,
+        b,
+        h_0,
+        fx,
+        index,
+        kept if p.keep else None,
+        y,
+        B,
+        T,
+        run,
+        0 if p.F else V.shape[1],
+        B * (T + 1) * words,
+    ]
     p.module(True, u.device).launch("wave_forward", (B, R), (p.threads,), p.shared()[0], args)
     return y, kept
 
@@ -1258,7 +1346,9 @@ def run_backward(
     m.launch("sum_samples", (-(-3 * p.c * p.c // 64), 1, R), (64, 4), 0, pU, du, blocks, 3 * p.c * p.c)
     dV = db = None
     if K:
-        dV, db = (u.new_empty(R, p.c, p.n, p.F), u.new_empty(R, p.c, p.n)) if p.F else (u.new_empty(R, K, p.c, p.n), None)
+        dV, db = (
+            (u.new_empty(R, p.c, p.n, p.F), u.new_empty(R, p.c, p.n)) if p.F else (u.new_empty(R, K, p.c, p.n), None)
+        )
         m.launch("sum_fragments", (-(-fragments // 64), K, R), (64, 4), 0, pV, dV, db, blocks)
     return {"u": du, "h_0": dh_0, "V": dV, "b": db}
 
@@ -1283,7 +1373,9 @@ def sum_rows(p: Plan, deltas: Tensor, place: Tensor, order: Tensor, offsets: Ten
     R, rows, TB = dtable.shape[0], dtable.shape[1], place[0].numel()
     width = 4 if p.n % 4 == 0 and p.mt % 2 == 0 else 2 if p.n % 2 == 0 else 1
     grid = (rows, -(-p.c * p.n // (256 * width)), R)
-    p.module(False, dtable.device).launch("sum_rows", grid, (256,), 0, deltas, place, order, offsets, dtable, TB, rows, int(order.shape[0] > 1))
+    p.module(False, dtable.device).launch(
+        "sum_rows", grid, (256,), 0, deltas, place, order, offsets, dtable, TB, rows, int(order.shape[0] > 1)
+    )
 
 # %% ../nbs/04_kernels.ipynb #af13cb85
 def _sort_rows(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -1326,18 +1418,25 @@ class CudaBackend(Backend):
         if (c, n, activation, precision) in self.broken:
             return f"n = {n}, c = {c} did not compile or load before"
         for states in (False, True):
-            p = self.plan(device, n, c, F if kind == "wave" and F <= self.fused_features else 0, activation, precision, states)
+            p = self.plan(
+                device, n, c, F if kind == "wave" and F <= self.fused_features else 0, activation, precision, states
+            )
             if p.threads > MAX_THREADS:
                 return f"n = {n} neurons with c = {c} rings need {p.threads} threads, at most {MAX_THREADS}"
             if max(p.shared()) > p.limit:
-                return f"n = {n}, c = {c} need {max(p.shared()) >> 10} KB of shared memory, this GPU has {p.limit >> 10}"
+                return (
+                    f"n = {n}, c = {c} need {max(p.shared()) >> 10} KB of shared memory, this GPU has {p.limit >> 10}"
+                )
         return ""
 
     def plan(self, device, n, c, F, activation, precision, states, blocks=1 << 30, **more) -> Plan:
         "The plan for these sizes on this GPU, which will be given so many blocks."
         major, minor = torch.cuda.get_device_capability(device)
         few = blocks <= torch.cuda.get_device_properties(device).multi_processor_count
-        defaults = {"mt": Plan.share(n, c, few and precision == "faithful"), "limit": SHARED_LIMIT.get(10 * major + minor, 227) << 10}
+        defaults = {
+            "mt": Plan.share(n, c, few and precision == "faithful"),
+            "limit": SHARED_LIMIT.get(10 * major + minor, 227) << 10,
+        }
         if c > 24 and precision == "fast" and not few:
             defaults["min_forward"] = 2
         return Plan(n, c, F, activation, precision, states, **defaults | more)
@@ -1365,7 +1464,9 @@ def wave_forward(self: CudaBackend, x, u, V, b, h_0, activation, last, keep, pre
     def run():
         if F <= self.fused_features:
             p = self.plan(x.device, n, c, F, activation, precision, not last, R * B, keep=keep)
-            return run_forward(p, _aligned(u), _aligned(V.permute(0, 3, 1, 2)), _aligned(b), _aligned(h_0), x, T, B, words)
+            return run_forward(
+                p, _aligned(u), _aligned(V.permute(0, 3, 1, 2)), _aligned(b), _aligned(h_0), x, T, B, words
+            )
         drive = torch.einsum("rtbf,rcnf->rtbcn", x.expand(R, -1, -1, -1), V) + b[:, None, None]
         p = self.plan(x.device, n, c, 0, activation, precision, not last, R * B, keep=keep)
         return run_forward(p, _aligned(u), _aligned(drive.view(R, T * B, c, n)), None, _aligned(h_0), None, T, B, words)
