@@ -10,7 +10,7 @@ __all__ = ['WARM', 'SHAPES', 'OURS', 'FAST', 'LOOP', 'COMPILED', 'LIBRARY', 'RIV
            'library_way', 'Way', 'tf32', 'relative', 'reference', 'Trial', 'flips', 'counts', 'floor_ms', 'mma_rate',
            'copy_rate', 'Clock', 'attempt', 'measure', 'backend_of', 'compare', 'rivals', 'flash_way', 'flash_rnn',
            'flash_side', 'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of', 'train_side',
-           'duration', 'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_row', 'peak_rss',
+           'duration', 'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_attempt', 'cpu_row', 'peak_rss',
            'peak_of_process', 'peaks_on_cpu', 'processor', 'load', 'machine', 'file_name', 'Case', 'cases',
            'compile_case', 'precompile', 'say_now', 'run_bench', 'preparation', 'section_rows', 'save', 'time_text',
            'side_text', 'line_of', 'chosen_sections', 'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed',
@@ -64,17 +64,18 @@ def spread(values: list[float]) -> dict:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": rounded(median), "low": rounded(low), "high": rounded(high), "repeats": len(values)}
 
-# %% ../nbs/26_speed.ipynb #5e0e7cf9
+# %% ../nbs/26_speed.ipynb #a0553992
 def in_rounds(
     ours: Callable[[], object],
     other: Callable[[], object],
     seconds: float = 10.0,  # for all rounds together
     least: int = 3,  # rounds, even if that takes longer
     most: int = 15,
+    warm: bool = False,  # both have run before?
 ) -> tuple[list[float], list[float]]:  # milliseconds of ours and of the other, round by round
     "Call both in turns, after one call each that does not count."
     pair, laps = (ours, other), ([], [])
-    for work in pair:
+    for work in pair[: 0 if warm else 2]:
         work()
     start = time.perf_counter()
     while len(laps[0]) < least or (len(laps[0]) < most and time.perf_counter() - start < seconds):
@@ -799,33 +800,41 @@ CPU_SHAPES = {
 }
 ON_CPU = {way.name: way for way in (replace(OURS, name="our scan"), LOOP, replace(LIBRARY, name="nn.RNN"), COMPILED)}
 
-# %% ../nbs/26_speed.ipynb #10031a9e
+# %% ../nbs/26_speed.ipynb #925b0026
 def on_cpu(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None) -> Iterator[dict]:
-    "Rows of ours against the others, in rounds; first those without a compiler."
-    shapes, (ours, *others), cpu = CPU_SHAPES if shapes is None else shapes, ON_CPU.values(), torch.device("cpu")
-    for chosen in ([way for way in others if way != COMPILED], [COMPILED]):
-        for name, shape in shapes.items():
+    "Rows of ours against the others, in rounds; the largest shape late, the compiler last."
+    shapes, (ours, *others) = CPU_SHAPES if shapes is None else shapes, ON_CPU.values()
+    *small, large = sorted(shapes, key=lambda name: shapes[name].T * shapes[name].B * math.prod(shapes[name].state))
+
+    def against(names, ways):
+        for name in names:
             torch.compiler.reset()
-            for way in chosen:
-                if way.fits(shape):
-                    failed = {"shape": name, "sizes": asdict(shape), "ours": {"name": ours.name}, "ratio": None}
-                    row = attempt(
-                        lambda way=way, name=name, shape=shape: cpu_row(name, shape, ours, way, cpu), way.name, clock
-                    )
-                    yield row if "ratio" in row else failed | {"other": row}
-        if chosen != [COMPILED]:
-            yield from peaks_on_cpu(shapes, clock)
+            for way in ways:
+                if way.fits(shapes[name]):
+                    yield cpu_attempt(name, shapes[name], ours, way, clock)
+
+    yield from against(small, others[:-1])
+    yield peaks_on_cpu(large, shapes[large], clock)
+    yield from against([large], others[:-1])
+    yield from against([*small, large], others[-1:])
     reference.cache_clear()
 
-# %% ../nbs/26_speed.ipynb #34282060
-def cpu_row(name: str, shape: Shape, ours: Way, way: Way, device: torch.device, seconds: float = 5) -> dict:
+
+def cpu_attempt(name: str, shape: Shape, ours: Way, way: Way, clock: Clock) -> dict:
+    "A row, also where nothing could be measured."
+    row = attempt(lambda: cpu_row(name, shape, ours, way), way.name, clock)
+    return row if "ratio" in row else compare(name, shape, {"name": ours.name}, row)
+
+# %% ../nbs/26_speed.ipynb #11f5575d
+def cpu_row(name: str, shape: Shape, ours: Way, way: Way, seconds: float = 5) -> dict:
     "One comparison in rounds."
+    device = torch.device("cpu")
     trials = Trial(ours, shape, device), Trial(way, shape, device)
     sides = [{"name": t.way.name, **t.check()} for t in trials]
     sides[0]["flips"] = flips("faithful", shape, device)
     for t in trials:
         t.fill()
-    laps = in_rounds(*(t.work for t in trials), seconds)
+    laps = in_rounds(*(t.work for t in trials), seconds, warm=True)
     return compare(name, shape, *({**side, "ms": spread(lap)} for side, lap in zip(sides, laps, strict=True)), laps)
 
 # %% ../nbs/26_speed.ipynb #388f9510
@@ -848,16 +857,15 @@ def peak_of_process(name: str, sizes: dict) -> dict:
     Trial(ON_CPU[name], Shape(**sizes), torch.device("cpu")).work()
     return {"name": name, "before_bytes": before, "peak_bytes": peak_rss()}
 
-# %% ../nbs/26_speed.ipynb #119d9612
-def peaks_on_cpu(shapes: dict[str, Shape], clock: Clock) -> Iterator[dict]:
-    "A row of peak memory for the largest shape."
-    name, shape = max(shapes.items(), key=lambda item: item[1].T * item[1].B * math.prod(item[1].state))
+# %% ../nbs/26_speed.ipynb #cb92b999
+def peaks_on_cpu(name: str, shape: Shape, clock: Clock) -> dict:
+    "A row of peak memory: ours and the loop."
     ours, loop = (
         attempt(lambda way=way: in_process("peak_of_process", way, asdict(shape)), way, clock)
         for way in list(ON_CPU)[:2]
     )
     ratio = rounded(loop["peak_bytes"] / ours["peak_bytes"]) if "peak_bytes" in ours and "peak_bytes" in loop else None
-    yield {"shape": name, "sizes": asdict(shape), "ours": ours, "other": loop, "memory_ratio": ratio, "ratio": None}
+    return compare(name, shape, ours, loop) | {"memory_ratio": ratio}
 
 # %% ../nbs/26_speed.ipynb #448de397
 SECTIONS = {"rivals": 0.5, "scaling": 0.2, "training": 0.3, "cpu": 1.0}  # shares of the time
