@@ -476,7 +476,7 @@ def clearly_above(a: Outcome, b: Outcome) -> bool:
     "Whether a's whole 95 % interval lies above b's: a careful 'better' that needs two seeds of each."
     return a.mean - a.half > b.mean + b.half
 
-# %% ../nbs/11_reports.ipynb #397b2610
+# %% ../nbs/11_reports.ipynb #73e34e2b
 def write_tables(results: Path) -> list[Path]:
     "Write every table of TABLES to `results`/tables, and return the files."
     from wave_rnns.core import atomic_write
@@ -500,6 +500,6 @@ def wrnn_tables(
     Each of the paper's tables is put beside ours: mean over seeds, 95 % interval, number of runs. A dash means that nothing ran."""
     folder = Path(results) if results else results_root()
     written = write_tables(folder)
-    if is_cli():
+    if is_cli(wrnn_tables):
         print(f"{len(read_records(folder))} records -> {', '.join(p.name for p in written)} in {folder / 'tables'}")
     return written
