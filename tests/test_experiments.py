@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -479,7 +478,7 @@ def test_interrupted_anywhere_the_result_is_the_same(tmp_path):
             assert {k: a[k] for k in SAME} == {k: b[k] for k in SAME}
         for run in runs:
             assert run.path(results, ".csv").read_bytes() == run.path(tmp_path / "whole", ".csv").read_bytes()
-        assert not list(results.glob("checkpoints/*"))
+        assert not list(results.glob("checkpoints/*/*"))
 
 
 def test_other_code_under_a_half_finished_run_is_refused(tmp_path, monkeypatch):
@@ -506,22 +505,58 @@ def test_a_broken_list_of_runs_begins_anew(tmp_path):
 
 
 def test_two_processes_do_not_train_the_same(tmp_path):
-    folder = ex.population_folder(tmp_path, [Run(TINY, 0)])
-    folder.mkdir(parents=True)
-    with FileLock(folder / "lock"):
-        caught = []
+    caught = []
+    with ex.claimed(tmp_path, [Run(TINY, 0)]) as ours:
+        assert ours == [Run(TINY, 0)]
 
         def second():
             try:
-                train([Run(TINY, 0)], tmp_path, "cpu", progress=False)
+                train([Run(TINY, 0), Run(TINY, 1)], tmp_path, "cpu", progress=False)
             except WaveRNNError as e:
                 caught.append(str(e))
 
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert len(caught) == 1 and "another process is training these runs" in caught[0]
+    assert len(caught) == 1 and f"another process is training tiny (run {Run(TINY, 0).key})" in caught[0]
     assert train([Run(TINY, 0)], tmp_path, "cpu", progress=False)[0]["status"] == "done"
+
+
+def test_claims_are_partial_and_their_files_go_with_the_record(tmp_path):
+    runs = [Run(TINY, seed) for seed in range(3)]
+    with ex.claimed(tmp_path, runs[1:2]), ex.claimed(tmp_path, runs) as rest:
+        assert rest == [runs[0], runs[2]]
+    with ex.claimed(tmp_path, runs) as ours:
+        assert ours == runs
+        ex.train_group(runs[:1], tmp_path, "cpu", progress=False)
+    assert sorted(p.stem for p in tmp_path.glob("checkpoints/claims/*")) == sorted(r.key for r in runs[1:])
+
+
+def test_a_claim_looks_again(tmp_path, monkeypatch):
+    "What another process finished between the first look and the claim is not trained a second time."
+    (record,) = train([Run(TINY, 0)], tmp_path, "cpu", progress=False)
+    monkeypatch.setattr(ex, "fit_group", lambda *_, **__: pytest.fail("trained twice"))
+    assert ex.train_group([Run(TINY, 0)], tmp_path, "cpu") == []
+    assert train([Run(TINY, 0)], tmp_path, "cpu") == [record]
+
+
+def test_killed_between_two_records_of_a_population(tmp_path, monkeypatch):
+    "The first record is kept as it is, the second comes from the checkpoint, and no step is made again."
+    runs, write = [Run(TINY, 0), Run(TINY, 1)], ex.write_record
+
+    def write_one(results, record, curve):
+        write(results, record, curve)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ex, "write_record", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        train(runs, tmp_path, "cpu", progress=False, checkpoint_seconds=0)
+    monkeypatch.setattr(ex, "write_record", write)
+    first = runs[0].path(tmp_path).read_bytes()
+    monkeypatch.setattr("wave_rnns.training.Population.train_step", lambda self: pytest.fail("a step was made again"))
+    records = train(runs, tmp_path, "cpu", progress=False)
+    assert runs[0].path(tmp_path).read_bytes() == first
+    assert [r["seed"] for r in records] == [0, 1] and not list(tmp_path.glob("checkpoints/*/*"))
 
 
 KILLED = """

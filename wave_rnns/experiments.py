@@ -9,10 +9,11 @@ __all__ = ['KINDS', 'RECIPE', 'WORDS', 'EXPERIMENTS', 'declare', 'IRNN', 'IMAGE_
            'shipped_results', 'results_root', 'run_path', 'content_hash', 'read_record', 'thin', 'curve_text',
            'read_curve', 'set_aside', 'trusted_record', 'read_records', 'solved_step', 'Run', 'make_record',
            'write_record', 'record_of', 'check_population', 'Once', 'Spaced', 'population_folder', 'half_finished',
-           'train', 'train_group', 'fit_group', 'rhythm_of', 'checked_device', 'answer', 'usage_error', 'parse_seeds',
-           'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train', 'todo', 'wrnn_todo']
+           'claimed', 'train', 'train_group', 'fit_group', 'rhythm_of', 'checked_device', 'answer', 'usage_error',
+           'parse_seeds', 'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train', 'todo', 'wrnn_todo']
 
-# %% ../nbs/09_experiments.ipynb #cb4dc7a8
+# %% ../nbs/09_experiments.ipynb #0cea3f6d
+import contextlib
 import difflib
 import functools
 import json
@@ -22,9 +23,10 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from fastcore.script import Param, bool_arg, call_parse, is_cli
@@ -704,15 +706,15 @@ def population_folder(results: Path, runs: list[Run]) -> Path:
     name = hashlib.sha256(" ".join(sorted(run.key for run in runs)).encode()).hexdigest()[:16]
     return Path(results) / "checkpoints" / name
 
-# %% ../nbs/09_experiments.ipynb #691f2060
+# %% ../nbs/09_experiments.ipynb #83173c92
 def half_finished(results: Path, runs: list[Run]) -> list[list[Run]]:
-    "Those of `runs` that were begun together and not ended, in their groups."
+    "Those of `runs` that were begun together and have left a folder in `checkpoints/`, in their groups."
     by_key, groups = {run.key: run for run in runs}, []
     for path in sorted((Path(results) / "checkpoints").glob("*/runs.json")):
         try:
             keys = json.loads(path.read_text())
             members = [by_key[k] for k in keys]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # broken, or a group of which not all runs are asked for
         if members and population_folder(results, members) == path.parent:
             groups.append(members)
@@ -720,56 +722,88 @@ def half_finished(results: Path, runs: list[Run]) -> list[list[Run]]:
                 del by_key[k]
     return groups
 
-# %% ../nbs/09_experiments.ipynb #10516905
+# %% ../nbs/09_experiments.ipynb #66044446
+@contextlib.contextmanager
+def claimed(results: Path, runs: list[Run]) -> Iterator[list[Run]]:
+    "Those of `runs` that no other process holds, ours until the block ends or the process dies. Nobody waits."
+    from filelock import FileLock, Timeout
+
+    folder, held = Path(results) / "checkpoints" / "claims", []
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for run in runs:
+            lock = FileLock(folder / f"{run.key}.lock")
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                held.append((run, lock))
+        yield [run for run, _ in held]
+    finally:
+        for run, lock in held:
+            if run.path(results).exists():
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+# %% ../nbs/09_experiments.ipynb #49ab329e
 def train(
     runs: list[Run],  # of one population: they differ in seed, lr, clip and schedule only
     results: Path | None = None,  # results_root() if None
     device: str | None = None,  # 'cpu', 'cuda', 'cuda:1'; None: a GPU where there is one
     resume: bool = True,  # False: begin anew, also what is done
     together: int = 0,  # runs in one training loop; 0: all
-    progress: bool = True,  # a bar, where somebody watches
-    interrupt=None,  # asked after each step: True saves, and raises Interrupted
-    checkpoint_seconds: float = 60,  # at least so long between two checkpoints; there are at most a hundred
+    **options,  # of `train_group`: progress, interrupt, watch, checkpoint_seconds
 ) -> list[dict]:  # one record a run, in order
     "Train what is not done yet. Raises ConfigError for runs that do not belong together, Interrupted when asked to stop."
+    from wave_rnns.core import WaveRNNError
+
     results = Path(results_root() if results is None else results)
     check_population(runs)
-    todo = [run for run in runs if not (resume and record_of(results, run))]
-    groups = half_finished(results, todo) if resume else []
-    rest = [run for run in todo if not any(run in group for group in groups)]
+    groups = half_finished(results, runs) if resume else []
+    rest = [run for run in runs if not any(run in group for group in groups)]
+    rest = [run for run in rest if not (resume and record_of(results, run))]
     size = together or len(rest) or 1
     groups += [rest[i : i + size] for i in range(0, len(rest), size)]
     for group in groups:
-        train_group(group, results, device, resume, progress, interrupt, checkpoint_seconds)
+        with claimed(results, group) as ours:
+            if missing := [run.key for run in group if run not in ours]:
+                name = group[0].experiment.name
+                raise WaveRNNError(f"another process is training {name} (run {', '.join(missing)}): wait for it")
+            train_group(group, results, device, resume, **options)
     return [read_record(run.path(results)) for run in runs]
 
-# %% ../nbs/09_experiments.ipynb #3d32f735
-def train_group(runs, results, device, resume, progress, interrupt, checkpoint_seconds) -> None:
-    "One training loop: lock, train, write a record for each run, tidy up."
+# %% ../nbs/09_experiments.ipynb #66343bef
+def train_group(
+    group: list[Run],  # of one population, all claimed by this process
+    results: Path,
+    device: str | None = None,
+    resume: bool = True,
+    **options,  # of `fit_group`
+) -> list[Run]:  # those that were trained here
+    "One training loop: look again what is left, train, write a record for each run, tidy up."
     import shutil
 
-    from filelock import FileLock, Timeout
-
-    from wave_rnns.core import WaveRNNError
-
-    folder = population_folder(results, runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / "lock").acquire(timeout=0)
-    except Timeout:
-        raise WaveRNNError(f"another process is training these runs ({folder} is locked): wait for it") from None
-    with lock:
-        if not resume:
-            for path in folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-        ended = fit_group(runs, folder, device, progress, interrupt, checkpoint_seconds)
-        for record, curve in ended:
-            write_record(results, record, curve)
+    left = [run for run in group if not (resume and record_of(results, run))]
+    folder = population_folder(results, group)
+    if not (folder / "runs.json").exists() or not resume:
         shutil.rmtree(folder, ignore_errors=True)
+        group, folder = left, population_folder(results, left)
+    if left:
+        folder.mkdir(parents=True, exist_ok=True)
+        for run, (record, curve) in zip(group, fit_group(group, folder, device, **options), strict=True):
+            if run in left:
+                write_record(results, record, curve)
+    shutil.rmtree(folder, ignore_errors=True)
+    return left
 
 
-def fit_group(runs, folder, device, progress, interrupt, checkpoint_seconds) -> list[tuple[dict, list[dict]]]:
+def fit_group(
+    runs: list[Run],
+    folder: Path,  # for the checkpoint
+    device: str | None = None,
+    progress: bool = True,  # a bar, where somebody watches
+    interrupt=None,  # asked after each step: True saves, and raises Interrupted
+    watch=None,  # told about the training when it begins and after each row of the curves
+    checkpoint_seconds: float = 60,  # at least so long between two checkpoints; there are at most a hundred
+) -> list[tuple[dict, list[dict]]]:  # record and curve of each run
     "Hand a population to `fit` (notebook 07), and turn what comes back into records and curves."
     from wave_rnns.checkpoints import CheckpointFile
     from wave_rnns.core import atomic_write
@@ -784,9 +818,10 @@ def fit_group(runs, folder, device, progress, interrupt, checkpoint_seconds) -> 
     ask = Once(interrupt or (lambda: False))
     checkpoint = Spaced(CheckpointFile(folder / "population.safetensors"), checkpoint_seconds, lambda: ask.said)
     hundredth = rhythm["log_every"] * math.ceil(rhythm["steps"] / 100 / rhythm["log_every"])
-    often = {"checkpoint": checkpoint, "checkpoint_every": hundredth, "interrupt": ask, "about": {"recipe": RECIPE}}
+    often = {"checkpoint": checkpoint, "checkpoint_every": hundredth, "interrupt": ask, "watch": watch}
+    facts = {"recipe": RECIPE}
     try:
-        results = fit(task, e.model, settings, **rhythm, device=device, progress=progress, **often)
+        results = fit(task, e.model, settings, **rhythm, device=device, progress=progress, **often, about=facts)
     except ResumeRefused as refused:
         raise ResumeRefused(f"{refused} (checkpoint in {folder}; wrnn_train with --resume no begins anew)") from None
     records = [make_record(run, r, task, rhythm, len(runs), device.type) for run, r in zip(runs, results, strict=True)]
@@ -820,13 +855,13 @@ def checked_device(name: str | None):
         )
     return device
 
-# %% ../nbs/09_experiments.ipynb #501c6411
+# %% ../nbs/09_experiments.ipynb #74872a2c
 def answer(work):
     "Decorate a command, below `call_parse`: on the command line, errors become one line and an exit code; from Python, nothing changes."
 
     @functools.wraps(work)
     def command(*args, **kwargs):
-        if not is_cli():
+        if not is_cli(outer):
             return work(*args, **kwargs)
         name = Path(sys.argv[0]).name
         warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
@@ -847,6 +882,7 @@ def answer(work):
             return getattr(e, "exit_code", 1)
         return 0
 
+    outer = SimpleNamespace(__wrapped__=command)  # `nbdev_test` is a command too: ask whether it is this one that runs
     return command
 
 
@@ -920,7 +956,7 @@ def show_experiments() -> None:
         length = f"{e.epochs} epochs" if e.epochs else f"{e.steps:,} steps"
         print(f"{e.name:28} {length:13} seeds {','.join(map(str, e.seeds)):6} {e.source}")
 
-# %% ../nbs/09_experiments.ipynb #c5c4c1b9
+# %% ../nbs/09_experiments.ipynb #b06b3b0d
 @call_parse
 @answer
 def wrnn_train(
@@ -952,13 +988,13 @@ def wrnn_train(
         for e in select(experiment):
             new = train([Run(e, seed) for seed in only or e.seeds], folder, device, resume, together, interrupt=asked)
             records += new
-            if is_cli():
+            if is_cli(wrnn_train):
                 print("\n".join(map(line_of, new)), flush=True)
-    if is_cli():
+    if is_cli(wrnn_train):
         print(f"records are in {folder / 'runs'}; wrnn_tables makes tables of them")
     return records
 
-# %% ../nbs/09_experiments.ipynb #406ea90c
+# %% ../nbs/09_experiments.ipynb #21db3ab9
 def todo(
     results: Path,
     pattern: str = "*",  # of experiments, as in `select`
@@ -982,7 +1018,7 @@ def wrnn_todo(
     A record of a diverged run counts as done: failures are results. A damaged record is set aside, and its run is to do again."""
     folder = Path(results) if results else results_root()
     left, done = todo(folder, experiment)
-    if not is_cli():
+    if not is_cli(wrnn_todo):
         return left
     seeds = {}
     for run in left:

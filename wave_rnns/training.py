@@ -29,7 +29,7 @@ from .core import CheckpointError, ConfigError, WaveRNNError, default_device, en
 from .core import progress as progress_bar
 from .model import ModelConfig, build_model, count_parameters
 
-# %% ../nbs/07_training.ipynb #d1b56cdf
+# %% ../nbs/07_training.ipynb #9445706b
 @dataclass(frozen=True)
 class RunSettings:
     "What one run may choose for itself while its neighbours choose otherwise. Raises ConfigError naming the field."
@@ -162,7 +162,7 @@ class Population:
     def __len__(self):
         return len(self.runs)
 
-# %% ../nbs/07_training.ipynb #4252027f
+# %% ../nbs/07_training.ipynb #187ad8df
 @patch
 def set_vectors(self: Population) -> None:
     "The vectors over R, and the step: everything lives on the device, so that a step never asks the host."
@@ -211,7 +211,7 @@ def outcome(self: Population, params: dict, fixed: dict, x, y) -> tuple[Tensor, 
     out = functional_call(self.model, (params, fixed), (as_dtype(x, self.dtype),))
     return self.task.loss(out, y), self.task.measure(out.detach(), y)
 
-# %% ../nbs/07_training.ipynb #54eae069
+# %% ../nbs/07_training.ipynb #5a904f35
 @patch
 def train_step(self: Population) -> None:
     "One step of every run: batch, loss, gradient, update, metrics. Nothing waits for the host, so it fits a CUDA graph."
@@ -240,7 +240,7 @@ def update(self: Population, loss: Tensor, sums: dict[str, Tensor], grad: Tensor
     self.sums.add_(means.masked_fill_(frozen, 0))
     self.step.add_(1)
 
-# %% ../nbs/07_training.ipynb #a8557565
+# %% ../nbs/07_training.ipynb #e298887f
 @patch
 def read_sums(self: Population) -> list[dict[str, float | None] | None]:
     "Means since the last call, for each run; None for a run that made no step. The one wait for the device in an interval."
@@ -283,7 +283,7 @@ def weights(self: Population, theta: Tensor, r: int) -> dict[str, Tensor]:
     rows = {**self.layout.views(theta), **self.fixed}
     return {k: rows[k][r].detach().cpu().clone() for k in self.model.state_dict()}
 
-# %% ../nbs/07_training.ipynb #33fa73b3
+# %% ../nbs/07_training.ipynb #70e7a228
 @patch
 def state(self: Population) -> dict[str, Tensor]:
     "Everything that a step or a validation changes: the live tensors, not copies."
@@ -327,7 +327,7 @@ def record_step(self: Population) -> Callable[[], None]:
         self.train_step()
     return graph.replay
 
-# %% ../nbs/07_training.ipynb #f963a52d
+# %% ../nbs/07_training.ipynb #a7fd1bbe
 @patch
 def step_function(
     self: Population,
@@ -362,7 +362,7 @@ def step_function(
     finally:
         self.load_state(before)
 
-# %% ../nbs/07_training.ipynb #c9929752
+# %% ../nbs/07_training.ipynb #c9fae2fa
 @dataclass
 class History:
     "What the host remembers of R runs while they train. Plain data: it goes into checkpoints as JSON."
@@ -431,7 +431,7 @@ class Training:
         step, per_epoch = self.history.step if step is None else step, self.population.task.steps_per_epoch
         return self.history.row(r, step, step / per_epoch if per_epoch else None)
 
-# %% ../nbs/07_training.ipynb #0e0394ee
+# %% ../nbs/07_training.ipynb #e2836d43
 @patch
 def make_step(self: Training, graph: bool | None = None) -> None:
     "One step of the population. At the first step of an epoch the task shuffles; then, or after a resume, recording may begin."
@@ -483,7 +483,7 @@ def stop(self: Training) -> None:
         self.population.running[r] = False
         self.history.running.remove(r)
 
-# %% ../nbs/07_training.ipynb #c55f19cf
+# %% ../nbs/07_training.ipynb #b693e6d4
 @dataclass
 class RunResult:
     "What came of one run. Metrics are dictionaries; a value that is not finite is None."
@@ -547,7 +547,7 @@ def code_hash() -> str:
     files = [f for name in RESULT_MODULES for f in sorted(folder.glob(f"{name}.py"))]
     return sha256("\n".join(without_docstrings(f.read_text()) for f in files).encode())[:16]
 
-# %% ../nbs/07_training.ipynb #887dd6ca
+# %% ../nbs/07_training.ipynb #b5a7847a
 class ResumeRefused(CheckpointError):
     "A half-finished run whose configuration or code is not the present one."
 
@@ -577,7 +577,7 @@ def differences(
     changed = (k for k in sorted({*a, *b}) if a.get(k) != b.get(k))
     return [f"{k}: {a.get(k, 'absent')} then, {b.get(k, 'absent')} now" for k in changed]
 
-# %% ../nbs/07_training.ipynb #fc5102a0
+# %% ../nbs/07_training.ipynb #db2c8acd
 @patch
 def facts(self: Training, about: dict | None = None) -> dict:
     "What must not change under a half-finished run, as plain data."
@@ -643,7 +643,7 @@ def warn_other_machine(before: dict | None) -> None:
             stacklevel=3,
         )
 
-# %% ../nbs/07_training.ipynb #c74f6e7d
+# %% ../nbs/07_training.ipynb #804c50c1
 def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.device, dtype: torch.dtype) -> int:
     "How many runs a CUDA device can train at once, from what a step of one and of two needs; 0 if not even one."
     peaks = []
@@ -678,14 +678,18 @@ def status_line(self: Training) -> str:
     }
     return ", ".join(parts + [f"{n} {what}" for what, n in ended.items() if n])
 
-# %% ../nbs/07_training.ipynb #919aec9e
+# %% ../nbs/07_training.ipynb #94056329
 @patch
-def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, interrupt=None, facts=None) -> None:
+def run(
+    self: Training, graph=None, progress=True, checkpoint=None, every=0, interrupt=None, facts=None, watch=None
+) -> None:
     "The loop: step, and whatever is due after it. Raises Interrupted, after a checkpoint, when `interrupt()` says so."
     p, history = self.population, self.history
     name = f"{p.task.name} {p.config.kind}" + (f" x {len(p)}" if len(p) > 1 else "")
     bar = progress_bar(total=self.steps, initial=history.step, desc=name, unit="it", disable=None if progress else True)
+    watch = watch or (lambda training: None)
     with bar:
+        watch(self)
         while history.step < self.steps and history.running:
             self.make_step(graph)
             bar.update()
@@ -696,6 +700,7 @@ def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, int
             if self.due(self.log_every):
                 self.stop()
                 bar.set_postfix_str(self.status_line(), refresh=False)
+                watch(self)
             stopping, over = interrupt is not None and interrupt(), history.step == self.steps or not history.running
             if checkpoint is not None and (stopping or over or (every and history.step % every == 0)):
                 self.save(checkpoint, facts)
@@ -707,7 +712,7 @@ def run(self: Training, graph=None, progress=True, checkpoint=None, every=0, int
                 )
                 raise Interrupted(f"stopped at step {history.step} of {self.steps}: {what}")
 
-# %% ../nbs/07_training.ipynb #101945d6
+# %% ../nbs/07_training.ipynb #07d0d39a
 def fit(
     task,  # from `make_task`
     model: ModelConfig,
@@ -725,6 +730,7 @@ def fit(
     graph: bool | None = None,  # a CUDA graph: None = where possible, True = or an error, False = no
     dtype: torch.dtype = torch.float32,  # float64 for proofs
     interrupt: Callable[[], bool] | None = None,  # asked after each step: True saves, and raises Interrupted
+    watch: Callable[[Training], None] | None = None,  # told when training begins or goes on, and after each new row
     about: dict | None = None,  # further facts that must not change under a half-finished run
 ) -> list[RunResult]:  # one a run, in order
     """Train a population of R independent runs, choose on validation, test once.
@@ -739,7 +745,7 @@ def fit(
             facts = training.facts(about) if checkpoint is not None else None
             if checkpoint is not None:
                 training.resume(checkpoint, facts)
-            training.run(graph, progress, checkpoint, checkpoint_every, interrupt, facts)
+            training.run(graph, progress, checkpoint, checkpoint_every, interrupt, facts, watch)
             return training.results()
         except torch.OutOfMemoryError as e:
             training, asked = None, str(e).split(". ")[0]
