@@ -1,17 +1,21 @@
-"What the whole suite shares: one thread (two cores are busy enough), the checkout, a copy of it to work on, npm's packages."
+"""What the whole suite shares: one thread (two cores are busy enough), the checkout, a copy of it to work on, npm's packages,
+a table of what was counted, and a nursery of processes that may be killed."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
+import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 WEB = ROOT / "nbs/_web"
 SKIP = {
     ".git",
@@ -48,6 +52,123 @@ def run_python(*args: str, cwd: Path, timeout: int = 300) -> str:
     done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(args)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- what was counted
+
+COUNTS = pytest.StashKey[dict[str, dict[str, int | float | str]]]()
+
+
+@pytest.fixture(scope="session")
+def tally(pytestconfig):
+    """A function that puts numbers into the table at the end of pytest's output, which shows also when everything passes:
+
+        tally("kill -9 while computing", kills=10, resumed_bit_equal=10)
+
+    is the row "kill -9 while computing   10 kills, 10 resumed bit equal". Called again with the same row, whole numbers are
+    added, of other numbers the largest stays, of words the last. Call it before the assertion on a count: a failure shows it too."""
+    table = pytestconfig.stash.setdefault(COUNTS, {})
+
+    def add(row: str, **counts: int | float | str) -> None:
+        kept = table.setdefault(row, {})
+        for name, value in counts.items():
+            before = kept.get(name)
+            if before is not None and not isinstance(value, str):
+                value = before + value if isinstance(value, int) else max(before, value)
+            kept[name] = value
+
+    return add
+
+
+def in_words(counts: dict) -> str:
+    shown = {k.replace("_", " "): v for k, v in counts.items()}
+    return ", ".join(
+        f"{k} {v}" if isinstance(v, str) else f"{v:,} {k}" if isinstance(v, int) else f"{v:.3g} {k}"
+        for k, v in shown.items()
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if table := config.stash.get(COUNTS, {}):
+        terminalreporter.section("what was counted")
+        width = max(map(len, table))
+        for row in table:
+            terminalreporter.write_line(f"{row:{width}}   {in_words(table[row])}")
+
+
+# ----------------------------------------------------------------------------------- processes that may be killed
+
+NURSERY = """
+import functools, importlib, json, os, sys, traceback
+import torch, tiny_task
+from wave_rnns import training
+torch.set_num_threads(1)
+for name in ("code_hash", "environment"):  # half of a tiny run's time; both stay what they are while the tests run
+    setattr(training, name, functools.cache(getattr(training, name)))
+    getattr(training, name)()
+training.fit(tiny_task.TinyTask(), tiny_task.WAVE, tiny_task.RUNS, **{**tiny_task.RHYTHM, "steps": 1})  # what loads late is loaded now
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what a life prints must not look like an answer
+say = lambda word: print(word, file=answers, flush=True)
+say("ready")
+for line in sys.stdin:
+    order, *arguments = json.loads(line)
+    if order == "end":  # until it is asked for, the number stays the child's, dead or alive
+        say(os.waitstatus_to_exitcode(os.waitpid(arguments[0], 0)[1]))
+        continue
+    module, name = order.split(":")
+    live = getattr(importlib.import_module(module), name)
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            code = live(*arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code or 0)
+    say(pid)
+"""
+
+
+class Life:
+    "A process of the nursery."
+
+    def __init__(self, pid: int, ask):
+        self.pid, self.ask = pid, ask
+
+    def alive(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+
+    def send(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> int:
+        "Wait for it; the exit code is minus the number of the signal that killed it."
+        return int(self.ask("end", self.pid))
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Processes that cost no import: `nursery("module_of_tests:function", argument, ...)` forks one off a parent that has loaded
+    torch and runs one thread, and returns a `Life`. Arguments are JSON; the exit code is what the function returns, 1 for an exception."""
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert parent.stdout.readline() == "ready\n"
+
+    def ask(*words) -> str:
+        parent.stdin.write(json.dumps(words) + "\n")
+        parent.stdin.flush()
+        return parent.stdout.readline()
+
+    yield lambda function, *arguments: Life(int(ask(function, *arguments)), ask)
+    parent.stdin.close()
+    parent.wait()
+    parent.stdout.close()
+
+
+# ------------------------------------------------------------------------------------------ the documentation site
 
 
 @pytest.fixture(scope="session")

@@ -261,12 +261,8 @@ def test_a_really_full_disk(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# Random bytes into every loader. Examples are few in CI; WAVE_RNNS_FUZZ raises them.
-FUZZ = settings(
-    max_examples=int(os.environ.get("WAVE_RNNS_FUZZ", 300)),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+# Structures made by hypothesis; spoiled files by the thousand: test_fuzz.py.
+FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = pack({"x": torch.arange(6.0), "n": torch.tensor(3)}, {"step": 3, "list": [1, None]})
 
 

@@ -1,78 +1,55 @@
 """kill -9 at random moments, SIGTERM, and going on: the end is that of a run that was never touched, bit for bit.
 
-`WAVE_RNNS_KILLS` sets the number of kills (20 unless set). A life of a process costs no import: a parent that has imported torch,
-and runs one thread, forks it."""
+`WAVE_RNNS_KILLS` sets the number of kills (20 unless set). Each kill is judged alone: what lies on the disk is copied, and the copy
+goes on to its end without another kill. The original goes on too, and is killed again."""
 
 import contextlib
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import tiny_task
 
-from wave_rnns.checkpoints import load_checkpoint
+from wave_rnns.checkpoints import load_checkpoint, previous
+from wave_rnns.core import CheckpointError
+from wave_rnns.training import Training
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
-HERE = Path(__file__).parent
-
-NURSERY = """
-import json, os, sys, time, traceback
-import torch, tiny_task, wave_rnns.checkpoints
-from wave_rnns.training import Training, fit
-torch.set_num_threads(1)
-fit(tiny_task.TinyTask(), tiny_task.WAVE, tiny_task.RUNS, **{**tiny_task.RHYTHM, "steps": 1})  # what loads late is loaded now
-say = lambda *words: print(*words, flush=True)
-say("ready")
-for line in sys.stdin:
-    slow_disk, slow_steps, *arguments = json.loads(line)
-    if (pid := os.fork()) == 0:
-        real_fsync, real_step = os.fsync, Training.make_step
-        def fsync(fd):
-            real_fsync(fd), time.sleep(slow_disk)
-        def make_step(self, graph=None):
-            open(arguments[2] + ".begun", "w").close()
-            time.sleep(slow_steps), real_step(self, graph)
-        os.fsync, Training.make_step = fsync, make_step
-        code = 1
-        try:
-            code = tiny_task.main(*arguments)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    say(pid)
-    sys.stdin.readline()  # until then the number stays the child's, dead or alive
-    say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    "A function that starts one life: (pid, a function that waits for its exit code)."
-    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert parent.stdout.readline() == "ready\n"
+def live(folder, every, slow_disk=0.0, slow_steps=0.0) -> int:
+    "One life of a training process. It notes the step at which it begins, and is slowed down so that a kill can hit anything."
+    folder, real_fsync, real_step = Path(folder), os.fsync, Training.make_step
 
-    def start(checkpoint, every, report, slow_disk=0.0, slow_steps=0.0):
-        parent.stdin.write(json.dumps([slow_disk, slow_steps, str(checkpoint), str(every), str(report)]) + "\n")
-        parent.stdin.flush()
-        return int(parent.stdout.readline()), end
+    def fsync(fd):
+        real_fsync(fd)
+        time.sleep(slow_disk)
 
-    def end():
-        parent.stdin.write("\n")
-        parent.stdin.flush()
-        return int(parent.stdout.readline())
+    def make_step(self, graph=None):
+        if not (folder / "begun").exists():
+            (folder / "begun.tmp").write_text(str(self.history.step))
+            os.replace(folder / "begun.tmp", folder / "begun")
+        time.sleep(slow_steps)
+        real_step(self, graph)
 
-    yield start
-    parent.stdin.close()
-    parent.wait()
+    os.fsync, Training.make_step = fsync, make_step
+    return tiny_task.main(str(folder / "x.safetensors"), str(every), str(folder / "report.json"))
+
+
+def start(nursery, folder, every, slow_disk=0.0, slow_steps=0.0):
+    (folder / "begun").unlink(missing_ok=True)
+    return nursery("test_resume_kill:live", str(folder), every, slow_disk, slow_steps)
+
+
+def wait_for(file, life):
+    "Until the file is there, or the process is at its end."
+    while not file.exists() and life.alive():
+        time.sleep(0.001)
 
 
 def state(path):
@@ -83,91 +60,118 @@ def state(path):
     return {k: t.flatten().tolist().__repr__() for k, t in tensors.items()}, meta
 
 
+def step_on_disk(folder) -> int:
+    "The step of the newest checkpoint, 0 where none was completed."
+    path = folder / "x.safetensors"
+    return load_checkpoint(path)[1]["history"]["step"] if path.exists() or previous(path).exists() else 0
+
+
 @pytest.fixture(scope="module")
 def untouched(nursery, tmp_path_factory):
     "The run that was never interrupted: its results and its last checkpoint."
     folder = tmp_path_factory.mktemp("untouched")
-    _, end = nursery(folder / "x.safetensors", 3, folder / "report.json")
-    assert end() == 0
+    assert start(nursery, folder, 3).end() == 0
     return json.loads((folder / "report.json").read_text()), state(folder / "x.safetensors")
 
 
+def is_the_end(folder, untouched) -> bool:
+    "Results, and the last checkpoint with weights, Adam's averages, best weights and history: those of the untouched run?"
+    return (
+        json.loads((folder / "report.json").read_text()) == untouched[0]
+        and state(folder / "x.safetensors") == untouched[1]
+    )
+
+
+def begin_anew(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.filterwarnings("ignore:.*The checkpoint before it")
 @pytest.mark.parametrize(
-    "slow_disk, slow_steps, every", [(0.0, 0.01, 3), (0.01, 0.0, 2)], ids=["while computing", "while writing"]
+    "name, kills, slow_disk, slow_steps, every",
+    [("computing", KILLS - KILLS // 2, 0.0, 0.01, 3), ("writing", KILLS // 2, 0.01, 0.0, 2)],
+    ids=["while computing", "while writing"],
 )
-def test_kill_9(nursery, untouched, tmp_path, slow_disk, slow_steps, every):
-    chance, path, report = random.Random(every), tmp_path / "x.safetensors", tmp_path / "report.json"
-    kills = torn = 0
-    for _ in range(50 * KILLS):
-        begun = tmp_path / "report.json.begun"
-        begun.unlink(missing_ok=True)
-        pid, end = nursery(path, every, report, slow_disk, slow_steps)
-        if chance.random() < 0.8:  # the others are killed while they start
-            wait_for(begun, pid)
+def test_kill_9(nursery, untouched, tally, tmp_path, name, kills, slow_disk, slow_steps, every):
+    chance, folder, copy = random.Random(every), tmp_path / "run", tmp_path / "copy"
+    folder.mkdir()
+    counts = dict.fromkeys(("kills", "resumed_bit_equal", "in_the_middle_of_a_write", "before_the_first_checkpoint"), 0)
+    moments, chains = set(), 1
+    while counts["kills"] < kills:
+        life = start(nursery, folder, every, slow_disk, slow_steps)
+        if chance.random() < 0.8:  # the others are killed while they start, or read what lies there
+            wait_for(folder / "begun", life)
         time.sleep(chance.uniform(0.0, 0.3))
-        os.kill(pid, signal.SIGKILL)
-        if end() == 0:  # it had finished: begin anew, until there were enough kills
-            compare(path, report, untouched, every)
-            for p in tmp_path.iterdir():
-                p.unlink()
+        life.send(signal.SIGKILL)
+        if (code := life.end()) == 0:  # it was faster: the end of a chain of kills, which is looked at too
+            assert is_the_end(folder, untouched)
+            chains += 1
+            begin_anew(folder)
             continue
-        kills += 1
-        torn += any(p.suffix in (".tmp", ".new") for p in tmp_path.iterdir())
-        if kills == KILLS // 2 + KILLS % 2:
-            break
-    _, end = nursery(path, every, report)
-    assert end() == 0
-    compare(path, report, untouched, every)
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".tmp", ".new")]
-    print(f"{kills} kills, {torn} in the middle of a write")
-    assert kills >= KILLS // 2 and (torn or not slow_disk)
+        assert code == -signal.SIGKILL
+        shutil.copytree(folder, copy)
+        step = step_on_disk(copy)
+        counts["kills" if step else "before_the_first_checkpoint"] += 1
+        counts["in_the_middle_of_a_write"] += any(p.suffix in (".tmp", ".new") for p in copy.iterdir())
+        assert start(nursery, copy, every).end() == 0
+        assert int((copy / "begun").read_text()) == step, "it must have gone on, not begun anew"
+        assert is_the_end(copy, untouched), f"killed after step {step}: another end"
+        assert not [p for p in copy.iterdir() if p.suffix in (".tmp", ".new")]
+        counts["resumed_bit_equal"] += step > 0
+        moments.add(step)
+        shutil.rmtree(copy)
+    assert start(nursery, folder, every).end() == 0 and is_the_end(folder, untouched)
+    tally(f"kill -9 while {name}", **counts, different_steps=len(moments), chains_of_kills_ended_bit_equal=chains)
+    assert counts["resumed_bit_equal"] == counts["kills"] == kills
+    assert len(moments) > min(kills, 14) // 3 and (counts["in_the_middle_of_a_write"] or not slow_disk or kills < 5)
 
 
-def wait_for(file, pid):
-    "Until the file is there, or the process is at its end."
-    while not file.exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        time.sleep(0.001)
+def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, tmp_path):
+    steps = [0]
+    for interval in (0.1, 0.2, 0.1):
+        life = start(nursery, tmp_path, 1000, 0.0, 0.02)  # no checkpoint on its own before the end
+        wait_for(tmp_path / "begun", life)
+        time.sleep(interval)
+        life.send(signal.SIGTERM)
+        assert life.end() == 75 and not (tmp_path / "report.json").exists()
+        assert int((tmp_path / "begun").read_text()) == steps[-1] < step_on_disk(tmp_path)
+        steps.append(step_on_disk(tmp_path))
+    assert start(nursery, tmp_path, 1000).end() == 0
+    assert int((tmp_path / "begun").read_text()) == steps[-1] and is_the_end(tmp_path, untouched)
+    tally("SIGTERM", signals=3, saved_with_exit_code_75=3, ends_bit_equal=1)
 
 
-def compare(path, report, untouched, every):
-    assert json.loads(report.read_text()) == untouched[0]
-    assert state(path) == untouched[1]
-
-
-def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tmp_path):
-    path, report = tmp_path / "x.safetensors", tmp_path / "report.json"
-    for life in range(3):
-        pid, end = nursery(path, 1000, report, 0.0, 0.02)  # no checkpoint on its own before the end
-        wait_for(tmp_path / "report.json.begun", pid)
-        time.sleep(0.2)
-        os.kill(pid, signal.SIGTERM)
-        code = end()
-        if code == 0:
-            break
-        assert code == 75 and not report.exists(), f"life {life}: exit code {code}"
-    assert life > 0
-    if code == 75:
-        _, end = nursery(path, 1000, report)
-        assert end() == 0
-    compare(path, report, untouched, 1000)
-
-
-def test_a_copied_checkpoint_goes_on_too(nursery, untouched, tmp_path):
-    "A folder copied half-way through writing: file and list from different moments."
-    first, second = tmp_path / "a", tmp_path / "b"
-    first.mkdir()
-    second.mkdir()
-    pid, end = nursery(first / "x.safetensors", 1, first / "report.json", 0.005, 0.0)
-    while not (first / "x.previous.safetensors").exists():
-        time.sleep(0.001)
-    for name in ("x.safetensors.sha256", "x.previous.safetensors", "x.safetensors"):
-        time.sleep(0.013)
-        with contextlib.suppress(FileNotFoundError):  # a copying tool says "file vanished" and goes on
-            (second / name).write_bytes((first / name).read_bytes())
-    os.kill(pid, signal.SIGKILL)
-    end()
-    _, end = nursery(second / "x.safetensors", 3, second / "report.json")
-    if end():  # nothing in the copy could be trusted: refused, not silently begun anew
-        assert not (second / "report.json").exists()
-    else:
-        compare(second / "x.safetensors", second / "report.json", untouched, 3)
+@pytest.mark.filterwarnings("ignore:.*The checkpoint before it")
+def test_a_copied_checkpoint_goes_on_too(nursery, untouched, tally, tmp_path):
+    "A folder copied while it is written: file and list from different moments. It goes on to the same end, or is refused."
+    chance, counts = random.Random(0), {"copies": 0, "went_on_bit_equal": 0, "refused": 0}
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    while counts["copies"] < 6:
+        life = start(nursery, original, 1, 0.002, 0.0)
+        while not (original / "x.previous.safetensors").exists():
+            time.sleep(0.001)
+        while life.alive() and counts["copies"] < 6:
+            copy.mkdir()
+            names = ["x.safetensors.sha256", "x.previous.safetensors", "x.safetensors"]
+            chance.shuffle(names)
+            for name in names:
+                time.sleep(chance.uniform(0, 0.02))
+                with contextlib.suppress(FileNotFoundError):  # a copying tool says "file vanished" and goes on
+                    (copy / name).write_bytes((original / name).read_bytes())
+            counts["copies"] += 1
+            if start(nursery, copy, 3).end() == 0:
+                assert is_the_end(copy, untouched)
+                counts["went_on_bit_equal"] += 1
+            else:  # nothing in the copy could be trusted: refused, not silently begun anew
+                with pytest.raises(CheckpointError):
+                    load_checkpoint(copy / "x.safetensors")
+                assert not (copy / "report.json").exists()
+                counts["refused"] += 1
+            shutil.rmtree(copy)
+        life.send(signal.SIGKILL)
+        life.end()
+        begin_anew(original)
+    tally("copied while it was written", **counts)
+    assert counts["went_on_bit_equal"]
