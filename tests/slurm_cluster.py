@@ -1,0 +1,245 @@
+"""A real Slurm of one machine, for as long as a test lasts: `with SlurmOnOneMachine(folder) as slurm: slurm.run("sinfo")`.
+
+By hand: `python tests/slurm_cluster.py start DIR`, then what it prints, and `python tests/slurm_cluster.py stop DIR`.
+"""
+
+import contextlib
+import ctypes
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DEBIAN = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+DAEMONS, COMMANDS = ("munged", "slurmctld", "slurmd"), ("sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel")
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
+LONGEST_SOCKET = 100  # the kernel's limit for the path of a Unix socket is 108
+
+# select/linear would give a job the whole machine; config_overrides lets one machine of 2 CPUs claim more.
+# KillWait is the time between SIGTERM and SIGKILL, GraceTime the one between a preemption's warning and its SIGTERM.
+SLURM_CONF = """
+ClusterName=onemachine
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control_port}
+SlurmdPort={node_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_min_interval=0,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=30
+InactiveLimit=0
+MinJobAge=300
+KillWait={kill_wait}
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=low Nodes={host} Default=YES MaxTime=60 PriorityTier=1 GraceTime=0
+PartitionName=patient Nodes={host} MaxTime=60 PriorityTier=1 GraceTime={grace_time}
+PartitionName=high Nodes={host} MaxTime=60 PriorityTier=9 PreemptMode=OFF
+"""
+
+
+def path_with_daemons() -> str:
+    return f"{os.environ.get('PATH', '')}:{SBIN}"
+
+
+def what_is_missing() -> str | None:
+    "Why no Slurm can be started here, with the remedy; None where it can."
+    missing = [c for c in DAEMONS + COMMANDS if not shutil.which(c, path=path_with_daemons())]
+    return f"no {', '.join(missing)} here: {DEBIAN}" if missing else None
+
+
+class SlurmOnOneMachine:
+    "munged, slurmctld and slurmd with everything of theirs under one folder. No systemd, no cgroups, no root needed."
+
+    def __init__(self, folder, cpus: int = 4, kill_wait: int = 10, grace_time: int = 20, detached: bool = False):
+        self.folder, self.detached, self.daemons = Path(folder).resolve(), detached, {}
+        self.conf = self.folder / "slurm.conf"
+        self.environ = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": path_with_daemons()}
+        self.settings = dict(cpus=cpus, kill_wait=kill_wait, grace_time=grace_time)
+
+    def __enter__(self):
+        if reason := what_is_missing():
+            raise FileNotFoundError(reason)
+        if len(str(self.folder / "munge.socket")) > LONGEST_SOCKET:
+            raise ValueError(f"{self.folder}: the path is too long for a socket, take a folder directly under /tmp")
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def start(self) -> None:
+        for name in ("state", "spool", "log"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.write_configuration()
+        key = self.folder / "munge.key"
+        key.unlink(missing_ok=True)
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {"key-file": key, "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munged.seed"}
+        places = [f"--{name}={self.folder / file}" for name, file in files.items()]
+        self.launch("munged", "--foreground", "--force", f"--log-file={self.folder / 'log/munged'}", *places)
+        self.wait_until(lambda: (self.folder / "munge.socket").exists(), "munged opens its socket")
+        self.launch("slurmctld", "-D", "-i", "-f", self.conf)
+        self.launch("slurmd", "-D", "-f", self.conf)
+        self.wait_until(lambda: "idle" in self.sinfo(), "the node is idle")
+
+    def write_configuration(self) -> None:
+        host = socket.gethostname().split(".")[0]
+        with socket.socket() as a, socket.socket() as b:  # both open at once, or they might be the same
+            a.bind(("127.0.0.1", 0))
+            b.bind(("127.0.0.1", 0))
+            ports = dict(control_port=a.getsockname()[1], node_port=b.getsockname()[1])
+        text = SLURM_CONF.format(host=host, user=getpass.getuser(), folder=self.folder, **ports, **self.settings)
+        self.conf.write_text(text)
+        if self.version() >= (23, 11):
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+
+    def version(self) -> tuple[int, int]:
+        done = subprocess.run(["slurmctld", "-V"], env=self.environ, capture_output=True, text=True, check=True)
+        return tuple(int(n) for n in re.search(r"(\d+)\.(\d+)", done.stdout).groups())
+
+    def launch(self, name: str, *arguments) -> None:
+        # A daemon whose test is killed must not outlive it; one started by hand must outlive the script.
+        tie = None if self.detached else die_with_parent
+        command = [shutil.which(name, path=path_with_daemons()), *map(str, arguments)]
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=tie,
+            )  # fmt: skip
+        (self.folder / f"{name}.started").write_text(str(process.pid))
+        self.daemons[name] = process
+
+    def wait_until(self, condition, what: str, seconds: float = 30) -> None:
+        "Poll; raises RuntimeError with the end of every log when a daemon dies or time is up."
+
+        def dead() -> list[str]:
+            return [name for name, process in self.daemons.items() if process.poll() is not None]
+
+        if not self.wait(lambda: dead() or condition(), seconds) or dead():
+            reason = " and ".join(dead()) + " died" if dead() else f"not within {seconds:.0f} s"
+            raise RuntimeError(f"waiting until {what}: {reason}\n{self.logs()}")
+
+    def wait(self, condition, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not (met := condition()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return bool(met)
+
+    def logs(self, characters: int = 3000) -> str:
+        parts = [
+            f"== {p.name}\n{p.read_text(errors='replace')[-characters:]}" for p in sorted(self.folder.glob("log/*"))
+        ]
+        return "\n".join(parts)
+
+    def run(self, *command, check: bool = True, timeout: float = 30, **options) -> str:
+        "What a Slurm command prints; raises RuntimeError with what it complained about."
+        done = subprocess.run(
+            [str(c) for c in command], env=self.environ, capture_output=True, text=True, timeout=timeout, **options
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))} exits with {done.returncode}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def sinfo(self) -> str:
+        return self.run("sinfo", "--noheader", "--format=%T", check=False)
+
+    def show(self, job: str) -> dict[str, str]:
+        "What the controller knows about a job: JobState, Restarts, ExitCode, BatchHost ..."
+        return dict(
+            field.split("=", 1) for field in self.run("scontrol", "-o", "show", "job", job).split() if "=" in field
+        )
+
+    def jobs(self) -> list[str]:
+        return self.run("squeue", "--noheader", "--format=%i", check=False).split()
+
+    def processes(self) -> list[int]:
+        "Everything that runs with this cluster's configuration in its environment, except for ourselves."
+        mark, found, own = f"SLURM_CONF={self.conf}".encode(), [], {os.getpid(), os.getppid()}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) not in own:
+                    found.append(int(folder.name))
+        return found
+
+    def stop(self) -> None:
+        "End jobs, daemons and what is left of either. Nothing runs afterwards; the folder is the caller's."
+        with contextlib.suppress(Exception):  # a controller that did not even start has no jobs either
+            if self.pid_of("slurmctld") and self.jobs():
+                whose = f"--user={getpass.getuser()}"
+                self.run("scancel", "--signal=KILL", "--full", whose)
+                self.run("scancel", whose)
+                self.wait(lambda: not self.jobs(), 5)
+        for name in reversed(DAEMONS):
+            self.end(self.pid_of(name), 10)
+        for pid in self.processes():
+            self.end(pid, 0)
+        for process in self.daemons.values():
+            process.wait()
+        self.daemons = {}
+
+    def pid_of(self, name: str) -> int | None:
+        "The daemon's process id, None where it does not run."
+        # A number on disk may belong to another process by now: only one that runs with our configuration counts.
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.folder / f"{name}.started").read_text())
+            return pid if pid in self.processes() else None
+
+    def end(self, pid: int | None, patience: float) -> None:
+        "SIGTERM, and after `patience` seconds SIGKILL."
+        with contextlib.suppress(ProcessLookupError, TypeError):
+            if patience:
+                os.kill(pid, signal.SIGTERM)
+                self.wait(lambda: pid not in self.processes(), patience)
+            os.kill(pid, signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def main(action: str, folder: str) -> None:
+    slurm = SlurmOnOneMachine(folder, detached=True)
+    if action == "stop":
+        slurm.stop()
+        shutil.rmtree(slurm.folder)
+    else:
+        slurm.__enter__()
+        print(f"export SLURM_CONF={slurm.conf}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
+        sys.exit("usage: python tests/slurm_cluster.py start|stop DIR")
+    main(*sys.argv[1:])
