@@ -195,13 +195,13 @@ class SlurmOnOneMachine:
 
     def stop(self) -> None:
         "End jobs, daemons and what is left of either. Nothing runs afterwards; the folder is the caller's."
-        with contextlib.suppress(Exception):  # a controller that did not even start has no jobs either
-            if self.pid_of("slurmctld") and self.jobs():
-                whose = f"--user={getpass.getuser()}"
-                self.run("scancel", "--signal=KILL", "--full", whose)
-                self.run("scancel", whose)
-                self.wait(lambda: not self.jobs(), 5)
-        for name in reversed(DAEMONS):
+        # The controller goes first, or it would start what waits; scancel would take KillWait for a job that is deaf.
+        self.end(self.pid_of("slurmctld"), 10)
+        daemons = {self.pid_of(name) for name in DAEMONS}
+        for pid in self.processes():
+            if pid not in daemons:
+                self.end(pid, 0)
+        for name in ("slurmd", "munged"):
             self.end(self.pid_of(name), 10)
         for pid in self.processes():
             self.end(pid, 0)
