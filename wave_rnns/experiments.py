@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'RECIPE', 'WORDS', 'EXPERIMENTS', 'declare', 'IRNN', 'IMAGE_
            'claimed', 'train', 'train_group', 'fit_group', 'rhythm_of', 'checked_device', 'answer', 'usage_error',
            'parse_seeds', 'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train', 'todo', 'wrnn_todo']
 
-# %% ../nbs/09_experiments.ipynb #0cea3f6d
+# %% ../nbs/09_experiments.ipynb #77324f1c
 import contextlib
 import difflib
 import functools
@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 from fastcore.script import Param, bool_arg, call_parse, is_cli
 
@@ -569,14 +568,15 @@ def solved_step(task: str, curve: list[dict]) -> dict | None:
     steps = [row["step"] for row in curve if row.get(column) is not None and row[column] <= threshold]
     return {"column": column, "threshold": threshold, "step": steps[0] if steps else None}
 
-# %% ../nbs/09_experiments.ipynb #082498af
-class Run(NamedTuple):
+# %% ../nbs/09_experiments.ipynb #00970743
+@dataclass(frozen=True)
+class Run:
     "One run: an experiment and a seed."
 
     experiment: Experiment
     seed: int
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         return run_key(self.experiment, self.seed)
 
@@ -722,9 +722,13 @@ def half_finished(results: Path, runs: list[Run]) -> list[list[Run]]:
                 del by_key[k]
     return groups
 
-# %% ../nbs/09_experiments.ipynb #66044446
+# %% ../nbs/09_experiments.ipynb #e8e641d2
 @contextlib.contextmanager
-def claimed(results: Path, runs: list[Run]) -> Iterator[list[Run]]:
+def claimed(
+    results: Path,
+    runs: list[Run],
+    whole: bool = False,  # all of them or none
+) -> Iterator[list[Run]]:
     "Those of `runs` that no other process holds, ours until the block ends or the process dies. Nobody waits."
     from filelock import FileLock, Timeout
 
@@ -736,7 +740,9 @@ def claimed(results: Path, runs: list[Run]) -> Iterator[list[Run]]:
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
                 held.append((run, lock))
-        yield [run for run, _ in held]
+            if whole and not lock.is_locked:
+                break
+        yield [run for run, _ in held] if not whole or len(held) == len(runs) else []
     finally:
         for run, lock in held:
             if run.path(results).exists():
