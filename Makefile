@@ -11,7 +11,7 @@ NPM    := $(WEB)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lab docs check prepare export clean format tables readme hooks gpu-test bench distclean
+.PHONY: help install demo test lab docs check prepare export clean format tables readme hooks gpu-test survive bench distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ hooks: $(READY) ## install git and Jupyter hooks that keep notebooks clean and m
 
 gpu-test: $(READY) ## prove the GPU kernels against the float64 loop (needs an NVIDIA GPU) and record the result
 	@for check in tests/gpu/check_*.py; do echo "$$check"; $(PY) $$check --out nbs/results/gpu || exit 1; done
+
+survive: $(READY) ## kill, freeze and corrupt in earnest: 100 kills, 100 chaos sweeps, 100,000 fuzzed files (about an hour)
+	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 OMP_NUM_THREADS=1 $(PY) -m pytest \
+	  tests/test_resume_kill.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py
 
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/wrnn_bench
