@@ -484,7 +484,7 @@ def test_interrupted_anywhere_the_result_is_the_same(tmp_path):
 def test_other_code_under_a_half_finished_run_is_refused(tmp_path, monkeypatch):
     interrupted_after([Run(TINY, 0)], tmp_path, 7)
     monkeypatch.setattr("wave_rnns.training.code_hash", lambda: "other")
-    with pytest.raises(WaveRNNError, match="code: .*'other' now.*--resume no begins anew"):
+    with pytest.raises(WaveRNNError, match="code: .*'other' now.*delete this folder to begin anew"):
         train([Run(TINY, 0)], tmp_path, "cpu", progress=False)
     assert train([Run(TINY, 0)], tmp_path, "cpu", progress=False, resume=False)[0]["code"] == "other"
 

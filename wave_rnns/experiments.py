@@ -776,7 +776,7 @@ def train(
             train_group(group, results, device, resume, **options)
     return [read_record(run.path(results)) for run in runs]
 
-# %% ../nbs/09_experiments.ipynb #66343bef
+# %% ../nbs/09_experiments.ipynb #3597ab06
 def train_group(
     group: list[Run],  # of one population, all claimed by this process
     results: Path,
@@ -829,7 +829,7 @@ def fit_group(
     try:
         results = fit(task, e.model, settings, **rhythm, device=device, progress=progress, **often, about=facts)
     except ResumeRefused as refused:
-        raise ResumeRefused(f"{refused} (checkpoint in {folder}; wrnn_train with --resume no begins anew)") from None
+        raise ResumeRefused(f"{refused} (the checkpoint is in {folder}; delete this folder to begin anew)") from None
     records = [make_record(run, r, task, rhythm, len(runs), device.type) for run, r in zip(runs, results, strict=True)]
     return [(record, r.curve) for record, r in zip(records, results, strict=True)]
 

@@ -11,7 +11,7 @@ __all__ = ['GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'MANY_CLIPS', 'IMAGES', 
            'progress_mark', 'any_free', 'ranking', 'winners', 'ranking_text', 'submit', 'need_slurm', 'check_words',
            'slurm_job', 'come_back', 'slurm_says', 'sbatch_options', 'show_grids', 'wrnn_sweep']
 
-# %% ../nbs/10_sweeps.ipynb #e21f4492
+# %% ../nbs/10_sweeps.ipynb #96d022b4
 import contextlib
 import itertools
 import json
@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -316,7 +316,7 @@ def train_claimed(group, results, session, pulse, device, checkpoint_seconds) ->
         note_failure(results, group, session, e)
         return 0
 
-# %% ../nbs/10_sweeps.ipynb #c18b4bab
+# %% ../nbs/10_sweeps.ipynb #2cbb26ed
 def new_session() -> str:
     "A name that no other sweep has."
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
@@ -341,10 +341,10 @@ def note_failure(results: Path, group: list[Run], session: str, error: Exception
     print(f"{clock()} {label(group)} failed: {reason}\n{text}", flush=True)
 
 
-def failure(results: Path, group: list[Run], session: str) -> dict | None:
-    "Why this population failed in this session; None if it did not."
+def failure(results: Path, group: list[Run], session: str | None) -> dict | None:
+    "Why this population failed in this session (None: in whichever tried last); None if it did not."
     note = small_json(population_folder(results, group) / "failed.json")
-    return note if note.get("session") == session and isinstance(note.get("error"), str) else None
+    return note if session in (None, note.get("session")) and isinstance(note.get("error"), str) else None
 
 
 def small_json(path: Path) -> dict:
@@ -417,7 +417,7 @@ class Pulse:
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
-# %% ../nbs/10_sweeps.ipynb #9e3dae38
+# %% ../nbs/10_sweeps.ipynb #2c21867c
 class Overview(NamedTuple):
     "A sweep at one moment."
 
@@ -442,7 +442,7 @@ class Overview(NamedTuple):
         )
 
 
-def overview(board: Board, session: str = "") -> Overview:
+def overview(board: Board, session: str | None = None) -> Overview:
     "Count the runs, and ask the workers' pulses. Changes nothing."
     ended, records = {}, board.look().records
     for r in records.values():
@@ -558,7 +558,7 @@ def duration(seconds: float) -> str:
         else f"{seconds / 3600:.1f} h"
     )
 
-# %% ../nbs/10_sweeps.ipynb #6e7e3106
+# %% ../nbs/10_sweeps.ipynb #6e13875c
 WORKER = "import sys; from wave_rnns.sweeps import be_worker; sys.exit(be_worker())"
 
 
@@ -602,7 +602,7 @@ class Crew:
             del self.workers[number]
         return ended
 
-    def stop(self, seconds: float = 60.0) -> None:
+    def stop(self, seconds: float = 300.0) -> None:
         "Ask all to save and end; who does not within that time is killed, and will be resumed from an older checkpoint."
         for worker in self.workers.values():
             worker.send_signal(signal.SIGTERM)
@@ -619,8 +619,10 @@ class Crew:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.stop()
+    def __exit__(self, kind, *exception):
+        self.stop(
+            0.0 if kind is KeyboardInterrupt else 300.0
+        )  # a second Ctrl-C: whoever presses it does not want to wait
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # USR: a cluster's time limit is near
@@ -650,7 +652,7 @@ def be_worker() -> int:
             return e.exit_code
     return 0
 
-# %% ../nbs/10_sweeps.ipynb #036ad9a6
+# %% ../nbs/10_sweeps.ipynb #a0821524
 DEATHS = 5  # in a row, without any progress in between: then it is not bad luck
 
 
@@ -699,6 +701,7 @@ def sweep(
                         view.say(f"worker {number} {how}; another one takes its place")
                         crew.start(number)
             if asked():
+                view.say("stopping: the workers save what they have; Ctrl-C again does not wait for them")
                 crew.stop()
                 raise Interrupted(
                     f"stopped with {now.over} of {now.total} runs done; everything is saved, the same command goes on"
@@ -793,7 +796,7 @@ def ranking_text(grid: Grid, board: Board, most: int = 5) -> str:
             lines.append(f"{row['base']:20} {', '.join(varying) or 'as declared':45} {value} ({row['runs']} runs{bad})")
     return "\n".join(lines)
 
-# %% ../nbs/10_sweeps.ipynb #c37af133
+# %% ../nbs/10_sweeps.ipynb #84d1612e
 WARNING_SECONDS = 120  # before the time limit: a step, a validation and a checkpoint fit in
 
 
@@ -812,6 +815,7 @@ def submit(
     from wave_rnns.core import ConfigError
 
     submitit, results, extra = need_slurm(), Path(results).resolve(), extra or {}
+    grid = replace(grid, together=min(grid.together, math.ceil(len(grid.runs()) / workers)))
     check_words(results, partition=partition, **extra)
     executor = submitit.SlurmExecutor(results / "slurm")
     executor.update_parameters(
@@ -888,7 +892,7 @@ def slurm_says(*command: str) -> str:
         raise WaveRNNError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout.strip()
 
-# %% ../nbs/10_sweeps.ipynb #bff1a75a
+# %% ../nbs/10_sweeps.ipynb #2d92b74f
 def sbatch_options(text: str) -> dict[str, str]:
     "'account=physics mem=8G' -> {'account': 'physics', 'mem': '8G'}."
     pairs = [part.partition("=") for part in text.split()]
@@ -929,8 +933,6 @@ def wrnn_sweep(
 
     Start it as often as you like, on as many machines as see the folder: no run is trained twice, none is lost. Ctrl-C or SIGTERM
     saves and ends with exit code 75; the same command goes on. Other codes: 0 all is done, 1 some runs failed, 2 usage."""
-    from dataclasses import replace
-
     from wave_rnns.core import WaveRNNError
 
     if list:
