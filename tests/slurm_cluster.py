@@ -77,7 +77,7 @@ def what_is_missing() -> str | None:
 class SlurmOnOneMachine:
     "munged, slurmctld and slurmd with everything of theirs under one folder. No systemd, no cgroups, no root needed."
 
-    def __init__(self, folder, cpus: int = 4, kill_wait: int = 10, grace_time: int = 20, detached: bool = False):
+    def __init__(self, folder, cpus: int = 4, kill_wait: int = 60, grace_time: int = 20, detached: bool = False):
         self.folder, self.detached, self.daemons = Path(folder).resolve(), detached, {}
         self.conf = self.folder / "slurm.conf"
         self.environ = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": path_with_daemons()}
