@@ -99,10 +99,13 @@ def pytest_terminal_summary(terminalreporter, config):
 # ----------------------------------------------------------------------------------- processes that may be killed
 
 NURSERY = """
-import functools, importlib, json, os, sys, traceback
+import functools, importlib, json, os, sys, threading, traceback
 import torch, tiny_task
+from tqdm import tqdm
 from wave_rnns import training
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by forks: one that is killed while it holds it would stop them all
+tqdm.monitor_interval = 0  # no second thread
 for name in ("code_hash", "environment"):  # half of a tiny run's time; both stay what they are while the tests run
     setattr(training, name, functools.cache(getattr(training, name)))
     getattr(training, name)()
