@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,6 @@ import wave_rnns.sweeps as sw
 import wave_rnns.training as training
 from wave_rnns.checkpoints import load_checkpoint
 from wave_rnns.core import WaveRNNError
-from wave_rnns.experiments import Run
 from wave_rnns.sweeps import grid_from
 from wave_rnns.training import Interrupted, Training
 
@@ -156,8 +156,8 @@ class Forked:
             sys.stdout = os.fdopen(1, "w")
             become_audited(*become)
             code = sw.be_worker()
-        except BaseException as e:
-            os.write(2, f"{type(e).__name__}: {e}\n".encode())
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(code)
 
@@ -456,13 +456,10 @@ def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path
     "cp -r takes what it meets: claims, pulses, files in the middle of being written. The copy goes on by itself."
     results, audit = tmp_path / "results", Audit(tmp_path / "audit")
     sweep = nursery("test_chaos:swept", GRID, str(results), 3, (str(audit.folder), 0.03, 0.002))
-    copies = []
-    for done in (0, 1, 5, 9):
-        until(lambda: len(audit.notes("writes")) >= done and list(results.glob("checkpoints/*/*.safetensors")))
-        copies.append(tmp_path / f"copy{done}")
-        subprocess.run(
-            ["cp", "-r", results, copies[-1]], stderr=subprocess.DEVNULL
-        )  # "file vanished" is no reason to stop
+    copies = [tmp_path / f"copy{number}" for number in range(4)]
+    for copy, done in zip(copies, (0, 1, 5, 9), strict=True):
+        until(lambda done=done: len(audit.notes("writes")) >= done and [*results.glob("checkpoints/*/*.safetensors")])
+        subprocess.run(["cp", "-r", results, copy], stderr=subprocess.DEVNULL)  # "file vanished" is no reason to stop
     assert sweep.alive(), "it was over before the last copy was made"
     assert sweep.end() == 0 and is_undisturbed(results, audit, undisturbed)
     for copy in copies:
