@@ -38,11 +38,6 @@ SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SwitchType=switch/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
@@ -122,7 +117,7 @@ class SlurmOnOneMachine:
             ports = dict(control_port=a.getsockname()[1], node_port=b.getsockname()[1])
         text = SLURM_CONF.format(host=host, user=getpass.getuser(), folder=self.folder, **ports, **self.settings)
         self.conf.write_text(text)
-        if self.version() >= (23, 11):
+        if self.version() >= (24, 5):  # older ones do not know the word
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
     def version(self) -> tuple[int, int]:

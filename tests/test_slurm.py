@@ -192,12 +192,12 @@ def test_warnings_are_heeded_and_the_end_is_bit_equal(undisturbed, tmp_path, tal
     jobs = disturbed.start("patient")
     processes = disturbed.freeze(jobs)
     preempt_one(slurm)
-    disturbed.wait_until(lambda: came_back(slurm, jobs), "one worker is preempted and in the queue again", 20)
+    disturbed.wait_until(lambda: came_back(slurm, jobs), "one worker is preempted and in the queue again")
     (preempted,) = came_back(slurm, jobs)
     left_alone, warned = (job for job in jobs if job != preempted)
     slurm.run("scancel", "--signal=USR2", warned)  # what `--signal=USR2@120` does when 120 s are left
     os.kill(processes[warned], signal.SIGCONT)
-    disturbed.wait_until(lambda: len(came_back(slurm, jobs)) == 2, "one that was warned is in the queue again", 20)
+    disturbed.wait_until(lambda: len(came_back(slurm, jobs)) == 2, "one that was warned is in the queue again")
     for job in (preempted, warned):
         assert all(0 < n < STEPS for n in stopped_at(disturbed.log(job))) and stopped_at(disturbed.log(job))
         assert f"Job {job} is requeued" in disturbed.log(job)
@@ -206,7 +206,8 @@ def test_warnings_are_heeded_and_the_end_is_bit_equal(undisturbed, tmp_path, tal
     disturbed.wait_until_over()
     same = sum(disturbed.numbers().get(key) == n for key, n in undisturbed.numbers().items())
     tally("Slurm, preempted and at its time limit", requeued=2, runs=RUNS, trained=disturbed.trained(), bit_equal=same)
-    assert disturbed.numbers() == undisturbed.numbers() and disturbed.trained() == RUNS
+    assert disturbed.numbers() == undisturbed.numbers(), disturbed.logs()
+    assert disturbed.trained() == RUNS
     assert {slurm.show(job)["JobState"] for job in jobs} == {"COMPLETED"}
 
 
@@ -216,12 +217,12 @@ def test_killed_cancelled_and_requeued_by_slurm(undisturbed, tmp_path, tally):
     jobs = disturbed.start("low")
     processes = disturbed.freeze(jobs)
     preempt_one(slurm)
-    disturbed.wait_until(lambda: came_back(slurm, jobs), "Slurm requeues one worker", 20)
+    disturbed.wait_until(lambda: came_back(slurm, jobs), "Slurm requeues one worker")
     (preempted,) = came_back(slurm, jobs)
     killed, cancelled = (job for job in jobs if job != preempted)
     os.kill(processes[killed], signal.SIGKILL)
     slurm.run("scancel", cancelled)
-    disturbed.wait_until(lambda: len(slurm.jobs()) <= 1, "killed and cancelled are gone", 30)
+    disturbed.wait_until(lambda: len(slurm.jobs()) <= 1, "killed and cancelled are gone")
     states = [slurm.show(job)["JobState"] for job in (preempted, killed, cancelled)]
     assert states == ["PENDING", "FAILED", "CANCELLED"]  # in particular: what is cancelled is not requeued
     for job in (preempted, cancelled):
@@ -238,7 +239,8 @@ def test_killed_cancelled_and_requeued_by_slurm(undisturbed, tmp_path, tally):
         "Slurm, preempted, killed, cancelled and started again",
         **dict(done_before=before, runs=RUNS, trained=disturbed.trained(), bit_equal=same),
     )
-    assert disturbed.numbers() == undisturbed.numbers() and disturbed.trained() == RUNS
+    assert disturbed.numbers() == undisturbed.numbers(), disturbed.logs()
+    assert disturbed.trained() == RUNS
     assert {slurm.show(job)["JobState"] for job in [preempted, *again]} == {"COMPLETED"}
     assert [slurm.show(job)["JobState"] for job in (killed, cancelled)] == ["FAILED", "CANCELLED"]
 
