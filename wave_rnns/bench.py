@@ -16,7 +16,7 @@ __all__ = ['WARM', 'SHAPES', 'OURS', 'FAST', 'LOOP', 'COMPILED', 'LIBRARY', 'RIV
            'side_text', 'line_of', 'chosen_sections', 'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed',
            'rows_of', 'source', 'cell', 'gib', 'rivals_table', 'long_text', 'training_line', 'training_table']
 
-# %% ../nbs/26_speed.ipynb #5e1a763e
+# %% ../nbs/26_speed.ipynb #303ef5cb
 import contextlib
 import functools
 import gc
@@ -44,7 +44,7 @@ from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
-from .core import RecordError, atomic_write, environment, to_json
+from .core import RecordError, atomic_write, environment, from_json, read_small, to_json
 from .experiments import EXPERIMENTS, answer, checked_device, results_root, rhythm_of, usage_error
 from .kernels import load_module
 from .model import ModelConfig
@@ -544,7 +544,7 @@ def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, 
         trial.fill()
         return side | {"ms": spread([ms / way.runs for ms in times(trial.work, device, seconds)])}
 
-# %% ../nbs/26_speed.ipynb #370710d7
+# %% ../nbs/26_speed.ipynb #78d4bfc2
 def backend_of(shape: Shape, precision: str, device: torch.device) -> str:
     "The class of the backend that computes this shape."
     own = min(32, shape.T)
@@ -654,7 +654,7 @@ def sweep_points(shape: Shape, sweeps: dict = SWEEPS) -> list[tuple[str, int, Sh
     points = [(k, v, replace(shape, **{k: v})) for k, values in sweeps.items() for v in values]
     return sorted(points, key=lambda p: abs(math.log(p[1] / getattr(shape, p[0]))))
 
-# %% ../nbs/26_speed.ipynb #4678883c
+# %% ../nbs/26_speed.ipynb #1dfab25b
 def scaling(
     device: torch.device, clock: Clock, rates: dict, shape: Shape = SHAPES["sMNIST"], sweeps: dict = SWEEPS
 ) -> Iterator[dict]:
@@ -668,7 +668,7 @@ def scaling(
             row = {"sweep": letter, "value": value, "sizes": asdict(point), "precision": way.precision}
             yield row | {"floor": floor_ms(point, way.precision, rates)} | sides[way.name, point]
 
-# %% ../nbs/26_speed.ipynb #00f9aa07
+# %% ../nbs/26_speed.ipynb #f2e01524
 TRAINED = (
     "copy80_wrnn",
     "adding1000_wrnn",
@@ -694,7 +694,7 @@ def stand_in(task) -> bool:
     task.sets = {"train": some(task.n_train), "valid": some(3000), "test": some(1000)}
     return True
 
-# %% ../nbs/26_speed.ipynb #8c320f22
+# %% ../nbs/26_speed.ipynb #a23f5cd5
 def shape_of(task, model: ModelConfig, R: int) -> Shape:
     "The shape of a task's layer."
     drive = {"copy": "tokens", "nscifar10": "rows"}.get(task.name, "features")
@@ -709,7 +709,7 @@ def shape_of(task, model: ModelConfig, R: int) -> Shape:
         R,
     )
 
-# %% ../nbs/26_speed.ipynb #26bfb836
+# %% ../nbs/26_speed.ipynb #65cecb40
 def train_side(name: str, R: int, precision: str, device: torch.device, **options) -> dict:
     "One training step of R runs of an experiment: times, memory, and what an epoch and a whole run would take."
     e = EXPERIMENTS[name]
@@ -745,7 +745,7 @@ def duration(ms: float, task, rhythm: dict, looks: tuple[float, int]) -> dict:
         "steps": rhythm["steps"],
     }
 
-# %% ../nbs/26_speed.ipynb #04739074
+# %% ../nbs/26_speed.ipynb #0ca93baf
 def training(
     device: torch.device, clock: Clock, names: tuple = TRAINED, runs: tuple = RUNS, **options
 ) -> Iterator[dict]:
@@ -760,7 +760,7 @@ def training(
                 known[R] = row["peak_bytes"]
             yield row
 
-# %% ../nbs/26_speed.ipynb #f0bf6ab9
+# %% ../nbs/26_speed.ipynb #e0470741
 def training_row(
     name: str, R: int, precision: str, device: torch.device, clock: Clock, known: dict[int, int], **options
 ) -> dict:
@@ -879,7 +879,7 @@ def processor() -> str:
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
-# %% ../nbs/26_speed.ipynb #0f758804
+# %% ../nbs/26_speed.ipynb #c694e3ac
 def load() -> float | None:
     "Processes that want to run, mean of the last minute; None where the system does not say."
     return rounded(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
@@ -931,7 +931,7 @@ def cases(sections: list[str]) -> list[Case]:
             some += [Case(way.name, replace(shape, B=shape.B if task.every_step else 1000), "evaluate") for way in ways]
     return list(dict.fromkeys(c._replace(shape=replace(c.shape, T=2)) for c in some))
 
-# %% ../nbs/26_speed.ipynb #e344e7e0
+# %% ../nbs/26_speed.ipynb #e64a536c
 def compile_case(case: Case, device: str) -> None:
     "Run two steps of one case, so that its kernels are in the cache."
     with (
@@ -953,7 +953,7 @@ def precompile(some: list[Case], device: torch.device) -> float:
         list(pool.map(compile_case, some, [str(device)] * len(some)))
     return time.monotonic() - begun
 
-# %% ../nbs/26_speed.ipynb #1c257e30
+# %% ../nbs/26_speed.ipynb #ab66cf70
 def say_now(text: str) -> None:
     "Print a line at once, also where the output is a pipe."
     print(text, flush=True)
@@ -989,7 +989,7 @@ def run_bench(
             say(line_of(section, row))
     return record
 
-# %% ../nbs/26_speed.ipynb #d5f9358c
+# %% ../nbs/26_speed.ipynb #a935d404
 def preparation(device: torch.device, sections: list[str]) -> dict:
     "Compile, then measure the rates that floors are made of."
     seconds = precompile(cases(sections), device)
@@ -1042,7 +1042,7 @@ def line_of(section: str, row: dict) -> str:
     layer = f", {row['ratio']:.3g} times its layer" if row.get("ratio") else ""
     return f"{section:9} R = {row['R']:<3} {row['precision']:9} {side_text(row)}{layer}"
 
-# %% ../nbs/26_speed.ipynb #32220bf2
+# %% ../nbs/26_speed.ipynb #ebcd2b24
 def chosen_sections(text: str | None, device: torch.device) -> list[str]:
     "Names separated by commas; by default all that the device has. Raises ConfigError (exit code 2) for others."
     gpu = device.type == "cuda"
@@ -1068,7 +1068,7 @@ def bench_path(out: str | None, device: torch.device) -> Path:
     "The record's file: as asked for, or named after the machine."
     return Path(out) if out else speed_folder() / file_name(machine(device)["machine"])
 
-# %% ../nbs/26_speed.ipynb #44b97d0b
+# %% ../nbs/26_speed.ipynb #41d8d7b0
 @call_parse
 @answer
 def wrnn_bench(
@@ -1097,14 +1097,18 @@ def wrnn_bench(
     )
     return record
 
-# %% ../nbs/26_speed.ipynb #7c74fa8b
+# %% ../nbs/26_speed.ipynb #cbeeb76d
 def read_speed(folder: Path | None = None) -> list[dict]:
     "The records of speed, newest first. Raises RecordError for a file that is none."
     records = []
     for path in sorted(Path(folder or speed_folder()).glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            assert record["kind"] == "speed" and isinstance(record["sections"], dict)
+            record = from_json(read_small(path))
+            assert (
+                record["kind"] == "speed"
+                and isinstance(record["sections"], dict)
+                and isinstance(record["started"], str)
+            )
         except (ValueError, KeyError, TypeError, AssertionError) as e:
             raise RecordError(
                 f"{path} is not a record of speed ({type(e).__name__}): restore it with git checkout, or remove it"
@@ -1138,7 +1142,7 @@ def cell(side: dict | None, ratio: dict | None = None) -> str:
     times_ours = f" ({ratio['median']:.3g})" if ratio else ""
     return time_text(side["ms"]["median"]) + times_ours + ("" if side.get("equal", True) else ", not equal")
 
-# %% ../nbs/26_speed.ipynb #0bb502e6
+# %% ../nbs/26_speed.ipynb #4b8f018b
 def gib(side: dict | None, ratio: dict | None = None) -> str:
     "A side's peak memory in a table."
     return f"{side['peak_bytes'] / 2**30:.2f} GiB" if side and side.get("peak_bytes") else "–"
@@ -1161,7 +1165,7 @@ def rivals_table(rows: list[dict], show: Callable = cell, rates: dict | None = N
         table.append([f"*the floor, {precision}*", *floors])
     return markdown(["forward + backward", *shapes], table)
 
-# %% ../nbs/26_speed.ipynb #9d917b95
+# %% ../nbs/26_speed.ipynb #98e8bcd8
 def long_text(seconds: float | None) -> str:
     "A longer duration: '0.48 s', '2.05 min', '17.5 h'; a dash for none."
     if seconds is None:

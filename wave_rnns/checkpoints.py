@@ -8,7 +8,7 @@ __all__ = ['HEADER_LIMIT', 'CONFIG_LIMIT', 'pack', 'read_header', 'unpack', 'has
            'CheckpointFile', 'listen_for', 'resumable_fit', 'save_weights', 'load_weights', 'check_sizes',
            'build_empty', 'check_weights', 'read_config']
 
-# %% ../nbs/08_checkpoints.ipynb #d6886e72
+# %% ../nbs/08_checkpoints.ipynb #d3522d46
 import contextlib
 import io
 import json
@@ -26,11 +26,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .core import CheckpointError, atomic_write, sha256, sync_folder, to_json
+from .core import CheckpointError, atomic_write, from_json, sha256, sync_folder, to_json
 from .model import ModelConfig, build_model
 from .training import fit
 
-# %% ../nbs/08_checkpoints.ipynb #272bb8c1
+# %% ../nbs/08_checkpoints.ipynb #b569a839
 HEADER_LIMIT = 2**26  # bytes of JSON we are ready to parse; the histories of hundreds of runs need a tenth of it
 
 
@@ -64,8 +64,11 @@ def read_header(
         raise ValueError(f"is cut off: its table of contents needs {length + 8} bytes, the file has {size}")
     if length > HEADER_LIMIT:
         raise ValueError(f"has a table of contents of {length} bytes; more than {HEADER_LIMIT} are not read")
-    header = json.loads(start[8:] + file.read(length - 1))
-    end = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    header = from_json(start[8:] + file.read(length - 1))
+    try:
+        end = 8 + length + max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        raise ValueError("has a table of contents that lists no tensors") from e
     if size != end:
         raise ValueError(f"is cut off: {size} of {end} bytes" if size < end else f"has {size - end} bytes too many")
     return header
@@ -105,7 +108,7 @@ def previous(path: Path) -> Path:
     "Where the checkpoint before the last one is kept: run.safetensors -> run.previous.safetensors."
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
-# %% ../nbs/08_checkpoints.ipynb #fadb2c0b
+# %% ../nbs/08_checkpoints.ipynb #6f504e93
 def read_trusted(
     path: Path,
     hashes: list[str],  # those that are believed
@@ -193,7 +196,7 @@ def load_checkpoint(
         return {k: t.to(device) for k, t in tensors.items()}, meta
     raise CheckpointError(problems[0] if not previous(path).exists() else "; ".join(problems))
 
-# %% ../nbs/08_checkpoints.ipynb #1dd4808a
+# %% ../nbs/08_checkpoints.ipynb #80bd425e
 class CheckpointFile:
     "A place for the checkpoint of one `fit`: hand it over as `checkpoint=`."
 
@@ -294,7 +297,7 @@ def load_weights(
     model.config, model.about = config, about
     return model.to(device)
 
-# %% ../nbs/08_checkpoints.ipynb #d0032f73
+# %% ../nbs/08_checkpoints.ipynb #e46ab5bb
 def check_sizes(config: ModelConfig, numbers: int) -> None:
     "Raise ValueError where a size of the config is larger than all weights together: no such model was stored."
     for f in fields(config):
