@@ -8,9 +8,10 @@ __all__ = ['ALIGN', 'NEVER', 'BETA_1', 'BETA_2', 'EPSILON', 'WARM_UP', 'RESULT_M
            'RunResult', 'without_docstrings', 'code_hash', 'ResumeRefused', 'Interrupted', 'flat_facts', 'differences',
            'warn_other_machine', 'runs_that_fit', 'fit']
 
-# %% ../nbs/07_training.ipynb #9b5fe5a0
+# %% ../nbs/07_training.ipynb #f016b513
 import ast
 import contextlib
+import functools
 import importlib.util
 import math
 import time
@@ -527,7 +528,7 @@ def results(self: Training) -> list[RunResult]:
         )  # fmt: skip
     return out
 
-# %% ../nbs/07_training.ipynb #df487768
+# %% ../nbs/07_training.ipynb #bf3849f7
 RESULT_MODULES = ("core", "cell", "scan", "kernels*", "model", "tasks", "training")
 
 
@@ -541,6 +542,7 @@ def without_docstrings(source: str) -> str:
     return ast.unparse(tree)
 
 
+@functools.cache  # of the code that this process runs, whatever is edited meanwhile
 def code_hash() -> str:
     "16 hexadecimal digits that change when the code behind a result changes, and not when its explanation does."
     folder = Path(importlib.util.find_spec("wave_rnns").origin).parent
