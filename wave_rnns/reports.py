@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PERCENT', 'COPY_ROWS', 'ACCURACY', 'SUMMARY', 'TASK_LABELS', 'TABLES', 't_probability', 't_quantile', 'Outcome',
            'show', 'as_printed', 'measured', 'records_of', 'outcome', 'paper_numbers', 'paper_number', 'markdown',
-           'runs_cell', 'solved_cell', 'table_1', 'table_4', 'accuracy_rows', 'table_2', 'table_3', 'summary_table',
-           'runs_table', 'curves_of', 'band', 'draw_curves', 'draw_outcomes', 'verdict', 'clearly_above',
-           'write_tables', 'wrnn_tables']
+           'runs_cell', 'solved_cell', 'table_1', 'table_4', 'accuracy_rows', 'table_2', 'table_3', 'selection_table',
+           'without_title', 'summary_table', 'runs_table', 'curves_of', 'band', 'draw_curves', 'draw_outcomes',
+           'verdict', 'clearly_above', 'finding', 'tell', 'write_tables', 'wrnn_tables']
 
-# %% ../nbs/11_reports.ipynb #2b7dabb5
+# %% ../nbs/11_reports.ipynb #d60feb9e
 import functools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -152,17 +151,17 @@ def outcome(
     printed = paper_number(name, measure, paper)
     return Outcome(measure, values, seeds, len(found) - len(finished), len(finished) - len(known), printed)
 
-# %% ../nbs/11_reports.ipynb #15287bf4
+# %% ../nbs/11_reports.ipynb #d771e6ee
 def paper_numbers(results: Path | None = None) -> list[dict]:
     "Every number of the paper we compare with. Raises RecordError where the file is missing or broken."
-    from wave_rnns.core import RecordError
+    from wave_rnns.core import RecordError, from_json, read_small
 
     folders = [Path(f) for f in (results, shipped_results(), results_root()) if f is not None]
     path = next((f / "paper.json" for f in folders if (f / "paper.json").exists()), None)
     if path is None:
         raise RecordError(f"no paper.json in {', '.join(map(str, folders))}: run inside a clone of the repository")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["numbers"]
+        return from_json(read_small(path))["numbers"]
     except (ValueError, KeyError, TypeError) as e:
         raise RecordError(f"{path} cannot be read ({e}): restore it with git checkout") from e
 
@@ -312,6 +311,24 @@ def table_3(records: list[dict], paper: list[dict]) -> str:
     return "# Table 3: noisy sequential CIFAR-10\n\n" + markdown(
         ACCURACY, accuracy_rows("nscifar10", "Table 3", ours, records, paper)
     )
+
+# %% ../nbs/11_reports.ipynb #0f1c4e3a
+def selection_table(names: list[str], records: list[dict]) -> str:
+    "Test accuracy at the step that validation chose and at the last step, means over runs that did not diverge."
+    rows = []
+    for name in names:
+        if found := [r for r in records_of(name, records) if r["status"] != "diverged"]:
+            chosen, last = (
+                Outcome("accuracy", tuple(100 * r[when]["accuracy"] for r in found))
+                for when in ("test_best", "test_final")
+            )
+            rows.append([name, chosen, last, show(chosen.mean - last.mean, "accuracy", sign=True), len(found)])
+    return markdown(["experiment", "chosen by validation %", "last step %", "difference", "runs"], rows or [["–"] * 5])
+
+
+def without_title(table: str) -> str:
+    "A table without its heading, for a page that has its own."
+    return table.split("\n\n", 1)[1] if table.startswith("# ") else table
 
 # %% ../nbs/11_reports.ipynb #7aba4a98
 SUMMARY = {
@@ -475,6 +492,27 @@ def verdict(
 def clearly_above(a: Outcome, b: Outcome) -> bool:
     "Whether a's whole 95 % interval lies above b's: a careful 'better' that needs two seeds of each."
     return a.mean - a.half > b.mean + b.half
+
+# %% ../nbs/11_reports.ipynb #fdfea7e3
+def finding(
+    about: str,  # what is judged
+    cases: dict[str, Callable[..., bool]],  # sentence -> when it is the right one, in order
+    *outcomes: Outcome,
+) -> str | None:
+    "The first sentence whose condition the records meet; None where there is nothing to judge. Raises AssertionError where no sentence fits."
+    if any(o.n == 0 for o in outcomes):
+        return f"{about}: no number, every run diverged." if any(o.diverged for o in outcomes if o.n == 0) else None
+    for sentence, holds in cases.items():
+        if holds(*outcomes):
+            return verdict(sentence, holds, *outcomes)
+    raise AssertionError(f"{about}: none of the {len(cases)} sentences fits the records")
+
+
+def tell(findings: dict[str, str | None]) -> str:
+    "Findings (what about -> sentence or None) as a list, and in one line what is missing."
+    missing = "; ".join(about for about, sentence in findings.items() if not sentence)
+    lines = [f"- {sentence}" for sentence in findings.values() if sentence]
+    return "\n".join(lines + [f"- *Not measured yet: {missing}.*"] * bool(missing))
 
 # %% ../nbs/11_reports.ipynb #73e34e2b
 def write_tables(results: Path) -> list[Path]:
