@@ -1,0 +1,963 @@
+"""Spoiled files by the thousand into every loader: a result that makes sense, or the documented error; bounded memory, bounded time.
+
+`WAVE_RNNS_FUZZ` files in all (5,000 unless set), divided among the loaders by their `share`. File number i of a loader is a function of
+(`WAVE_RNNS_FUZZ_SEED`, loader, i). Each loader runs in a process of its own that may take no more memory than is left to it. What it cannot
+bear is written to a file that the failure names.
+
+A new loader is one more function below, with `@loader`: it returns a `Target`."""
+
+import contextlib
+import functools
+import gzip
+import io
+import json
+import math
+import os
+import random
+import re
+import resource
+import sys
+import tarfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_task
+import torch
+
+from wave_rnns import bench, checkpoints, kernels, reports, sweeps, tasks, training
+from wave_rnns import experiments as ex
+from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, sha256, to_json
+from wave_rnns.model import build_model
+
+FILES = int(os.environ.get("WAVE_RNNS_FUZZ", 5000))
+SEED = int(os.environ.get("WAVE_RNNS_FUZZ_SEED", 0))
+MEMORY = 2**28  # bytes that reading one file may need
+SECONDS = 5.0  # of processor time, for one file; nearly all take less than a thousandth of it
+
+
+@dataclass
+class Target:
+    "A loader, ready to be fed."
+
+    corpus: list[bytes]  # valid files
+    load: Callable[[], object]  # reads `path`, or (path None) is given the bytes; asserts what its result must be
+    path: Path | None = None
+    spoilers: tuple = ()  # beside those of bytes
+    seal: Callable[[bytes], object] = lambda data: None  # what an attacker could write beside the file: its hash
+    bombs: tuple = ()  # beside those for every file
+    hole: int = 2**33  # bytes of a file of zeros that needs no disk; fewer where all of a file is read for its hash
+
+
+LOADERS = {}
+
+
+def loader(name: str, *errors: type, share: int, memory: int = MEMORY):
+    "Declare a loader: `errors` are the documented ones."
+
+    def declare(prepare):
+        LOADERS[name] = SimpleNamespace(prepare=prepare, errors=errors, share=share, memory=memory)
+        return prepare
+
+    return declare
+
+
+# ------------------------------------------------------------------------------------------------------ how to spoil
+
+
+TOKENS = [
+    b"",
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"-1",
+    b"9" * 400,
+    b"null",
+    b"[" * 50,
+    b'{"a":' * 50,
+]
+TOKENS += [b'"\\ud800"', b"../", b"\n", b",", b"\r\n", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", (2**63).to_bytes(8, "little")]  # fmt: skip
+
+
+def noise(chance, data, corpus):
+    start = data[: chance.randrange(20)] if chance.random() < 0.5 else b""
+    return start + chance.randbytes(int(2 ** chance.uniform(0, 11)))
+
+
+def cut(chance, data, corpus):
+    return data[: chance.randrange(len(data) + 1)] if chance.random() < 0.7 else data[chance.randrange(len(data) + 1) :]
+
+
+def pad(chance, data, corpus):
+    more = chance.choice([bytes, chance.randbytes, lambda n: data[:n], lambda n: b" " * n])(
+        int(2 ** chance.uniform(0, 14))
+    )
+    return data + more if chance.random() < 0.7 else more + data
+
+
+def flip(chance, data, corpus):
+    data = bytearray(data or b"\0")
+    for _ in range(chance.choice([1, 1, 1, 2, 8, 64])):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def overwrite(chance, data, corpus):
+    data = bytearray(data)
+    for _ in range(chance.choice([1, 1, 2, 5])):
+        at, token = chance.randrange(len(data) + 1), chance.choice(TOKENS)
+        data[at : at + chance.choice([0, 1, len(token), 8])] = token
+    return bytes(data)
+
+
+def splice(chance, data, corpus):
+    other = chance.choice(corpus)
+    return data[: chance.randrange(len(data) + 1)] + other[chance.randrange(len(other) + 1) :]
+
+
+def repeat(chance, data, corpus):
+    a, b = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    return data[:a] + data[a:b] * chance.choice([0, 2, 3, min(20, 100_000 // max(1, b - a))]) + data[b:]
+
+
+def renumber(chance, data, corpus):
+    "Another number in the place of one that is written in digits."
+    found = list(re.finditer(rb"-?\d+(\.\d+)?", data))
+    if not found:
+        return flip(chance, data, corpus)
+    at = chance.choice(found)
+    new = chance.choice(
+        [b"0", b"-1", b"1e400", b"0.5", b"9" * 30, b"1" * 5000, str(chance.getrandbits(70)).encode(), b"00", b"1_0"]
+    )
+    return data[: at.start()] + new + data[at.end() :]
+
+
+BYTES = (noise, cut, pad, flip, overwrite, splice, repeat, renumber)
+
+RAW = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-0",
+    "01",
+    "1.",
+    "0x10",
+    "True",
+    "'x'",
+    "undefined",
+    '"\\ud800"',
+    '{"a": 1, "a": 2}',
+    "9" * 5000,
+]
+RAW += ["[" * 30 + "]" * 30, "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, "[", "}", "", "1,"]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3.5,
+    1e308,
+    -1e-320,
+    2**31,
+    2**53,
+    2**63,
+    -(2**64),
+    10**400,
+    "",
+    "x",
+    "..",
+    "/",
+    "a\0b",
+    "é" * 300,
+    "1",
+]
+VALUES += [[], {}, [[]], [None], [0, 1], {"": 0}, {"a": {"b": []}}, ["x"] * 300, list(range(300)), "F32", "done", "wrnn"]  # fmt: skip
+
+
+def spots(tree) -> list:
+    "Every place in a tree of dictionaries and lists: (container, key)."
+    found, stack = [], [tree]
+    while stack:
+        node = stack.pop()
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            found.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                stack.append(node[key])
+    return found
+
+
+def spoil_tree(chance, tree, raw: bool = True):
+    "A few changes inside; with `raw`, placeholders of what no JSON writer would write."
+    for _ in range(chance.choice([1, 1, 1, 2, 4])):
+        if not isinstance(tree, (dict, list)) or not (found := spots(tree)) or chance.random() < 0.02:
+            return chance.choice(VALUES)
+        node, key = chance.choice(found)
+        what = chance.randrange(6)
+        if what == 0:
+            del node[key]
+        elif what == 1 and isinstance(node, dict):
+            node[chance.choice([key + "x", "", key.upper(), "\u0000", "extra"])] = node.pop(key)
+        elif what == 2:
+            other, its = chance.choice(found)
+            with contextlib.suppress(KeyError, IndexError):
+                node[key] = json.loads(json.dumps(other[its]))
+        elif what == 3:
+            node[key] = [node[key]] if chance.random() < 0.5 else {"a": node[key]}
+        elif what == 4 and raw:
+            node[key] = f"@{chance.randrange(len(RAW))}@"
+        else:
+            node[key] = chance.choice(VALUES)
+    return tree
+
+
+def text_of(chance, tree) -> bytes:
+    text = json.dumps(tree, ensure_ascii=chance.random() < 0.8, indent=chance.choice([None, 1]))
+    text = re.sub('"@(\\d+)@"', lambda m: RAW[int(m[1])], text)
+    if chance.random() < 0.1 and (keys := list(re.finditer(r'"(\w+)": ', text))):  # the same key twice
+        at = chance.choice(keys)
+        text = text[: at.start()] + at[0] + chance.choice(["1", "null", "{}", '"x"']) + ", " + text[at.start() :]
+    return text.encode("utf-8", "surrogatepass")
+
+
+def spoil_json(chance, data, corpus):
+    return text_of(chance, spoil_tree(chance, json.loads(data)))
+
+
+def spoil_header(chance, data, corpus):
+    "A safetensors file with another table of contents: offsets, shapes and types that cannot be."
+    n = int.from_bytes(data[:8], "little")
+    tree = json.loads(data[8 : 8 + n])
+    for _ in range(chance.choice([0, 1, 1, 2])):
+        entry = tree[chance.choice([k for k in tree if k != "__metadata__"])]
+        sizes = [0, 1, -1, 3, 8, 2**31, 2**40, 2**63, 2**64, 1.5, None, "1", len(data)]
+        what = chance.choice(["dtype", "shape", "data_offsets"])
+        if what == "dtype":
+            entry[what] = chance.choice(
+                ["F32", "F64", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", "", None, 3]
+            )
+        else:
+            entry[what] = [chance.choice(sizes) for _ in range(2 if what == "data_offsets" else chance.randrange(5))]
+    text = text_of(chance, spoil_tree(chance, tree) if chance.random() < 0.5 else tree)
+    length = (
+        len(text) if chance.random() < 0.9 else chance.choice([0, 1, len(text) - 1, 2**26, 2**26 + 1, 2**62, 2**64 - 1])
+    )
+    return length.to_bytes(8, "little") + text + data[8 + n :]
+
+
+def spoil(chance: random.Random, target: Target) -> bytes:
+    "One spoiled file; now and then by two spoilers in turn."
+    data = chance.choice(target.corpus)
+    for _ in range(1 + (chance.random() < 0.15)):
+        special = target.spoilers and chance.random() < 0.6
+        with contextlib.suppress(Exception):  # what was spoiled once may be no JSON any more
+            data = chance.choice(target.spoilers if special else BYTES)(chance, data, target.corpus)
+    return data
+
+
+# ------------------------------------------------------------------------------------------- loaders: checkpoints (08)
+
+
+def tensors(step: int) -> dict:
+    return {
+        "x": torch.arange(6.0),
+        "n": torch.tensor(step),
+        "half": torch.ones(2, 3, dtype=torch.bfloat16),
+        "none": torch.empty(0, 3),
+    }
+
+
+PACKED = [
+    checkpoints.pack(tensors(step), {"step": step, "history": {"curves": [[{"loss": 0.5}]], "best": [None]}})
+    for step in (10, 20)
+]
+
+
+def list_hash(path: Path, *contents: bytes):
+    Path(f"{path}.sha256").write_text("".join(f"{sha256(c)}  {path.name}\n" for c in contents))
+
+
+@loader("a checkpoint and its hash", CheckpointError, share=8)
+def _(folder):
+    path = folder / "x.safetensors"
+
+    def load():
+        got, meta = checkpoints.load_checkpoint(path)
+        assert isinstance(meta, dict) and all(isinstance(t, torch.Tensor) for t in got.values())
+
+    return Target(PACKED, load, path, (spoil_header,), lambda data: list_hash(path, data), hole=2**29)
+
+
+def is_one_of_two(found):
+    assert any(
+        found[1]["step"] == s and all(torch.equal(found[0][k], t) for k, t in tensors(s).items()) for s in (10, 20)
+    )
+
+
+@loader("a checkpoint beside the one before", share=5)
+def _(folder):
+    path = folder / "x.safetensors"
+    list_hash(path, *PACKED[::-1])
+    checkpoints.previous(path).write_bytes(PACKED[0])
+    load = lambda: is_one_of_two(checkpoints.load_checkpoint(path))  # noqa: E731
+    return Target(PACKED[1:], load, path, (spoil_header,), hole=2**29)
+
+
+@loader("a list of hashes", CheckpointError, share=4)
+def _(folder):
+    path = folder / "x.safetensors"
+    path.write_bytes(PACKED[1])
+    checkpoints.previous(path).write_bytes(PACKED[0])
+    list_hash(path, *PACKED[::-1])
+    beside = Path(f"{path}.sha256")
+    return Target([beside.read_bytes()], lambda: is_one_of_two(checkpoints.load_checkpoint(path)), beside)
+
+
+@loader("a table of contents", ValueError, share=5)
+def _(folder):
+    path = folder / "x.safetensors"
+
+    def load():
+        with path.open("rb") as file:
+            assert isinstance(checkpoints.read_header(file, path.stat().st_size), dict)
+
+    return Target(PACKED, load, path, (spoil_header,))
+
+
+MODELS = [
+    tiny_task.WAVE,
+    replace(tiny_task.WAVE, kind="irnn", c=1, n=7),
+    replace(tiny_task.WAVE, kind="mlp", input_size=6, c=1),
+]
+
+
+@loader("config.json of stored weights", CheckpointError, share=5)
+def _(folder):
+    corpus = []
+    for config in MODELS:
+        checkpoints.save_weights(folder, build_model(config, 0).state_dict(), config, {"task": "tiny", "seed": 0})
+        corpus.append((folder / "config.json").read_bytes())
+
+    def load():
+        assert isinstance(checkpoints.load_weights(folder), torch.nn.Module)
+
+    return Target(corpus, load, folder / "config.json", (spoil_json,))
+
+
+@loader("stored weights and their hash", CheckpointError, share=4)
+def _(folder):
+    config, path = MODELS[0], folder / "model.safetensors"
+    checkpoints.save_weights(folder, build_model(config, 0).state_dict(), config)
+
+    def load():
+        assert isinstance(checkpoints.load_weights(folder), torch.nn.Module)
+
+    return Target([path.read_bytes()], load, path, (spoil_header,), lambda data: list_hash(path, data), hole=2**29)
+
+
+@loader("what a checkpoint holds, on resuming", CheckpointError, share=3)
+def _(folder):
+    rhythm = {k: tiny_task.RHYTHM[k] for k in ("steps", "eval_every", "log_every")}
+    population = training.Population(
+        tiny_task.TinyTask(), tiny_task.WAVE, tiny_task.RUNS, torch.device("cpu"), torch.float32
+    )
+    place = SimpleNamespace(save=lambda tensors, meta: saved.append((tensors, json.loads(to_json(meta)))))
+    saved, whole = [], training.Training(population, **rhythm)
+    facts = whole.facts()
+    whole.run(progress=False)
+    whole.save(place, facts)
+
+    def load(data):
+        kept = dict(saved[0][0])
+        if len(data) > 3 and data.startswith(b"-"):  # a tensor of another shape or type
+            name = sorted(kept)[data[1] % len(kept)]
+            kept[name] = (kept[name][None], kept[name].flatten()[:-1], kept[name].double())[data[2] % 3]
+            data = data[3:]
+        try:
+            meta = json.loads(data)
+            assert isinstance(meta, dict)
+        except (ValueError, RecursionError, AssertionError):
+            raise CheckpointError("seen to by `unpack`") from None
+        training.Training(population, **rhythm).resume(SimpleNamespace(load=lambda: (kept, meta)), facts)
+
+    text = json.dumps(saved[0][1]).encode()
+    return Target([text], load, None, (spoil_json, lambda chance, data, corpus: b"-" + chance.randbytes(2) + data))
+
+
+# ---------------------------------------------------------------------------------------- loaders: records (09, 10, 11)
+
+
+@functools.cache
+def trained() -> tuple:
+    "A run, its record, its curve."
+    import tempfile
+
+    sizes = {"T": 1, "batch_size": 4, "valid_size": 5, "test_size": 5}
+    model = replace(tiny_task.WAVE, input_size=10, output_size=10, every_step=True)
+    run = ex.Run(ex.Experiment("tiny", "copy", sizes, model, lr=1e-2, steps=4, eval_every=2, log_every=1), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        ex.train([run], Path(folder), "cpu", progress=False)
+        return run, run.path(folder).read_bytes(), run.path(folder, ".csv").read_bytes()
+
+
+def spoil_sealed(chance, data, corpus):
+    "A record with other content and the hash of it."
+    record = spoil_tree(chance, json.loads(data), raw=False)
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        record["sha256"] = ex.content_hash(record)
+    return text_of(chance, record)
+
+
+@loader("a record", RecordError, share=8)
+def _(folder):
+    run, record, _ = trained()
+    path = folder / f"{run.key}.json"
+
+    def load():
+        assert ex.read_record(path)["key"] == run.key
+
+    return Target([record], load, path, (spoil_json, spoil_sealed))
+
+
+@loader("a record of a run that may be done", ConfigError, share=4)
+def _(folder):
+    run, record, _ = trained()
+    path = run.path(folder)
+    path.parent.mkdir(parents=True)
+
+    def load():
+        found = ex.record_of(folder, run)
+        aside = [p for p in path.parent.iterdir() if ".broken" in p.name]
+        assert (found is None) == bool(aside) and path.exists() == (found is not None), "kept, or set aside"
+        for p in aside:
+            p.unlink()
+
+    return Target([record], load, path, (spoil_json, spoil_sealed))
+
+
+@loader("a curve", RecordError, share=6)
+def _(folder):
+    path = folder / "x.csv"
+
+    def load():
+        rows, torn = ex.read_curve(path)
+        assert torn >= 0 and all(v is None or isinstance(v, (int, float)) for row in rows for v in row.values())
+
+    return Target([trained()[2], b"step,loss\n1,0.5\n2,\n"], load, path)
+
+
+@loader("an experiment's file", ConfigError, share=6)
+def _(folder):
+    path = folder / "tiny.json"
+    based = {"base": "copy30_wrnn", "lr": 1e-3, "model": {"n": 50}, "task_options": {"T": 5}, "seeds": [0, 1]}
+
+    def load():
+        e = ex.read_experiment(path)
+        assert ex.from_config(json.loads(json.dumps(ex.to_config(e)))) == e
+
+    return Target(
+        [json.dumps(ex.to_config(trained()[0].experiment)).encode(), json.dumps(based).encode()],
+        load,
+        path,
+        (spoil_json,),
+    )
+
+
+@loader("runs.json of a half-finished population", share=4)
+def _(folder):
+    runs = [replace_seed(trained()[0], seed) for seed in range(4)]
+    path = ex.population_folder(folder, runs[:2]) / "runs.json"
+    path.parent.mkdir(parents=True)
+    good = [[r.key for r in runs[:2]], [runs[1].key, runs[0].key], [r.key for r in runs]]
+
+    def load():
+        found = ex.half_finished(folder, runs)
+        assert found in ([], [runs[:2]], [runs[1::-1]])
+
+    return Target([json.dumps(g).encode() for g in good], load, path, (spoil_json,))
+
+
+def replace_seed(run, seed):
+    return ex.Run(run.experiment, seed)
+
+
+@loader("a grid's file", ConfigError, share=6)
+def _(folder):
+    path = folder / "grid.json"
+    whole = {
+        "experiments": [ex.to_config(trained()[0].experiment)],
+        "axes": {"lr": [1e-2, 1e-3], "model.n": [8, 9]},
+        "seeds": [0, 1],
+    }
+    named = {"name": "g", "experiments": ["copy0_*"], "axes": {"clip": [0, 1]}, "together": 4, "source": "here"}
+
+    def load():
+        grid = sweeps.find_grid(str(path))
+        assert grid.runs() and sweeps.grid_from(json.loads(json.dumps(sweeps.grid_config(grid)))) == grid
+
+    return Target([json.dumps(whole).encode(), json.dumps(named).encode()], load, path, (spoil_json,))
+
+
+@loader("what workers and failures say", share=3)
+def _(folder):
+    runs = [replace_seed(trained()[0], seed) for seed in range(2)]
+    board = sweeps.Board(runs, folder)
+    failed = ex.population_folder(folder, runs) / "failed.json"
+    failed.parent.mkdir(parents=True)
+    pulse = folder / "checkpoints" / "workers" / "x.json"
+    pulse.parent.mkdir(parents=True)
+    (failed.parent / "runs.json").write_text(json.dumps([r.key for r in runs]))
+    one = {
+        "worker": "x",
+        "runs": [r.key for r in runs],
+        "label": "tiny",
+        "step": 3,
+        "steps": 9,
+        "line": "loss 1",
+        "time": 1.5e9,
+    }
+    two = {"session": "s", "error": "it broke", "traceback": "...", "worker": "x", "time": 1.5e9}
+
+    def load():
+        failed.write_bytes(pulse.read_bytes() if pulse.stat().st_size < 10**6 else b"")
+        seen = sweeps.overview(board, None)
+        assert seen.line() and seen.total == 2
+
+    return Target([json.dumps(one).encode(), json.dumps(two).encode()], load, pulse, (spoil_json,))
+
+
+@loader("a record in a sweep", ConfigError, share=4)
+def _(folder):
+    run, record, _ = trained()
+    path, other = run.path(folder), replace_seed(run, 1)
+    path.parent.mkdir(parents=True)
+    grid = sweeps.Grid("g", (run.experiment,), {"lr": [run.experiment.lr, 0.5]})
+
+    def load():
+        seen = sweeps.overview(sweeps.Board([run, other], folder), None)
+        assert seen.line() and seen.over <= 1
+        board = sweeps.Board(grid.runs(), folder).look()
+        assert isinstance(sweeps.ranking_text(grid, board), str)
+        for p in path.parent.iterdir():
+            p.unlink()
+
+    return Target([record], load, path, (spoil_sealed, spoil_sealed, spoil_json))
+
+
+@loader("the paper's numbers", RecordError, share=2)
+def _(folder):
+    path = folder / "paper.json"
+    numbers = {"numbers": reports.paper_numbers()[:6]}
+    return Target([json.dumps(numbers).encode()], lambda: reports.paper_numbers(folder), path, (spoil_json,))
+
+
+@loader("a record of speed", RecordError, share=3)
+def _(folder):
+    path, row = folder / "x.json", {"name": "ours", "ms": 1.0}
+    record = {
+        "kind": "speed",
+        "started": "2026-11-24T10:00:00Z",
+        "sections": {"cpu": {"rows": [row], "load": 1.0}},
+        "environment": {"device": "cpu"},
+    }
+    (folder / "y.json").write_text(json.dumps(record))
+
+    def load():
+        found = bench.read_speed(folder)
+        assert len(found) == 2
+        bench.rows_of(found, "cpu")
+
+    return Target([json.dumps(record).encode()], load, path, (spoil_json,))
+
+
+# -------------------------------------------------------------------------------------------- loaders: raw data (06)
+
+
+@loader("a raw file", DataError, share=4)
+def _(folder):
+    path = folder / "t10k-labels-idx1-ubyte"
+    good = random.Random(0).randbytes(300)
+    tasks.MANIFEST[path.name] = sha256(good)
+
+    def load():
+        assert tasks.read_checked(path) == good
+
+    return Target([good], load, path)
+
+
+@loader("MNIST behind its hash", DataError, share=5)
+def _(folder):
+    labels = b"\0\0\x08\x01\0\0\x27\x10" + bytes(10_000)
+    images = b"\0\0\x08\x03\0\0\x27\x10\0\0\0\x1c\0\0\0\x1c" + bytes(300)
+
+    def load(data):
+        for part in tasks.MNIST_PARTS:
+            with contextlib.suppress(DataError):
+                got = tasks.slice_digits(part, data)
+                assert got.dtype == torch.uint8 and got.shape[0] in (10_000, 60_000)
+        assert tasks.slice_digits("t10k-labels-idx1-ubyte", data).shape == (10_000,)
+
+    return Target([labels, images], load)
+
+
+@loader("CIFAR-10 behind its hash", DataError, share=1)
+def _(folder):
+    pixels = 10_000 * 3072
+    labels = b"U\x06labels" + b"".join(b"(" + b"K\x05" * 1000 + b"e" for _ in range(10))
+    tail = b"T" + pixels.to_bytes(4, "little") + bytes(pixels)
+
+    def spoil_labels(chance, data, corpus):
+        whole = chance.choice(BYTES[1:])(chance, labels, [labels]) + tail
+        return whole[: chance.randrange(len(whole))] if chance.random() < 0.2 else whole
+
+    def load(data):
+        images, numbers = tasks.slice_batch("data_batch_1", data)
+        assert images.shape == (10_000, 3, 32, 32) and numbers.shape == (10_000,)
+
+    return Target([labels + tail], load, None, (spoil_labels, spoil_labels))
+
+
+def spoil_packed(chance, data, corpus):
+    "Packed again after something was changed inside."
+    with contextlib.suppress(Exception):
+        data = gzip.decompress(data)
+    return gzip.compress(chance.choice(BYTES)(chance, data, [data]), chance.choice([0, 1, 9]))
+
+
+@functools.cache
+def bomb() -> bytes:
+    "A gigabyte of zeros."
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(2**24))
+    return packed.getvalue()
+
+
+@loader("a .gz", DataError, share=5)
+def _(folder):
+    path = folder / "x.gz"
+
+    def load():
+        with path.open("rb") as file:
+            assert len(tasks.gunzip(path, file)) <= tasks.LARGEST
+
+    good = [gzip.compress(random.Random(0).randbytes(3000)), gzip.compress(bytes(5000)), gzip.compress(b"a") * 3]
+    return Target(good, load, path, (spoil_packed,), bombs=(bomb(),))
+
+
+def spoil_tar(chance, data, corpus):
+    "An archive of members that nobody would make."
+    buffer, kinds = (
+        io.BytesIO(),
+        [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE],
+    )
+    names = [f"{tasks.FOLDERS['cifar10']}/{part}" for part in tasks.CIFAR_PARTS] + ["../x", "/x", "", "x" * 300, "é\n"]
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=chance.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    ) as tar:
+        for _ in range(chance.choice([1, 5, 9, 150])):
+            member = tarfile.TarInfo(chance.choice(names))
+            member.type, member.linkname, content = (
+                chance.choice(kinds),
+                chance.choice(names),
+                chance.randbytes(chance.choice([0, 10, 700])),
+            )
+            member.size = chance.choice([len(content), 0, 10**5, 8**11 - 1])
+            if chance.random() < 0.2:
+                member.pax_headers = {
+                    chance.choice(["path", "size", "GNU.sparse.map", "GNU.sparse.size", "x"]): chance.choice(
+                        ["1", "-1", "x" * 999, "9" * 99]
+                    )
+                }
+            with contextlib.suppress(ValueError, OSError):
+                buffer.write(member.tobuf(tar.format, "utf-8", "surrogateescape") + content)
+    raw = buffer.getvalue()
+    return gzip.compress(flip(chance, raw, corpus) if chance.random() < 0.3 else raw, 1)
+
+
+@loader("CIFAR-10's archive", DataError, share=4, memory=2**30)
+def _(folder):
+    path, good = folder / tasks.ARCHIVE, io.BytesIO()
+    inside = folder / "inside" / tasks.FOLDERS["cifar10"]
+    inside.mkdir(parents=True)
+    parts = {part: random.Random(part).randbytes(700) for part in tasks.CIFAR_PARTS}
+    with tarfile.open(fileobj=good, mode="w:gz", compresslevel=1) as tar:
+        for part, content in parts.items():
+            tasks.MANIFEST[part] = sha256(content)
+            member = tarfile.TarInfo(f"{tasks.FOLDERS['cifar10']}/{part}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    tasks.atomic_write = lambda path, content: path.write_bytes(
+        content
+    )  # a thousand times faster, and not what is looked at
+
+    def load():
+        try:
+            tasks.unpack_cifar10(path, inside)
+        finally:
+            found = {p.name: p.read_bytes() for p in inside.iterdir()}
+            assert all(parts[name] == content for name, content in found.items())
+            assert {p.name for p in folder.iterdir()} == {"inside", path.name} and list(inside.parent.iterdir()) == [
+                inside
+            ]
+            for name in found:
+                (inside / name).unlink()
+
+    return Target([good.getvalue()], load, path, (spoil_packed, spoil_tar, spoil_tar), bombs=(bomb(),))
+
+
+@loader("a server's answers", DataError, share=4)
+def _(folder):
+    book, part = random.Random(0).randbytes(5000), folder / "book.part"
+    digest = sha256(book)
+
+    class Answer(io.BytesIO):
+        headers = {}
+
+    def ask(chance, request, timeout=None):
+        "Sometimes what was asked for, sometimes anything else."
+        start = int((request.get_header("Range") or "bytes=0-")[6:-1]) if chance.random() < 0.8 else 0
+        if chance.random() < 0.1:
+            raise chance.choice(
+                [
+                    TimeoutError("timed out"),
+                    ConnectionResetError(104, "reset"),
+                    tasks.http.client.IncompleteRead(b""),
+                    ValueError("odd"),
+                ]
+            )
+        content = book[start:] if chance.random() < 0.8 else chance.randbytes(chance.choice([0, 10, 5000, 9000]))
+        answer = Answer(content[: chance.randrange(len(content) + 1)] if chance.random() < 0.4 else content)
+        answer.headers = {"Content-Length": str(len(content)), "Content-Range": f"bytes {start}-4999/5000"}
+        for name in ("Content-Length", "Content-Range"):
+            if chance.random() < 0.1:
+                answer.headers[name] = chance.choice(["", "0", "-1", "x", "bytes 0-", "bytes */5000", "9" * 50])
+            elif chance.random() < 0.1:
+                del answer.headers[name]
+        return answer
+
+    def load(data):
+        chance = random.Random(data)
+        part.write_bytes(book[: data[0] * 20] if data and data[0] < 128 else data)
+        tasks.urllib.request.urlopen = functools.partial(ask, chance)
+        try:
+            tasks.download(["http://a/book", "http://b/book"], part, len(book), digest)
+            assert part.read_bytes() == book
+        except DataError:
+            assert not part.exists() or sha256(part) != digest
+            raise
+
+    return Target([bytes([k]) + b"seed" for k in range(0, 250, 9)], load)
+
+
+# ---------------------------------------------------------------------------------------------- loaders: kernels (04)
+
+
+@loader("the cache of kernels", share=2)
+def _(folder):
+    os.environ["WAVE_RNNS_DATA"] = str(folder)
+    kernels._compile = lambda *_: (b"machine code", "")
+    kernels.nvrtc_version, kernels.print = lambda: (13, 0), lambda *_, **__: None
+    kernels.atomic_write = lambda path, content: path.write_bytes(content)
+
+    def load():
+        assert kernels.compile_kernel("source", {"N": 3}, "sm_90") == b"machine code"
+
+    load()
+    (path,) = (folder / "kernels").iterdir()
+    return Target([path.read_bytes()], load, path)
+
+
+# ------------------------------------------------------------------------------------------- loaders that break promises
+
+
+def lies(name: str, lie: Callable[[bytes], object]):
+    LIARS[name] = SimpleNamespace(
+        prepare=lambda folder: Target([b"good"], lambda data: data == b"good" or lie(data)),
+        errors=(ValueError,),
+        memory=2**25,
+    )
+
+
+def raise_key_error(data):
+    raise KeyError("which nobody has documented")
+
+
+def be_wrong(data):
+    assert data == b"good"
+
+
+LIARS = {}
+lies("liar: error", raise_key_error)
+lies("liar: memory", lambda data: bytearray(2**28))
+lies("liar: result", be_wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------- the tests
+
+
+def watched(target: Target, load: Callable, errors: tuple) -> tuple[str, float, str]:
+    "What came of one file: the kind of outcome, processor seconds, and, of an outcome that may not be, what happened."
+    begin = time.process_time()
+    try:
+        load()
+        kind, wrong = "accepted", ""
+    except errors as error:
+        kind, wrong = type(error).__name__, ""
+        if not str(error) or len(str(error)) > 100_000:
+            wrong = f"a message of {len(str(error))} letters"
+    except Exception as error:
+        kind, wrong = "wrong", "".join(traceback.format_exception(error, limit=-4))[-1500:]
+        if isinstance(error, RecursionError):
+            wrong = f"{type(error).__name__} {error} {traceback.extract_tb(error.__traceback__, 3)}"
+    seconds = time.process_time() - begin
+    if seconds > SECONDS:
+        wrong = wrong or f"{seconds:.1f} s of processor time"
+    return kind, seconds, wrong
+
+
+def take_no_more_than(memory: int):
+    "From here on, what this process asks for beyond `memory` raises MemoryError."
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2 * memory, resource.RLIM_INFINITY))  # addresses, twice the pages
+
+
+def live(name: str, folder: str, count: int) -> int:
+    "The process of one loader: feeds it, and writes report.json."
+    warnings.simplefilter("ignore")
+    case, folder = {**LOADERS, **LIARS}[name], Path(folder)
+    (folder / "files").mkdir()
+    target = case.prepare(folder / "files")
+    report = {"kinds": Counter(), "slowest": 0.0, "wrong": []}
+    signatures = set()
+
+    def feed(number, load, keep: Callable[[Path], object]):
+        kind, seconds, wrong = watched(target, load, case.errors)
+        report["kinds"][kind] += 1
+        report["slowest"] = max(report["slowest"], seconds)
+        if (
+            wrong
+            and (signature := re.sub(r"\d+", "#", wrong.strip().splitlines()[-1])[:80]) not in signatures
+            and len(signatures) < 10
+        ):
+            signatures.add(signature)
+            keep(kept := folder / f"wrong_{number}")
+            report["wrong"].append(f"number {number}, kept in {kept}: {wrong}")
+
+    def feed_bytes(number, data):
+        if target.path is None:
+            return feed(number, lambda: target.load(data), lambda kept: kept.write_bytes(data))
+        target.path.unlink(missing_ok=True)
+        target.path.write_bytes(data)
+        target.seal(data)
+        feed(number, target.load, lambda kept: kept.write_bytes(data))
+
+    for data in target.corpus:
+        feed_bytes("of the corpus", data)
+    bombs = (
+        b"[" * 2_000_000,
+        b'{"a":' * 500_000,
+        b"1" * 3_000_000,
+        b'"' + b"x" * 3_000_000 + b'"',
+        b"\n" * 2_000_000,
+        bytes(3_000_000),
+        *target.bombs,
+    )
+    take_no_more_than(case.memory)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        (folder / "number").write_text(str(number))  # for the case that this process dies
+        feed_bytes(number, spoil(random.Random(f"{SEED} {name} {number}"), target))
+    for number, data in enumerate(bombs):
+        feed_bytes(f"bomb {number}", data)
+    if target.path is not None:
+        target.path.unlink(missing_ok=True)
+        with target.path.open("wb") as file:
+            file.truncate(target.hole)
+        feed("of zeros", target.load, lambda kept: kept.write_text(f"{target.hole} zeros"))
+        report["kinds"]["bombs"] += 1
+    report["kinds"]["bombs"] += len(bombs)
+    report["memory"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    (folder / "report.json").write_text(json.dumps(report))
+    return 0
+
+
+def portion(name: str) -> int:
+    return math.ceil(FILES * LOADERS[name].share / sum(c.share for c in LOADERS.values()))
+
+
+@pytest.fixture(scope="module")
+def totals(tally):
+    "A row below the others."
+    counts = Counter()
+    yield counts
+    tally("spoiled files in all", **counts, seed=str(SEED))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_spoiled_files(name, nursery, tally, totals, tmp_path):
+    code = nursery("test_fuzz:live", name, str(tmp_path), portion(name)).end()
+    number = (tmp_path / "number").read_text() if (tmp_path / "number").exists() else "none"
+    again = f"again: WAVE_RNNS_FUZZ_SEED={SEED} WAVE_RNNS_FUZZ={FILES}"
+    assert code == 0, f"the process died ({code}) at file {number}, which is somewhere in {tmp_path / 'files'}; {again}"
+    report = json.loads((tmp_path / "report.json").read_text())
+    kinds = {"accepted": 0, **report["kinds"]}
+    bombs, wrong = kinds.pop("bombs"), kinds.pop("wrong", 0)
+    tally(
+        f"spoiled: {name}",
+        files=portion(name),
+        bombs=bombs,
+        **kinds,
+        other_errors=wrong,
+        **{"MB_more_memory": report["memory"] / 1e6, "s_the_slowest": report["slowest"]},
+    )
+    totals.update(files=portion(name), bombs=bombs, other_errors=wrong)
+    assert not report["wrong"], f"{again}\n" + "\n\n".join(report["wrong"])
+    assert kinds["accepted"], "not even a valid file was accepted: this test tests nothing"
+    assert report["memory"] < LOADERS[name].memory
+
+
+def test_every_reading_function_is_among_them():
+    "A loader that reads files and is not fuzzed is noticed: add it above, or here with a reason."
+    source = Path(__file__).read_text()
+    not_files = {
+        "read_sums",
+        "load_module",
+        "read_small",
+    }  # sums from the device; a kernel onto it; a part of most of the above
+    for module in {m for n, m in sys.modules.items() if n.startswith("wave_rnns.")}:
+        for name in getattr(module, "__all__", ()):
+            if re.match(r"(read|load)_", name) and name not in not_files:
+                inside = name in (
+                    "load_raw",
+                    "read_mnist",
+                    "read_cifar10",
+                    "read_trusted",
+                    "read_config",
+                    "read_records",
+                )
+                assert inside or f".{name}(" in source, f"{module.__name__}.{name} is not fuzzed"
+
+
+@pytest.mark.parametrize(
+    ("name", "promise"),
+    [("liar: error", "KeyError"), ("liar: memory", "MemoryError"), ("liar: result", "AssertionError")],
+)
+def test_the_machinery_notices(name, promise, nursery, tmp_path):
+    "A loader that breaks its promise is reported, and the file is kept."
+    assert nursery("test_fuzz:live", name, str(tmp_path), 3).end() == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert promise in report["wrong"][0] and list(tmp_path.glob("wrong_*"))
