@@ -1,0 +1,139 @@
+"""What must survive and is at home in no other file: weights of earlier releases, a sweep in which a run explodes, and the promise
+that each row of the table in CONTRIBUTING.md still names a test that exists.
+
+`python tests/test_survival.py` stores weights and answers of the present release in `tests/releases/VERSION`, once; they are never changed."""
+
+import ast
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import wave_rnns
+from wave_rnns import sweeps
+from wave_rnns.checkpoints import load_checkpoint, load_weights, save_weights
+from wave_rnns.experiments import Experiment, population_folder, read_records
+from wave_rnns.model import ModelConfig, build_model
+
+HERE = Path(__file__).parent
+RELEASES = HERE / "releases"
+CONTRIBUTING = HERE.parent / "CONTRIBUTING.md"
+
+# ----------------------------------------------------------------------------------------- weights of earlier releases
+
+KINDS = {
+    "wrnn": ModelConfig("wrnn", 2, 3, n=12, c=2),
+    "wrnn_tokens": ModelConfig("wrnn", 10, 10, n=7, c=3, every_step=True, kernel_size=5, activation="tanh"),
+    "wrnn_mlp": ModelConfig("wrnn", 2, 3, n=5, c=2, readout="mlp", u_init="random", V_init="normal"),
+    "irnn": ModelConfig("irnn", 2, 3, n=9),
+    "local": ModelConfig("local", 2, 3, n=6, c=2),
+    "mlp": ModelConfig("mlp", 12, 3, n=8),
+}
+
+
+def question(config: ModelConfig) -> torch.Tensor:
+    "An input that no generator of random numbers has a hand in: [T=6, B=4, F], or tokens."
+    if config.every_step:
+        return torch.arange(24).reshape(6, 4) * 7 % 10
+    features = 2
+    return ((torch.arange(6 * 4 * features) * 5 % 17) - 8).reshape(6, 4, features) / 8
+
+
+@pytest.mark.parametrize("folder", sorted(RELEASES.glob("*/*")), ids=lambda p: f"{p.parent.name} {p.name}")
+def test_weights_of_earlier_releases_give_the_same_answers(folder):
+    "In double precision, where what a library may change in the order of its sums does not show."
+    model, answer = load_weights(folder), json.loads((folder / "answer.json").read_text())
+    said = model.double()(question(model.config) if model.config.every_step else question(model.config).double())
+    expected = torch.tensor([float.fromhex(v) for v in answer["values"]], dtype=torch.float64).reshape(answer["shape"])
+    torch.testing.assert_close(said, expected, rtol=1e-9, atol=1e-12)
+    single = load_weights(folder)(question(model.config))
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_release_has_left_its_weights():
+    present = RELEASES / wave_rnns.__version__
+    assert present.is_dir(), f"python {Path(__file__).name} stores those of {wave_rnns.__version__}"
+    for release in RELEASES.iterdir():
+        assert {p.name for p in release.iterdir()} >= {"wrnn", "irnn", "mlp"}
+
+
+def store(folder: Path) -> None:
+    "The weights and answers of the present release."
+    for name, config in KINDS.items():
+        model = build_model(config, 3)
+        save_weights(folder / name, model.state_dict(), config, {"release": wave_rnns.__version__})
+        x = question(config)
+        said = model.double()(x if config.every_step else x.double())
+        answer = {"shape": list(said.shape), "values": [v.hex() for v in said.flatten().tolist()]}
+        (folder / name / "answer.json").write_text(json.dumps(answer) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- a run explodes, others do not
+
+
+def test_a_sweep_goes_on_when_runs_explode(tmp_path, monkeypatch, tally):
+    "Those with a hopeless learning rate are recorded as diverged, with their step, and their last finite weights were kept; the others are done."
+    model = ModelConfig("wrnn", 10, 10, n=8, c=2, every_step=True)
+    sizes = {"T": 1, "batch_size": 8, "valid_size": 20, "test_size": 20}
+    e = Experiment("tiny", "copy", sizes, model, lr=1e-2, steps=24, eval_every=8, log_every=4)
+    grid = sweeps.Grid("g", (e,), {"lr": [1e-2, 1e30], "clip": [0, 1]}, seeds=(0, 1), together=8)
+    kept, real = {}, sweeps.train_group
+
+    def train_group(group, results, *rest, **options):
+        path = population_folder(results, group) / "population.safetensors"
+
+        def watch(training):
+            if path.exists():
+                tensors, meta = load_checkpoint(path)
+                kept[meta["history"]["step"]] = all(
+                    t.isfinite().all() for t in tensors.values() if t.is_floating_point()
+                )
+
+        return real(group, results, *rest, **{**options, "watch": watch, "checkpoint_seconds": 0})
+
+    monkeypatch.setattr(sweeps, "train_group", train_group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sweeps.work(grid, tmp_path, "cpu")
+    assert len(kept) > 2 and all(kept.values()), "every checkpoint holds finite weights only"
+    records = read_records(tmp_path)
+    status = {(r["config"]["lr"], r["config"]["clip"], r["seed"]): r for r in records}
+    assert len(records) == 8
+    for (lr, _, _), r in status.items():
+        assert r["status"] == ("diverged" if lr == 1e30 else "done")
+        assert r["diverged_step"] is None if lr == 1e-2 else 0 < r["diverged_step"] <= 4  # long before the first log
+        assert lr == 1e30 or r["test_best"]["cross_entropy"] > 0
+    tally("a sweep in which runs explode", runs=8, diverged=4, done=4)
+
+
+# --------------------------------------------------------------------------------- the table that says which test shows what
+
+
+def named_tests() -> list[tuple[str, str]]:
+    return re.findall(r"`?(test_\w+\.py)::(test_\w+)", CONTRIBUTING.read_text())
+
+
+def test_every_test_that_the_table_names_exists():
+    assert len(named_tests()) >= 20
+    for file, name in named_tests():
+        functions = {n.name for n in ast.walk(ast.parse((HERE / file).read_text())) if isinstance(n, ast.FunctionDef)}
+        assert name in functions, f"CONTRIBUTING.md names {file}::{name}, which is not there"
+
+
+def test_every_row_of_the_table_names_a_test():
+    section = CONTRIBUTING.read_text().partition("## What must survive")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 15
+    for row in rows:
+        assert re.search(r"test_\w+\.py::test_\w+|tests/gpu/check_\w+\.py", row), row
+    for script in re.findall(r"tests/gpu/(check_\w+\.py)", section):
+        assert (HERE / "gpu" / script).exists()
+
+
+if __name__ == "__main__":
+    target = RELEASES / wave_rnns.__version__
+    sys.exit(f"{target} exists, and is never changed") if target.exists() else store(target)
