@@ -6,6 +6,7 @@ goes on to its end without another kill. The original goes on too, and is killed
 import contextlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -175,3 +176,44 @@ def test_a_copied_checkpoint_goes_on_too(nursery, untouched, tally, tmp_path):
         begin_anew(original)
     tally("copied while it was written", **counts)
     assert counts["went_on_bit_equal"]
+
+
+def renamed(path):
+    path.rename(path.with_name("something_else.safetensors"))
+
+
+SPOILED = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "padded": lambda path: path.write_bytes(path.read_bytes() + bytes(100)),
+    "a flipped bit": lambda path: path.write_bytes((d := path.read_bytes())[:-9] + bytes([d[-9] ^ 4]) + d[-8:]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps({"theta": [1.0]})),
+    "renamed": renamed,
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*The checkpoint before it")
+def test_killed_and_then_spoiled(nursery, untouched, tally, tmp_path):
+    "The newest checkpoint is no good: the run goes on from the one before, to the same end; nothing is deleted behind anybody's back."
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    folder.mkdir()
+    life = start(nursery, folder, 4, 0.0, 0.01)
+    while life.alive() and not ((folder / "x.previous.safetensors").exists() and step_on_disk(folder) >= 12):
+        time.sleep(0.005)
+    life.send(signal.SIGKILL)
+    assert life.end() == -signal.SIGKILL
+    equal = 0
+    for name, spoil in SPOILED.items():
+        shutil.copytree(folder, copy)
+        step = step_on_disk(copy)
+        spoil(copy / "x.safetensors")
+        assert step_on_disk(copy) == step - 4
+        assert start(nursery, copy, 4).end() == 0
+        assert int((copy / "begun").read_text()) == step - 4, name
+        assert is_the_end(copy, untouched), name
+        assert (copy / "something_else.safetensors").exists() == (name == "renamed")
+        shutil.rmtree(copy)
+        equal += 1
+    tally("killed, and the newest checkpoint spoiled", ways=len(SPOILED), resumed_from_the_one_before_bit_equal=equal)
