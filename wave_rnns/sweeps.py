@@ -8,11 +8,11 @@ __all__ = ['GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'MANY_CLIPS', 'IMAGES', 
            'grid_from', 'grid_config', 'find_grid', 'Board', 'populations', 'work', 'attempt', 'train_claimed',
            'allow_files', 'new_session', 'note_failure', 'failure', 'small_json', 'worker_name', 'label', 'clock',
            'duration', 'Pulse', 'is_pulse', 'tidy', 'modified', 'Overview', 'overview', 'silence', 'best_so_far',
-           'score', 'sign', 'shown', 'View', 'Crew', 'be_worker', 'sweep', 'has_space', 'usual_workers',
+           'score', 'sign', 'shown', 'View', 'Crew', 'use_threads', 'be_worker', 'sweep', 'has_space', 'usual_workers',
            'progress_mark', 'any_free', 'ranking', 'winners', 'ranking_text', 'submit', 'need_slurm', 'check_words',
            'slurm_job', 'come_back', 'slurm_says', 'sbatch_options', 'show_grids', 'wrnn_sweep']
 
-# %% ../nbs/10_sweeps.ipynb #c84cf2e3
+# %% ../nbs/10_sweeps.ipynb #9651afec
 import contextlib
 import errno
 import itertools
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -433,7 +434,7 @@ def duration(seconds: float) -> str:
         else f"{seconds / 3600:.1f} h"
     )
 
-# %% ../nbs/10_sweeps.ipynb #6ec08aa1
+# %% ../nbs/10_sweeps.ipynb #e7ea7ce4
 class Pulse:
     "What a worker is doing, for others to see; also the question of `train_group` whether to stop."
 
@@ -441,6 +442,7 @@ class Pulse:
         self.path = Path(results) / "checkpoints" / "workers" / f"{worker_name()}.json"
         self.asked, self.every, self.last = asked or (lambda: False), every, time.monotonic()
         self.now: dict = {}
+        self.training: Callable = lambda: None
 
     def begin(self, group: list[Run]) -> None:
         "A population is claimed."
@@ -454,11 +456,11 @@ class Pulse:
         }
 
     def watch(self, training) -> None:
-        "Where training is, told by `fit`."
-        self.now.update(step=training.history.step, steps=training.steps, line=training.status_line())
+        "What is being trained, told by `fit`."
+        self.training = weakref.ref(training)  # its memory is not ours to keep
+        self.now.update(steps=training.steps, line=training.status_line())
 
     def __call__(self) -> bool:
-        self.now["step"] += 1
         if time.monotonic() - self.last > self.every:
             self.write()
         return self.asked()
@@ -467,6 +469,8 @@ class Pulse:
         from wave_rnns.core import atomic_write, to_json
 
         self.last = time.monotonic()
+        if training := self.training():
+            self.now["step"] = training.history.step
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.path, to_json({**self.now, "time": time.time()}))
@@ -652,7 +656,7 @@ class View:
         for bar in reversed(self.bars):
             bar.close()
 
-# %% ../nbs/10_sweeps.ipynb #6e13875c
+# %% ../nbs/10_sweeps.ipynb #67eddcbc
 WORKER = "import sys; from wave_rnns.sweeps import be_worker; sys.exit(be_worker())"
 
 
@@ -722,6 +726,14 @@ class Crew:
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # USR: a cluster's time limit is near
 
 
+def use_threads(number: int) -> None:
+    "Leave the other cores to the other workers; a user's own OMP_NUM_THREADS is respected."
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(number)
+
+
 def be_worker() -> int:
     "The process that `Crew` starts: its exit code is 0 when nothing is left, 75 when it was asked to stop."
     order = json.load(sys.stdin)
@@ -730,8 +742,7 @@ def be_worker() -> int:
     from wave_rnns.checkpoints import listen_for
     from wave_rnns.training import Interrupted
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(order["threads"])
+    use_threads(order["threads"])
     device = order["device"]
     if device in (None, "cuda") and (gpus := torch.cuda.device_count()):
         device = f"cuda:{order['number'] % gpus}"
@@ -955,12 +966,13 @@ def check_words(results: Path, **options) -> None:
         if not re.fullmatch(r"[a-z][a-z_-]*", name) or re.search(r"[\x00-\x1f]", str(value)):
             raise ConfigError(f"--slurm: {name!r}={value!r} is no option of sbatch")
 
-# %% ../nbs/10_sweeps.ipynb #41e637d6
+# %% ../nbs/10_sweeps.ipynb #a51a0010
 def slurm_job(grid: str, results: str, device: str | None) -> None:
     "What one job of `submit` does: work until nothing is left, or until Slurm wants the machine back."
     from wave_rnns.checkpoints import listen_for
     from wave_rnns.training import Interrupted
 
+    use_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
     with listen_for(STOPPING) as asked:
         try:
             work(grid_from(json.loads(grid)), Path(results), device, asked)
@@ -992,7 +1004,7 @@ def slurm_says(*command: str) -> str:
         raise WaveRNNError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout.strip()
 
-# %% ../nbs/10_sweeps.ipynb #2d92b74f
+# %% ../nbs/10_sweeps.ipynb #eb655ae5
 def sbatch_options(text: str) -> dict[str, str]:
     "'account=physics mem=8G' -> {'account': 'physics', 'mem': '8G'}."
     pairs = [part.partition("=") for part in text.split()]
@@ -1019,6 +1031,9 @@ def wrnn_sweep(
     workers: Param("processes (or Slurm jobs); 0: one a GPU, or one for two CPU cores", int) = 0,
     device: Param("cpu, cuda or cuda:1; default: GPUs where there are some", str) = None,
     seeds: Param("other seeds than the grid's, like 0-4", str) = None,
+    finals: Param(
+        "when the grid is done, train the best point of each experiment with these seeds, like 0-4", str
+    ) = None,
     together: Param("runs in one training loop at most; 0: as the grid says (lower it if memory runs out)", int) = 0,
     show: Param("show what is done and the ranking so far, and stop", bool) = False,
     list: Param("show the declared grids, and stop", bool) = False,
@@ -1052,13 +1067,22 @@ def wrnn_sweep(
             f"{len(jobs)} Slurm jobs: {', '.join(jobs)}; logs in {folder / 'slurm'}; wrnn_sweep {grid} --show tells how far they are"
         )
         return None
-    end = overview(Board(chosen.runs(), folder)) if show else sweep(chosen, folder, device, workers)
-    if is_cli(wrnn_sweep):
-        print(f"{end.over} of {end.total} runs: {end.line()}")
-        print(ranking_text(chosen, Board(chosen.runs(), folder).look()))
-    if end.failed:
-        reasons = dict.fromkeys(end.failed.values())
-        raise WaveRNNError(
-            f"{len(end.failed)} runs failed: {'; '.join(reasons)}. The same command tries them again; logs are in {folder / 'logs'}"
-        )
+    stages = [chosen]
+    for stage in stages:
+        end, board = (None if show else sweep(stage, folder, device, workers)), Board(stage.runs(), folder)
+        end = end or overview(board)
+        if is_cli(wrnn_sweep):
+            print(
+                f"{stage.name}: {end.over} of {end.total} runs: {end.line()}\n{ranking_text(stage, board.look())}",
+                flush=True,
+            )
+        if end.failed:
+            reasons, logs = "; ".join(dict.fromkeys(end.failed.values())), folder / "logs"
+            raise WaveRNNError(
+                f"{len(end.failed)} runs failed: {reasons}. The same command tries them again; logs are in {logs}"
+            )
+        if finals is not None and stage is chosen and end.over == end.total and (best := winners(chosen, board.look())):
+            stages.append(
+                Grid(f"{chosen.name}_finals"[:64], tuple(best), seeds=parse_seeds(finals), together=chosen.together)
+            )
     return end
