@@ -100,9 +100,11 @@ class Audit:
             key, pid, born = path.name.split(".")
             if key in keys and path not in mine and lives(int(pid), born):
                 self.note("doubled", key=key, how=f"process {pid} was training it")
-        yield
-        for path in mine:
-            path.unlink()
+        try:
+            yield
+        finally:  # also when it is interrupted: then it gives back its claims, and lives a moment longer
+            for path in mine:
+                path.unlink()
 
 
 def become_audited(folder, slow_steps=0.0, slow_disk=0.0) -> None:
@@ -114,6 +116,7 @@ def become_audited(folder, slow_steps=0.0, slow_disk=0.0) -> None:
     def fit_group(runs, *args, **kwargs):
         group[:] = [run.key for run in runs]
         with audit.training(group):
+            audit.note("begins", keys=group)
             return real_fit(runs, *args, **kwargs)
 
     def write_record(results, record, curve):
@@ -471,6 +474,28 @@ def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path
         tally("folders copied while they are swept", copies=1, complete_and_bit_equal=1, records_found=had)
 
 
+def test_a_copy_with_a_torn_checkpoint_begins_that_population_anew(nursery, undisturbed, tally, tmp_path):
+    "File and list of hashes from different moments, and no older checkpoint: set aside, not trusted, and no obstacle."
+    results, audit = tmp_path / "results", Audit(tmp_path / "audit")
+    become = (str(audit.folder), 0.03)
+    sweep = nursery("test_chaos:swept", GRID, str(results), 2, become)
+    until(lambda: len(list(results.glob("checkpoints/*/population.previous.safetensors"))) == 2)
+    sweep.send(signal.SIGTERM)
+    assert sweep.end() == 75
+    first, second = results.glob("checkpoints/*/population.safetensors")
+    first.write_bytes(first.read_bytes()[:-7])
+    second.write_bytes(second.read_bytes()[::-1])
+    for path in (first, second):
+        path.with_name("population.previous.safetensors").unlink()
+    assert nursery("test_chaos:swept", GRID, str(results), 2, become).end() == 0
+    aside = {p.parent.with_name(f"{p.parent.name}.broken1") / p.name for p in (first, second)}
+    assert {p for p in results.glob("checkpoints/*/population.safetensors")} == aside, "set aside, nothing deleted"
+    for path in aside:
+        shutil.rmtree(path.parent)
+    assert is_undisturbed(results, audit, undisturbed)
+    tally("torn checkpoints", set_aside=2, begun_anew_and_bit_equal=2)
+
+
 @pytest.mark.parametrize("end", ["woken", "killed"])
 def test_a_worker_that_is_frozen_keeps_its_runs(nursery, undisturbed, tally, tmp_path, end):
     results, audit = tmp_path / "results", Audit(tmp_path / "audit")
@@ -516,7 +541,7 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
     assert sweep.end() == 1
     said = (audit.folder / "said").read_text()
     assert "no space left" in said.lower(), said
-    assert shutil.disk_usage(small_disk).free == 0
+    assert shutil.disk_usage(small_disk).free < 2**14
     assert not [p for p in results.rglob("*") if p.suffix in (".tmp", ".new")]
     assert all(p.read_bytes() == content for p, content in records.items())
     begun = [load_checkpoint(p)[1]["history"]["step"] for p in results.glob("checkpoints/*/population.safetensors")]
