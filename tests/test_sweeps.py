@@ -527,6 +527,27 @@ def test_a_worker_without_a_pulse_works(tmp_path, monkeypatch):
     assert work(GRID, tmp_path, "cpu") == len(RUNS)
 
 
+def worked_with_few_files(hard, *arguments) -> int:
+    "A worker on a system that lets a process open 64 files, unless it asks for more."
+    import resource
+
+    from test_chaos import worked
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard or resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        return worked(*arguments)
+    except ConfigError as e:
+        return 3 if "lower --together" in str(e) else 4
+
+
+@pytest.mark.parametrize("hard, code", [(None, 0), (100, 3)])
+def test_a_population_of_more_runs_than_files_may_be_open(nursery, tmp_path, hard, code):
+    grid = tiny(seeds=[*range(40)], together=80, axes={"steps": [2], "eval_every": [2]})
+    arguments = grid, str(tmp_path / "r"), 80, (str(tmp_path / "audit"),)
+    assert nursery("test_sweeps:worked_with_few_files", hard, *arguments).end() == code
+    assert len(list(tmp_path.glob("r/runs/copy/*.json"))) == (0 if code else 80)
+
+
 # What a sweep shows ---------------------------------------------------------------------------------------------------
 
 
@@ -1121,6 +1142,30 @@ def training(results) -> bool:
     "Has a living worker said that it is in the middle of something?"
     notes = [sw.small_json(p) for p in results.glob("checkpoints/workers/*.json")]
     return any(sw.is_pulse(n) and 0 < n["step"] < n["steps"] and time.time() - n["time"] < 3 for n in notes)
+
+
+# Finals ---------------------------------------------------------------------------------------------------------------
+
+
+def test_finals_train_the_winners_with_more_seeds(call, tmp_path):
+    (tmp_path / "g.json").write_text(json.dumps(tiny(seeds=[0])))
+    code, out, err = call("g.json", "--finals", "0-2", "--results", "r", "--device", "cpu", "--workers", "1")
+    assert code == 0 and "g: 2 of 2 runs: 2 done" in out or "tiny: 2 of 2 runs" in out
+    assert "tiny_finals: 3 of 3 runs: 3 done" in out
+    (best,) = sw.winners(grid_from(tiny(seeds=[0])), Board(grid_from(tiny(seeds=[0])).runs(), tmp_path / "r").look())
+    assert all(records(tmp_path / "r", [Run(best, seed) for seed in range(3)]))
+    assert len(list((tmp_path / "r/runs/copy").glob("*.json"))) == 4, "seed 0 of the winner is not trained again"
+
+
+def test_finals_wait_until_the_grid_is_done(call, tmp_path):
+    (tmp_path / "g.json").write_text(json.dumps(tiny(seeds=[0])))
+    code, out, err = call("g.json", "--finals", "0-2", "--show", "--results", "r")
+    assert code == 0 and "finals" not in out
+
+
+def test_wrong_seeds_of_finals_are_told_at_once(call, file, tmp_path):
+    code, out, err = call(file, "--finals", "one", "--results", "r", "--device", "cpu", "--workers", "1")
+    assert code == 2 and "expected whole numbers" in err and not (tmp_path / "r").exists()
 
 
 # The soak -------------------------------------------------------------------------------------------------------------
