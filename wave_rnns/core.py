@@ -123,7 +123,7 @@ def sha256(
         raise TypeError(f"sha256 takes bytes or a Path, got {type(what).__name__}")
     return hashlib.sha256(what).hexdigest()
 
-# %% ../nbs/00_core.ipynb #55ee642b
+# %% ../nbs/00_core.ipynb #e011608f
 def plain(value):
     "`value` in JSON's own types: dataclasses become dictionaries, paths strings, tuples lists, NaN and infinity None."
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
@@ -165,8 +165,11 @@ def from_json(text: bytes | str):
     def no_constant(name):
         raise ValueError(f"{name} is not JSON")
 
+    def finite(digits):
+        return float(digits) if math.isfinite(float(digits)) else no_constant(digits)
+
     try:
-        return json.loads(text, parse_constant=no_constant)
+        return json.loads(text, parse_constant=no_constant, parse_float=finite)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
 

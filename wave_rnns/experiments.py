@@ -6,11 +6,11 @@
 __all__ = ['LARGEST', 'KINDS', 'RECIPE', 'WORDS', 'EXPERIMENTS', 'declare', 'IRNN', 'IMAGE_IRNN', 'PERMUTATIONS', 'DEMO',
            'STATUSES', 'RECORD', 'CURVE_ROWS', 'SOLVED', 'OWN_SETTINGS', 'Experiment', 'check_numbers', 'check_fields',
            'to_config', 'from_config', 'decisive', 'run_key', 'merge', 'Registry', 'sequence_length', 'shipped_results',
-           'results_root', 'run_path', 'content_hash', 'read_record', 'thin', 'curve_text', 'read_curve', 'set_aside',
-           'trusted_record', 'read_records', 'solved_step', 'Run', 'make_record', 'write_record', 'record_of',
-           'check_population', 'Once', 'Spaced', 'population_folder', 'discard', 'half_finished', 'claimed', 'train',
-           'train_group', 'fit_group', 'rhythm_of', 'checked_device', 'answer', 'usage_error', 'parse_seeds',
-           'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train', 'todo', 'wrnn_todo']
+           'results_root', 'is_name', 'run_path', 'content_hash', 'read_record', 'thin', 'curve_text', 'read_curve',
+           'set_aside', 'trusted_record', 'read_records', 'solved_step', 'Run', 'make_record', 'write_record',
+           'record_of', 'check_population', 'Once', 'Spaced', 'population_folder', 'discard', 'half_finished',
+           'claimed', 'train', 'train_group', 'fit_group', 'rhythm_of', 'checked_device', 'answer', 'usage_error',
+           'parse_seeds', 'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train', 'todo', 'wrnn_todo']
 
 # %% ../nbs/09_experiments.ipynb #77324f1c
 import contextlib
@@ -32,7 +32,7 @@ from fastcore.script import Param, bool_arg, call_parse, is_cli
 
 import wave_rnns
 
-# %% ../nbs/09_experiments.ipynb #1da549c9
+# %% ../nbs/09_experiments.ipynb #acd420f0
 @dataclass(frozen=True)
 class Experiment:
     "A task, a model and how it is trained, as pure data. Raises ConfigError for numbers that cannot be meant."
@@ -54,7 +54,8 @@ class Experiment:
 
     def __post_init__(self):
         for name in ("lr", "clip", "drop_factor"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one experiment
+            with contextlib.suppress(OverflowError):  # an integer of 400 digits: refused below
+                object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one experiment
         object.__setattr__(self, "seeds", tuple(self.seeds))
         check_numbers(self)
 
@@ -397,7 +398,7 @@ def sequence_length(experiment: Experiment) -> int:
         experiment.task, side * side
     )
 
-# %% ../nbs/09_experiments.ipynb #b5341fcf
+# %% ../nbs/09_experiments.ipynb #b805c635
 def shipped_results() -> Path | None:
     "`nbs/results` of the checkout we run from; None where the package is installed without one."
     checkout = Path(wave_rnns.__file__).resolve().parent.parent
@@ -409,6 +410,11 @@ def results_root() -> Path:
     return Path(os.environ.get("WAVE_RNNS_RESULTS") or shipped_results() or "results").expanduser()
 
 
+def is_name(task, key) -> bool:
+    "Could a run of this task have this key?"
+    return bool(re.fullmatch(r"[a-z0-9_]{1,64}", str(task)) and re.fullmatch(r"[0-9a-f]{16}", str(key)))
+
+
 def run_path(
     results: Path,  # the results folder
     task: str,  # the task's name
@@ -418,7 +424,7 @@ def run_path(
     "Where a run's file lies. Raises RecordError for names that are none, and for links that lead out of the folder."
     from wave_rnns.core import RecordError
 
-    if not re.fullmatch(r"[a-z0-9_]{1,64}", str(task)) or not re.fullmatch(r"[0-9a-f]{16}", str(key)):
+    if not is_name(task, key):
         raise RecordError(f"not the name of a run: task {task!r}, key {key!r}")
     path = Path(results) / "runs" / task / f"{key}{suffix}"
     if not path.resolve().is_relative_to(Path(results).resolve()):
@@ -519,7 +525,7 @@ def read_curve(
         warnings.warn(f"{path}: the last line is torn, {len(torn)} bytes dropped", stacklevel=2)
     return rows, len(torn)
 
-# %% ../nbs/09_experiments.ipynb #95910ebd
+# %% ../nbs/09_experiments.ipynb #a1e857f1
 def set_aside(path: Path) -> Path:
     "Rename a broken file so that nothing takes it for a record again; never over an older one. Returns the new path."
     path = Path(path)
@@ -545,9 +551,12 @@ def trusted_record(path: Path) -> dict | None:
 
 
 def read_records(results: Path | None = None) -> list[dict]:
-    "Every sound record under `results`, in the order of their paths; broken ones are set aside with a warning."
+    "Every sound record under `results`, in the order of their paths; broken ones are set aside with a warning, strangers skipped with one."
     results = Path(results_root() if results is None else results)
     paths = sorted((results / "runs").glob("*/*.json"))
+    for stranger in [p for p in paths if not is_name(p.parent.name, p.stem)]:
+        warnings.warn(f"{stranger} has not the name of a record: skipped", stacklevel=2)
+        paths.remove(stranger)
     return [r for p in paths if (r := trusted_record(run_path(results, p.parent.name, p.stem))) is not None]
 
 # %% ../nbs/09_experiments.ipynb #73635101
@@ -612,7 +621,7 @@ def make_record(
     record = json.loads(json.dumps(plain(record), allow_nan=False))
     return {**record, "sha256": content_hash(record)}
 
-# %% ../nbs/09_experiments.ipynb #51dcd3a7
+# %% ../nbs/09_experiments.ipynb #1987f6ee
 def write_record(
     results: Path,
     record: dict,
@@ -623,7 +632,9 @@ def write_record(
 
     path = run_path(results, record["config"]["task"], record["key"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path.with_suffix(".csv"), curve_text(thin(curve, record["best_step"])))
+    atomic_write(
+        run_path(results, record["config"]["task"], record["key"], ".csv"), curve_text(thin(curve, record["best_step"]))
+    )
     return atomic_write(path, json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
