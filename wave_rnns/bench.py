@@ -1104,12 +1104,10 @@ def read_speed(folder: Path | None = None) -> list[dict]:
     for path in sorted(Path(folder or speed_folder()).glob("*.json")):
         try:
             record = from_json(read_small(path))
-            assert (
-                record["kind"] == "speed"
-                and isinstance(record["sections"], dict)
-                and isinstance(record["started"], str)
-            )
-        except (ValueError, KeyError, TypeError, AssertionError) as e:
+            sections = record["sections"].values()
+            assert record["kind"] == "speed" and isinstance(record["started"], str)
+            assert all(isinstance(row, dict) for section in sections for row in section.get("rows", []))
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
             raise RecordError(
                 f"{path} is not a record of speed ({type(e).__name__}): restore it with git checkout, or remove it"
             ) from e
