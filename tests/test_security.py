@@ -351,6 +351,7 @@ def test_a_record_that_names_another_place(folder):
             aside.unlink()
 
 
+@pytest.mark.filterwarnings("ignore:.*has not the name of a record")
 @pytest.mark.parametrize("link", ["runs/copy", "runs", "a record", "a curve"])
 def test_links_out_of_the_results_folder(link, folder):
     "Neither written, nor renamed, nor taken for a record."
