@@ -340,7 +340,8 @@ def test_a_record_is_read_once(swept, monkeypatch):
     for _ in range(3):
         assert len(board.look().records) == len(RUNS) and not board.left()
     assert sorted(read) == sorted(board.runs)
-    assert all(set(sw.KEPT) == set(r) for r in board.records.values())
+    assert {(r.status, r.metric, r.sign) for r in board.records.values()} == {("done", "cross_entropy", -1)}
+    assert sum(map(sys.getsizeof, board.records.values())) < 150 * len(RUNS), "it may remember ten thousand"
 
 
 def test_only_what_belongs_to_the_grid_is_read(swept, monkeypatch):
@@ -678,15 +679,12 @@ def test_durations(seconds, text):
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
-def board_with(grid, score, status=lambda run: "done") -> Board:
-    "As if all runs had ended with these validation scores."
+def board_with(grid, score, status="done", metric="accuracy", sign=1) -> Board:
+    "As if all runs had ended with these validation scores; a run without one has diverged."
     board = Board(grid.runs(), Path("nowhere"))
     for run in grid.runs():
-        valid = {"accuracy": score(run)} if score(run) is not None else {}
-        board.records[run.key] = {
-            "experiment": run.experiment.name, "seed": run.seed, "status": status(run), "metric": "accuracy",
-            "selection": "highest validation accuracy", "valid_best": valid, "diverged_step": None, "finished": "2",
-        }  # fmt: skip
+        value = score(run)
+        board.records[run.key] = sw.Ended(status if value is not None else "diverged", metric, value, sign)
     return board
 
 
@@ -705,25 +703,26 @@ def test_the_best_point_is_chosen_by_the_mean_over_seeds():
 
 def test_a_point_that_diverges_is_last_and_never_chosen():
     grid = Grid("g", (EXPERIMENTS["smnist_wrnn"],), {"lr": [1e-3, 1e-4, 1e-5]}, (0, 1))
-    board = board_with(
-        grid,
-        lambda run: 0.99 if run.experiment.lr == 1e-3 else 0.5,
-        lambda run: "diverged" if run.experiment.lr == 1e-3 and run.seed else "done",
-    )
+    board = board_with(grid, lambda run: (None if run.seed else 0.99) if run.experiment.lr == 1e-3 else 0.5)
     assert sw.ranking(grid, board)[-1]["settings"]["lr"] == 1e-3 and sw.winners(grid, board)[0].lr == 1e-4
     assert "(2 runs, 1 diverged)" in sw.ranking_text(grid, board)
-    everywhere = board_with(grid, lambda run: None, lambda run: "diverged")
+    everywhere = board_with(grid, lambda run: None)
     assert sw.winners(grid, everywhere) == [] and sw.ranking_text(grid, everywhere).count("no score") == 3
     assert (
         sw.ranking_text(grid, Board(grid.runs(), Path("nowhere"))) == "" == sw.best_so_far(Board([], Path("nowhere")))
     )
 
 
+def test_what_is_remembered_of_a_record():
+    record = {"status": "done", "metric": "mse", "selection": "lowest validation mse, ...", "valid_best": {"mse": 0.5}}
+    assert sw.Ended.of(record) == ("done", "mse", 0.5, -1)
+    assert sw.Ended.of({**record, "status": "diverged"}).score is None
+    assert sw.Ended.of({**record, "valid_best": {}, "selection": "highest validation mse"}) == ("done", "mse", None, 1)
+
+
 def test_less_is_better_where_it_is():
     grid = Grid("g", (EXPERIMENTS["adding100_wrnn"],), {"lr": [1e-3, 1e-4]})
-    board = board_with(grid, lambda run: 0.1 if run.experiment.lr == 1e-4 else 0.2)
-    for r in board.records.values():
-        r |= {"metric": "mse", "selection": "lowest validation mse", "valid_best": {"mse": r["valid_best"]["accuracy"]}}
+    board = board_with(grid, lambda run: 0.1 if run.experiment.lr == 1e-4 else 0.2, metric="mse", sign=-1)
     assert sw.winners(grid, board)[0].lr == 1e-4 and "0.1: " in sw.best_so_far(board)
 
 
