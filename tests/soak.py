@@ -68,8 +68,8 @@ class Sampler(threading.Thread):
 
     def __init__(self, results: Path, every: float):
         super().__init__(daemon=True)
-        self.results, self.every, self.over, self.rows = results, every, threading.Event(), []
-        self.begin = time.time()
+        self.results, self.every, self.over, self.begin = results, every, threading.Event(), time.time()
+        self.file = tempfile.TemporaryFile("w+")  # rows in memory would grow, in a process that is looked at
 
     def run(self) -> None:
         while not self.over.wait(self.every):
@@ -84,7 +84,11 @@ class Sampler(threading.Thread):
                 continue
         done = sum(name.endswith(".json") for name in os.listdir(folder)) if (folder := self.folder()).exists() else 0
         row = {"seconds": time.time() - self.begin, "done": done, "workers": workers, "sweep": look_at(os.getpid())}
-        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict]:
+        self.file.seek(0)
+        return list(map(json.loads, self.file))
 
     def folder(self) -> Path:
         return self.results / "runs" / "copy"
@@ -165,12 +169,13 @@ def soak(runs: int, together: int = 100, every: float = 1.0, folder: Path | None
         sampler.over.set()
         sampler.join()
         sampler.look()
+        rows = sampler.rows()
         assert (end.over, len(end.failed)) == (runs, 0), f"{end.over} of {runs} runs ended, {len(end.failed)} failed"
     return rounded({
         "runs": runs, "seconds": seconds, "together": together, "workers": WORKERS, "looked_every_seconds": every,
         "grid": {**soak_grid(0, together), "seeds": f"0 to {runs - 1}"}, "environment": environment(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "load_average": os.getloadavg()[2],
-        "verdict": verdict(sampler.rows, runs), "looks": len(sampler.rows), "rows": thinned(sampler.rows),
+        "verdict": verdict(rows, runs), "looks": len(rows), "rows": thinned(rows),
     })  # fmt: skip
 
 
