@@ -525,7 +525,7 @@ def read_curve(
         warnings.warn(f"{path}: the last line is torn, {len(torn)} bytes dropped", stacklevel=2)
     return rows, len(torn)
 
-# %% ../nbs/09_experiments.ipynb #a1e857f1
+# %% ../nbs/09_experiments.ipynb #34913692
 def set_aside(path: Path) -> Path:
     "Rename a broken file so that nothing takes it for a record again; never over an older one. Returns the new path."
     path = Path(path)
@@ -546,7 +546,8 @@ def trusted_record(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except RecordError as e:
-        warnings.warn(f"{e}; the run counts as not done, its file is now {set_aside(path).name}", stacklevel=2)
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            warnings.warn(f"{e}; the run counts as not done, its file is now {set_aside(path).name}", stacklevel=2)
         return None
 
 
@@ -745,7 +746,7 @@ def half_finished(results: Path, runs: list[Run]) -> list[list[Run]]:
                 del by_key[k]
     return groups
 
-# %% ../nbs/09_experiments.ipynb #e8e641d2
+# %% ../nbs/09_experiments.ipynb #c8906679
 @contextlib.contextmanager
 def claimed(
     results: Path,
@@ -753,7 +754,9 @@ def claimed(
     whole: bool = False,  # all of them or none
 ) -> Iterator[list[Run]]:
     "Those of `runs` that no other process holds, ours until the block ends or the process dies. Nobody waits."
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    from wave_rnns.core import ConfigError
 
     folder, held = Path(results) / "checkpoints" / "claims", []
     folder.mkdir(parents=True, exist_ok=True)
@@ -762,6 +765,8 @@ def claimed(
             lock = FileLock(folder / f"{run.key}.lock")
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
+                if isinstance(lock, SoftFileLock):  # a lock that nobody takes back
+                    raise ConfigError(f"{folder} is on a file system without locks: put the results on another one")
                 held.append((run, lock))
             if whole and not lock.is_locked:
                 break
