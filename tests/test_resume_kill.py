@@ -33,8 +33,8 @@ def live(folder, every, slow_disk=0.0, slow_steps=0.0) -> int:
 
     def make_step(self, graph=None):
         if not (folder / "begun").exists():
-            (folder / "begun.tmp").write_text(str(self.history.step))
-            os.replace(folder / "begun.tmp", folder / "begun")
+            (folder / "begun.part").write_text(str(self.history.step))
+            os.replace(folder / "begun.part", folder / "begun")
         time.sleep(slow_steps)
         real_step(self, graph)
 
@@ -65,6 +65,12 @@ def step_on_disk(folder) -> int:
     "The step of the newest checkpoint, 0 where none was completed."
     path = folder / "x.safetensors"
     return load_checkpoint(path)[1]["history"]["step"] if path.exists() or previous(path).exists() else 0
+
+
+def begun_at(folder) -> int:
+    "The step at which the last life began to train; where only the last step's results were missing, that is the last."
+    begun = folder / "begun"
+    return int(begun.read_text()) if begun.exists() else tiny_task.RHYTHM["steps"]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,7 @@ def test_kill_9(nursery, untouched, tally, tmp_path, name, kills, slow_disk, slo
         counts["kills" if step else "before_the_first_checkpoint"] += 1
         counts["in_the_middle_of_a_write"] += any(p.suffix in (".tmp", ".new") for p in copy.iterdir())
         assert start(nursery, copy, every).end() == 0
-        assert int((copy / "begun").read_text()) == step, "it must have gone on, not begun anew"
+        assert begun_at(copy) == step, "it must have gone on, not begun anew"
         assert is_the_end(copy, untouched), f"killed after step {step}: another end"
         assert not [p for p in copy.iterdir() if p.suffix in (".tmp", ".new")]
         counts["resumed_bit_equal"] += step > 0
@@ -136,10 +142,10 @@ def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, t
         time.sleep(interval)
         life.send(signal.SIGTERM)
         assert life.end() == 75 and not (tmp_path / "report.json").exists()
-        assert int((tmp_path / "begun").read_text()) == steps[-1] < step_on_disk(tmp_path)
+        assert begun_at(tmp_path) == steps[-1] < step_on_disk(tmp_path)
         steps.append(step_on_disk(tmp_path))
     assert start(nursery, tmp_path, 1000).end() == 0
-    assert int((tmp_path / "begun").read_text()) == steps[-1] and is_the_end(tmp_path, untouched)
+    assert begun_at(tmp_path) == steps[-1] and is_the_end(tmp_path, untouched)
     tally("SIGTERM", signals=3, saved_with_exit_code_75=3, ends_bit_equal=1)
 
 
@@ -211,7 +217,7 @@ def test_killed_and_then_spoiled(nursery, untouched, tally, tmp_path):
         spoil(copy / "x.safetensors")
         assert step_on_disk(copy) == step - 4
         assert start(nursery, copy, 4).end() == 0
-        assert int((copy / "begun").read_text()) == step - 4, name
+        assert begun_at(copy) == step - 4, name
         assert is_the_end(copy, untouched), name
         assert (copy / "something_else.safetensors").exists() == (name == "renamed")
         shutil.rmtree(copy)
