@@ -82,9 +82,13 @@ class Sweep:
         options = ("--results", self.results, "--device", "cpu", "--slurm", "--workers", workers, "--minutes", 10)
         done = sweep(self.slurm.environ, self.grid, *options, "--partition", partition)
         assert done.returncode == 0, done.stderr
-        jobs = re.findall(r"\b\d+_\d+\b", done.stdout)
-        assert len(jobs) == workers and str(self.results / "slurm") in done.stdout
-        return jobs
+        found = re.match(
+            rf"{workers} Slurm jobs \(1 cores, no GPU, 10 minutes each\): (\d+)_0 to \1_{workers - 1};", done.stdout
+        )
+        assert found and str(self.results / "slurm") in done.stdout and f"scancel {found[1]}" in done.stdout, (
+            done.stdout
+        )
+        return [f"{found[1]}_{task}" for task in range(workers)]
 
     def wait_until(self, condition, what: str, seconds: float = 90) -> None:
         try:
