@@ -68,7 +68,7 @@ gpu-test: $(READY) ## prove the GPU kernels against the float64 loop (needs an N
 
 survive: $(READY) ## kill, freeze and corrupt in earnest: 100 kills, 100 chaos sweeps, 100,000 fuzzed files (about an hour)
 	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 OMP_NUM_THREADS=1 $(PY) -m pytest \
-	  tests/test_resume_kill.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py
+	  tests/test_resume_kill.py tests/test_data.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py
 
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/wrnn_bench

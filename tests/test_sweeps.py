@@ -912,16 +912,16 @@ def test_asked_to_stop_all_is_saved_and_the_same_goes_on(nursery, tmp_path, numb
 
 
 def test_a_second_signal_does_not_wait(nursery, tmp_path):
-    "Here on workers whose disk takes half a minute for everything."
+    "Here on workers whose disk takes nine seconds for everything."
     results = tmp_path / "results"
-    life = nursery("test_chaos:swept", LONG, str(results), 2, (str(tmp_path / "audit"), 0.005, 30.0))
+    life = nursery("test_chaos:swept", LONG, str(results), 2, (str(tmp_path / "audit"), 0.005, 9.0))
     until(lambda: len(list((tmp_path / "audit").glob("training/*"))) >= 2)
     workers = workers_of(life.pid)
     life.send(signal.SIGINT)
     time.sleep(0.5)
     begin = time.monotonic()
     life.send(signal.SIGINT)
-    assert life.end() != 0 and time.monotonic() - begin < 10
+    assert life.end() != 0 and time.monotonic() - begin < 6
     assert not any(lives(*worker) for worker in workers)
 
 
@@ -1205,7 +1205,7 @@ def training(results) -> bool:
 def test_finals_train_the_winners_with_more_seeds(call, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps(tiny(seeds=[0])))
     code, out, err = call("g.json", "--finals", "0-2", "--results", "r", "--device", "cpu", "--workers", "1")
-    assert code == 0 and "g: 2 of 2 runs: 2 done" in out or "tiny: 2 of 2 runs" in out
+    assert code == 0 and "tiny: 2 of 2 runs" in out, err
     assert "tiny_finals: 3 of 3 runs: 3 done" in out
     (best,) = sw.winners(grid_from(tiny(seeds=[0])), Board(grid_from(tiny(seeds=[0])).runs(), tmp_path / "r").look())
     assert all(records(tmp_path / "r", [Run(best, seed) for seed in range(3)]))
@@ -1233,7 +1233,7 @@ def test_the_soak_says_flat():
     assert record["runs"] >= 10_000 and record["workers"] == 2 and len(record["rows"]) <= 200
     assert record["rows"][-1]["done"] == record["runs"]
     for who, growth in verdict["memory_mb_per_1000_runs"].items():
-        assert growth < 1.0, (who, growth)  # MB: a leak of one kilobyte a run would be seen
+        assert growth < 0.6, (who, growth)  # MB: some hundred bytes a run are what a sweep remembers of it
     files = verdict["most_open_files_by_decile"]
     assert max(files) - files[0] <= 5 and max(files) < 2 * record["together"], files
     assert verdict["threads"][1] <= 4
