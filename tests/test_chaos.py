@@ -288,7 +288,8 @@ def left_overs(results) -> list[str]:
     "Every file that is neither a record, nor a curve, nor a log."
     wanted = {run.path(results, suffix) for run in RUNS.values() for suffix in (".json", ".csv")}
     there = {p for p in Path(results).rglob("*") if p.is_file() and p not in wanted}
-    there -= set(Path(results).glob("checkpoints/*/.runs.json.*.tmp"))  # of a population that was never begun
+    begun = set(Path(results).glob("checkpoints/*/.runs.json.*.tmp"))
+    there -= {p for p in begun if not p.with_name("runs.json").exists()}  # of a population that was never begun
     return sorted(str(p.relative_to(results)) for p in there if p.parent.name != "logs")
 
 
