@@ -239,7 +239,7 @@ def find_grid(text: str) -> Grid:
     seeds = tuple(dict.fromkeys(s for e in experiments for s in e.seeds))
     return Grid(re.sub(r"\W+", "_", Path(text).stem)[:64], tuple(experiments), seeds=seeds)
 
-# %% ../nbs/10_sweeps.ipynb #51b6a5cf
+# %% ../nbs/10_sweeps.ipynb #40f55ee8
 class Ended(NamedTuple):
     "What a sweep remembers of a run that has ended: little, because it may remember ten thousand."
 
@@ -280,7 +280,7 @@ class Board:
                         and key not in self.records
                         and (record := record_of(self.results, self.runs[key]))
                     ):
-                        self.records[key] = Ended.of(record)
+                        self.records[self.runs[key].key] = Ended.of(record)  # the run's own string, not one more
         return self
 
     def left(self) -> list[Run]:
@@ -305,7 +305,7 @@ def populations(runs: list[Run], most: int) -> list[list[Run]]:
         families.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     return [members[i : i + most] for members in families.values() for i in range(0, len(members), most)]
 
-# %% ../nbs/10_sweeps.ipynb #ee18388f
+# %% ../nbs/10_sweeps.ipynb #7c422c07
 def work(
     grid: Grid,
     results: Path,
@@ -327,6 +327,8 @@ def work(
             trained += number
             if pulse.asked():
                 raise Interrupted("stopped between two populations: start again to go on")
+        if not board.look().left():
+            tidy(board)
     return trained
 
 
@@ -530,11 +532,11 @@ def is_pulse(note: dict) -> bool:
         type(k) is str for k in note["runs"]
     )
 
-# %% ../nbs/10_sweeps.ipynb #a14977cd
+# %% ../nbs/10_sweeps.ipynb #585823d6
 def tidy(board: Board) -> None:
     "Remove what killed processes left behind: nothing that a run without a record, or a living worker, could need."
     folder, keys = board.results / "checkpoints", board.look().records.keys()
-    done = [board.runs[key] for key in keys]
+    done, orphans = [board.runs[key] for key in keys], [p.parent for p in folder.glob("[0-9a-f]*/.runs.json.*.tmp")]
     for group in half_finished(board.results, done):
         with claimed(board.results, group, whole=True) as ours:
             if ours:
@@ -542,6 +544,10 @@ def tidy(board: Board) -> None:
     for key in keys & {path.stem for path in (folder / "claims").glob("*.lock")}:
         with claimed(board.results, [board.runs[key]]):
             pass  # letting go of a run that has a record removes its lock
+    if not any((folder / "claims").glob("*.lock")):  # a claim comes before a folder: whoever made these is dead
+        for path in orphans:
+            if not (path / "runs.json").exists():
+                discard(path)
     rubbish = [
         path
         for task in board.tasks
