@@ -890,7 +890,7 @@ def has_space(results: Path) -> None:
 
     atomic_write(results / "logs" / f"space-{os.getpid()}", bytes(2**16)).unlink(missing_ok=True)
 
-# %% ../nbs/10_sweeps.ipynb #3c3ecc5f
+# %% ../nbs/10_sweeps.ipynb #4a672b08
 def sweep(
     grid: Grid,
     results: Path | None = None,  # results_root() if None
@@ -909,21 +909,23 @@ def sweep(
     board, view = Board(grid.runs(), results, order["most"]), View(grid.name, progress)
     deaths, last = Deaths(board, order["session"]), -math.inf
     with contextlib.closing(view), listen_for() as asked, Crew(order, results) as crew:
-        while (now := overview(board, order["session"])).open or crew.workers:
-            view.show(now)
-            if asked():
-                view.say("stopping: the workers save what they have; Ctrl-C again does not wait for them")
-                raise stopped(crew.stop(), overview(board, order["session"]))
+        while True:
             for worker, ending in crew.gone():
                 if ending:
                     view.say(ending)
                     deaths.note(worker, ending)
                     last = -math.inf
+                pulse_path(results, worker).unlink(missing_ok=True)
+            view.show(now := overview(board, order["session"]), last=not crew.workers)
+            if not now.open and not crew.workers:
+                break
+            if asked():
+                view.say("stopping: the workers save what they have; Ctrl-C again does not wait for them")
+                raise stopped(crew.stop(), overview(board, order["session"]))
             if now.open and time.monotonic() - last > (30 if crew.workers else 5):
                 crew.fill(min(order["workers"], len(crew.workers) + idle_runs(now)))
                 last = time.monotonic()
             time.sleep(0.2)
-        view.show(now, last=True)
     tidy(board)
     return now
 
