@@ -7,7 +7,7 @@ __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'MANY_CLIPS
            'WORKER', 'SAVED', 'STOPPING', 'DEATHS', 'WARNING_SECONDS', 'Grid', 'is_setting', 'varied', 'point_name',
            'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'Ended', 'Board', 'populations', 'work', 'attempt',
            'train_claimed', 'is_readable', 'allow_files', 'new_session', 'note_failure', 'failure', 'small_json',
-           'worker_name', 'pulse_path', 'label', 'clock', 'duration', 'Pulse', 'is_pulse', 'tidy', 'modified',
+           'worker_name', 'pulse_path', 'label', 'clock', 'duration', 'Pulse', 'is_pulse', 'tidy', 'listed', 'modified',
            'Overview', 'overview', 'silence', 'best_so_far', 'shown', 'ranking', 'winners', 'ranking_text', 'View',
            'Crew', 'use_threads', 'be_worker', 'Deaths', 'has_space', 'sweep', 'order_of', 'idle_runs', 'stopped',
            'cores', 'usual_workers', 'submit', 'need_slurm', 'check_words', 'slurm_job', 'come_back', 'slurm_says',
@@ -532,11 +532,11 @@ def is_pulse(note: dict) -> bool:
         type(k) is str for k in note["runs"]
     )
 
-# %% ../nbs/10_sweeps.ipynb #585823d6
+# %% ../nbs/10_sweeps.ipynb #db185186
 def tidy(board: Board) -> None:
     "Remove what killed processes left behind: nothing that a run without a record, or a living worker, could need."
     folder, keys = board.results / "checkpoints", board.look().records.keys()
-    done, orphans = [board.runs[key] for key in keys], [p.parent for p in folder.glob("[0-9a-f]*/.runs.json.*.tmp")]
+    done, orphans = [board.runs[key] for key in keys], [p for p in folder.glob("[0-9a-f]" * 16) if not listed(p)]
     for group in half_finished(board.results, done):
         with claimed(board.results, group, whole=True) as ours:
             if ours:
@@ -546,7 +546,7 @@ def tidy(board: Board) -> None:
             pass  # letting go of a run that has a record removes its lock
     if not any((folder / "claims").glob("*.lock")):  # a claim comes before a folder: whoever made these is dead
         for path in orphans:
-            if not (path / "runs.json").exists():
+            if not listed(path):  # without its list of runs, nobody can go on with it
                 discard(path)
     rubbish = [
         path
@@ -561,6 +561,11 @@ def tidy(board: Board) -> None:
         path.unlink(missing_ok=True)
     for path in folder.glob("trash-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def listed(folder: Path) -> bool:
+    "Does a population's folder say which runs it is for?"
+    return (folder / "runs.json").exists()
 
 
 def modified(path: Path, otherwise: float | None = None) -> float:
