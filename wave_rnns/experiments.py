@@ -8,9 +8,10 @@ __all__ = ['LARGEST', 'KINDS', 'RECIPE', 'WORDS', 'EXPERIMENTS', 'declare', 'IRN
            'to_config', 'from_config', 'decisive', 'run_key', 'merge', 'Registry', 'sequence_length', 'shipped_results',
            'results_root', 'is_name', 'run_path', 'content_hash', 'read_record', 'thin', 'curve_text', 'read_curve',
            'set_aside', 'trusted_record', 'read_records', 'solved_step', 'Run', 'make_record', 'write_record',
-           'record_of', 'check_population', 'Once', 'Spaced', 'population_folder', 'discard', 'half_finished',
+           'record_of', 'check_population', 'Once', 'Spaced', 'population_folder', 'listed', 'discard', 'half_finished',
            'claimed', 'train', 'train_group', 'fit_group', 'rhythm_of', 'checked_device', 'answer', 'usage_error',
-           'parse_seeds', 'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train', 'todo', 'wrnn_todo']
+           'parse_seeds', 'expect_object', 'read_experiment', 'select', 'line_of', 'show_experiments', 'wrnn_train',
+           'todo', 'wrnn_todo']
 
 # %% ../nbs/09_experiments.ipynb #77324f1c
 import contextlib
@@ -431,7 +432,7 @@ def run_path(
         raise RecordError(f"{path} leads out of the results folder {results}: remove the link")
     return path
 
-# %% ../nbs/09_experiments.ipynb #01c361fe
+# %% ../nbs/09_experiments.ipynb #36fe12ce
 STATUSES = ("done", "stopped", "diverged")  # how a run can end
 RECORD = {  # what everything that reads records may rely on
     **dict.fromkeys(("key", "experiment", "status", "metric", "selection", "finished"), str),
@@ -622,7 +623,7 @@ def make_record(
     record = json.loads(json.dumps(plain(record), allow_nan=False))
     return {**record, "sha256": content_hash(record)}
 
-# %% ../nbs/09_experiments.ipynb #1987f6ee
+# %% ../nbs/09_experiments.ipynb #bd6e54f6
 def write_record(
     results: Path,
     record: dict,
@@ -678,7 +679,7 @@ def check_population(runs: list[Run]) -> None:
     if len({run.key for run in runs}) < len(runs):
         raise ConfigError(f"{runs[0].experiment.name}: the same run is asked for twice")
 
-# %% ../nbs/09_experiments.ipynb #35dc51ec
+# %% ../nbs/09_experiments.ipynb #6d507dca
 class Once:
     "A question that is not put again after a yes, and remembers it."
 
@@ -717,6 +718,11 @@ def population_folder(results: Path, runs: list[Run]) -> Path:
     if folder.is_symlink():
         raise RecordError(f"{folder} leads out of the results folder: remove the link")
     return folder
+
+
+def listed(folder: Path) -> bool:
+    "Does a population's folder say which runs it is for?"
+    return (folder / "runs.json").exists()
 
 # %% ../nbs/09_experiments.ipynb #cca53e41
 def discard(folder: Path) -> None:
@@ -804,7 +810,7 @@ def train(
             train_group(group, results, device, resume, **options)
     return [read_record(run.path(results)) for run in runs]
 
-# %% ../nbs/09_experiments.ipynb #e3625912
+# %% ../nbs/09_experiments.ipynb #e339479e
 def train_group(
     group: list[Run],  # of one population, all claimed by this process
     results: Path,
@@ -815,7 +821,7 @@ def train_group(
     "One training loop: look again what is left, train, write a record for each run, tidy up."
     left = [run for run in group if not (resume and record_of(results, run))]
     folder = population_folder(results, group)
-    if not (folder / "runs.json").exists() or not resume:
+    if not listed(folder) or not resume:
         discard(folder)
         group, folder = left, population_folder(results, left)
     if left:
@@ -926,7 +932,7 @@ def usage_error(message: str) -> Exception:
     error.exit_code = 2
     return error
 
-# %% ../nbs/09_experiments.ipynb #4c0bc978
+# %% ../nbs/09_experiments.ipynb #24fa8621
 def parse_seeds(text: str) -> tuple[int, ...]:
     "'0,1,5' or '0-4', or both: '0-2,7'."
     seeds = []
@@ -939,8 +945,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(seeds))
 
 
-def read_experiment(path: Path) -> Experiment:
-    "An experiment from a JSON file: a whole one, or differences from a declared `base`. Raises ConfigError."
+def expect_object(path: Path, what: str) -> dict:
+    "The object in a small JSON file. Raises ConfigError that says what was expected."
     from wave_rnns.core import ConfigError, from_json, read_small
 
     try:
@@ -948,7 +954,13 @@ def read_experiment(path: Path) -> Experiment:
     except ValueError as e:
         raise ConfigError(f"{path} is not JSON: {e}") from e
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected an object of named settings")
+        raise ConfigError(f"{path}: expected an object {what}")
+    return config
+
+
+def read_experiment(path: Path) -> Experiment:
+    "An experiment from a JSON file: a whole one, or differences from a declared `base`. Raises ConfigError."
+    config = expect_object(path, "of named settings")
     base = config.pop("base", None)
     if base is not None:
         config = merge(to_config(EXPERIMENTS[base]), {"name": Path(path).stem, **config})

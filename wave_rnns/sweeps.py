@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES', 'FULL', 'SILENT',
-           'WORKER', 'SAVED', 'STOPPING', 'DEATHS', 'WARNING_SECONDS', 'Grid', 'is_setting', 'varied', 'point_name',
+           'WORKER', 'STOPPING', 'DEATHS', 'WARNING_SECONDS', 'Grid', 'is_setting', 'varied', 'point_name',
            'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'Ended', 'Board', 'populations', 'work', 'attempt',
            'train_claimed', 'is_readable', 'allow_files', 'new_session', 'note_failure', 'failure', 'small_json',
-           'worker_name', 'pulse_path', 'label', 'clock', 'duration', 'Pulse', 'is_pulse', 'tidy', 'listed', 'modified',
+           'worker_name', 'pulse_path', 'label', 'clock', 'duration', 'Pulse', 'is_pulse', 'tidy', 'modified',
            'Overview', 'overview', 'silence', 'best_so_far', 'shown', 'ranking', 'winners', 'ranking_text', 'View',
            'Crew', 'use_threads', 'be_worker', 'Deaths', 'has_space', 'sweep', 'order_of', 'idle_runs', 'stopped',
            'cores', 'usual_workers', 'submit', 'need_slurm', 'check_words', 'slurm_job', 'come_back', 'slurm_says',
            'sbatch_options', 'show_grids', 'wrnn_sweep', 'run_stage']
 
-# %% ../nbs/10_sweeps.ipynb #070b28f5
+# %% ../nbs/10_sweeps.ipynb #e93034f3
 import contextlib
 import errno
 import itertools
@@ -48,8 +48,10 @@ from wave_rnns.experiments import (
     claimed,
     decisive,
     discard,
+    expect_object,
     from_config,
     half_finished,
+    listed,
     merge,
     parse_seeds,
     population_folder,
@@ -190,19 +192,19 @@ for task in ("smnist", "psmnist"):
 declare_grid("nscifar10_wrnn", ["nscifar10_wrnn"], {**IMAGES, "model.n": [144, 256]}, SWEPT)
 declare_grid("nscifar10_irnn", ["nscifar10_irnn"], {**IMAGES, "model.n": [144, 256, 529, 1024]}, SWEPT)
 
-# %% ../nbs/10_sweeps.ipynb #2a5f630b
+# %% ../nbs/10_sweeps.ipynb #0f4ec735
 def grid_from(config: dict, where: str = "grid", folder: Path = Path()) -> Grid:
     "A grid from plain data. Raises ConfigError for an unknown key, a missing one, or an experiment that does not exist."
     from wave_rnns.core import ConfigError
 
     check_fields(Grid, {**config, "experiments": ()} if isinstance(config, dict) else config, where)
-    listed = config.get("experiments")
-    if not isinstance(listed, list) or not all(isinstance(e, (str, dict)) for e in listed):
+    named = config.get("experiments")
+    if not isinstance(named, list) or not all(isinstance(e, (str, dict)) for e in named):
         raise ConfigError(
-            f"{where}: experiments must be a list of names, patterns, files or whole experiments, got {listed!r}"
+            f"{where}: experiments must be a list of names, patterns, files or whole experiments, got {named!r}"
         )
     found = []
-    for e in listed:
+    for e in named:
         file = isinstance(e, str) and e.endswith(".json")
         found += [from_config(e)] if isinstance(e, dict) else select(str(folder / e) if file else e)
     return Grid(**{**config, "experiments": tuple(found)})
@@ -218,18 +220,13 @@ def grid_config(grid: Grid) -> dict:
 
 def find_grid(text: str) -> Grid:
     "The grid a user means: a declared one, a JSON file, or the declared runs of an experiment or pattern. Raises ConfigError."
-    from wave_rnns.core import ConfigError, from_json, read_small
+    from wave_rnns.core import ConfigError
 
     if text in GRIDS:
         return grid_from(GRIDS[text], f"grid {text!r}")
     if text.endswith(".json"):
         path = Path(text)
-        try:
-            config = from_json(read_small(path))
-        except ValueError as e:
-            raise ConfigError(f"{path} is not JSON: {e}") from e
-        if not isinstance(config, dict):
-            raise ConfigError(f"{path}: expected an object with name, experiments and axes")
+        config = expect_object(path, "with name, experiments and axes")
         if "experiments" in config:
             return grid_from({"name": re.sub(r"\W+", "_", path.stem)[:64], **config}, str(path), path.parent)
     try:
@@ -305,7 +302,7 @@ def populations(runs: list[Run], most: int) -> list[list[Run]]:
         families.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     return [members[i : i + most] for members in families.values() for i in range(0, len(members), most)]
 
-# %% ../nbs/10_sweeps.ipynb #7c422c07
+# %% ../nbs/10_sweeps.ipynb #b17b2ac6
 def work(
     grid: Grid,
     results: Path,
@@ -356,7 +353,7 @@ def train_claimed(group, results, session, pulse, device, checkpoint_seconds) ->
     from wave_rnns.training import Interrupted, ResumeRefused
 
     folder = population_folder(results, group)
-    if not (folder / "runs.json").exists():
+    if not listed(folder):
         group = [run for run in group if record_of(results, run) is None]
         folder = population_folder(results, group)
     pulse.begin(group)
@@ -532,7 +529,7 @@ def is_pulse(note: dict) -> bool:
         type(k) is str for k in note["runs"]
     )
 
-# %% ../nbs/10_sweeps.ipynb #db185186
+# %% ../nbs/10_sweeps.ipynb #3884a968
 def tidy(board: Board) -> None:
     "Remove what killed processes left behind: nothing that a run without a record, or a living worker, could need."
     folder, keys = board.results / "checkpoints", board.look().records.keys()
@@ -561,11 +558,6 @@ def tidy(board: Board) -> None:
         path.unlink(missing_ok=True)
     for path in folder.glob("trash-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def listed(folder: Path) -> bool:
-    "Does a population's folder say which runs it is for?"
-    return (folder / "runs.json").exists()
 
 
 def modified(path: Path, otherwise: float | None = None) -> float:
@@ -745,11 +737,8 @@ class View:
         for bar in reversed(self.bars):
             bar.close()
 
-# %% ../nbs/10_sweeps.ipynb #80067175
+# %% ../nbs/10_sweeps.ipynb #547603cf
 WORKER = "import sys; from wave_rnns.sweeps import be_worker; sys.exit(be_worker())"
-
-
-SAVED = 75  # the exit code of a worker that was asked to stop and has saved; see `Interrupted`
 
 
 class Crew:
@@ -801,6 +790,8 @@ class Crew:
 
     def stop(self, seconds: float = 300.0) -> list[str]:  # what went wrong: nothing, if all of them have saved
         "Ask all to save and end; who does not within that time is killed, and will be resumed from an older checkpoint."
+        from wave_rnns.training import Interrupted
+
         for worker in self.workers.values():
             worker.send_signal(signal.SIGTERM)
             worker.send_signal(signal.SIGCONT)  # one that was stopped could not hear
@@ -812,7 +803,7 @@ class Crew:
                 worker.kill()
                 worker.wait()
         codes = {number: worker.poll() for number, worker in self.workers.items()}
-        ends = [self.ending(number, code) for number, code in codes.items() if code != SAVED]
+        ends = [self.ending(number, code) for number, code in codes.items() if code != Interrupted.exit_code]
         self.workers.clear()
         return [end for end in ends if end]
 
