@@ -1,15 +1,18 @@
 """What the whole suite shares: one thread (two cores are busy enough), the checkout, a copy of it to work on, npm's packages,
-a table of what was counted, and a nursery of processes that may be killed."""
+the commands, a table of what was counted, and a nursery of processes that may be killed."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
+import configparser
 import json
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,55 @@ def run_python(*args: str, cwd: Path, timeout: int = 300) -> str:
     done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(args)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- the commands
+
+SCRIPT = "import sys\nfrom {module} import {name}\nif __name__ == '__main__':\n    sys.exit({name}())\n"
+
+
+def entry_points() -> dict[str, str]:
+    "Name of each command that pip installs -> the module that has the function of this name."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    points = (point.partition("=") for point in settings["DEFAULT"]["console_scripts"].split())
+    return {name: target.removesuffix(f":{name}") for name, _, target in points}
+
+
+@pytest.fixture
+def script(tmp_path):
+    "What pip makes of an entry point, a file that imports the function and exits with what it returns: script(name) -> path."
+
+    def make(name: str) -> Path:
+        path = tmp_path / "bin" / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(SCRIPT.format(module=entry_points()[name], name=name))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def call(script, tmp_path, monkeypatch, capfd):
+    "Run a command in an empty folder -> (exit code, stdout, stderr). In this process: only importing torch is spared."
+
+    def run(name: str, *args, **env):
+        path = str(script(name))
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(sys, "argv", [path, *map(str, args)])
+            patched.setattr(warnings, "showwarning", warnings.showwarning)  # commands show them their own way
+            for key, value in {"COLUMNS": "100", **env}.items():
+                patched.setenv(key, value)
+            capfd.readouterr()  # what came before is not the command's
+            with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+                warnings.simplefilter("default")
+                runpy.run_path(path, run_name="__main__")
+        out, err = capfd.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------- what was counted

@@ -1,8 +1,6 @@
 "The benchmark's parts where they can be tried without a GPU, and its command as a user meets it."
 
 import json
-import runpy
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -456,26 +454,8 @@ def test_durations_in_words():
     assert [bench.time_text(s) for s in (None, 0.3921, 17.54, 1883.4)] == ["–", "0.392 ms", "17.5 ms", "1,883 ms"]
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
-    "Run wrnn_bench as its script does -> (exit code, stdout, stderr); in this process, which has torch already."
-
-    def run(*args):
-        path = tmp_path / "wrnn_bench"
-        path.write_text(
-            "import sys\nfrom wave_rnns.bench import wrnn_bench\nif __name__ == '__main__':\n    sys.exit(wrnn_bench())\n"
-        )
-        monkeypatch.setattr(sys, "argv", [str(path), *args])
-        monkeypatch.setenv("COLUMNS", "100")
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(path), run_name="__main__")
-        return end.value.code or 0, *capfd.readouterr()
-
-    return run
-
-
-def test_command_explains_itself(command):
-    code, out, _ = command("--help")
+def test_command_explains_itself(call):
+    code, out, _ = call("wrnn_bench", "--help")
     assert code == 0 and "--sections" in out and "--minutes" in out and "double precision" in out
 
 
@@ -488,20 +468,21 @@ def test_command_explains_itself(command):
         (["--device", "quantum"], "unknown device 'quantum'", 1),
     ],
 )
-def test_command_refuses_in_one_line(command, args, words, expected):
-    code, _, err = command(*args)
+def test_command_refuses_in_one_line(call, args, words, expected):
+    code, _, err = call("wrnn_bench", *args)
     assert code == expected and words in err and len(err.strip().splitlines()) == 1, err
 
 
-def test_command_writes_where_it_says(command, monkeypatch, tmp_path):
+def test_command_writes_where_it_says(call, monkeypatch, tmp_path):
     row = {"shape": "s", "ours": {"name": "a"}, "other": {"name": "b"}, "ratio": None}
     monkeypatch.setattr(bench, "section_rows", lambda *_: iter([row]))
     monkeypatch.setenv("WAVE_RNNS_RESULTS", str(tmp_path / "results"))
-    code, out, _ = command("--device", "cpu")
+    code, out, _ = call("wrnn_bench", "--device", "cpu")
     (path,) = (tmp_path / "results" / "speed").glob("*.json")
     assert code == 0 and str(path) in out and json.loads(path.read_text())["sections"]["cpu"]["rows"] == [row]
     assert (
-        command("--device", "cpu", "--out", str(tmp_path / "mine.json"))[0] == 0 and (tmp_path / "mine.json").exists()
+        call("wrnn_bench", "--device", "cpu", "--out", str(tmp_path / "mine.json"))[0] == 0
+        and (tmp_path / "mine.json").exists()
     )
 
 

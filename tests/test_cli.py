@@ -1,16 +1,16 @@
 "The commands as a user meets them: help, one-line errors, exit codes, interruption."
 
+import importlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
+from conftest import entry_points
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -23,43 +23,6 @@ TINY = {
 
 
 @pytest.fixture
-def script(tmp_path):
-    "What pip makes of an entry point: a file that imports the function and exits with what it returns."
-
-    def make(name):
-        path, module = tmp_path / "bin" / name, "reports" if name == "wrnn_tables" else "experiments"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            f"import sys\nfrom wave_rnns.{module} import {name}\nif __name__ == '__main__':\n    sys.exit({name}())\n"
-        )
-        return [sys.executable, str(path)]
-
-    return make
-
-
-@pytest.fixture
-def call(script, tmp_path, monkeypatch, capfd):
-    "Run a command in an empty folder -> (exit code, stdout, stderr). In this process: only importing torch is spared."
-
-    def run(name, *args, **env):
-        path = script(name)[1]
-        with monkeypatch.context() as patched:
-            patched.chdir(tmp_path)
-            patched.setattr(sys, "argv", [path, *map(str, args)])
-            patched.setattr(warnings, "showwarning", warnings.showwarning)  # commands show them their own way
-            patched.setenv("COLUMNS", "100")
-            for key, value in env.items():
-                patched.setenv(key, value)
-            with pytest.raises(SystemExit) as end, warnings.catch_warnings():
-                warnings.simplefilter("default")
-                runpy.run_path(path, run_name="__main__")
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
 def tiny(tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY))
@@ -67,15 +30,9 @@ def tiny(tmp_path):
 
 
 def test_entry_points_exist():
-    import configparser
-    import importlib
-
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini")
-    points = dict(p.split("=") for p in settings["DEFAULT"]["console_scripts"].split())
-    for name in ("wrnn_train", "wrnn_todo", "wrnn_tables"):
-        module, function = points[name].split(":")
-        assert callable(getattr(importlib.import_module(module), function))
+    assert entry_points().keys() == {f"wrnn_{name}" for name in ("train", "todo", "sweep", "tables", "demo", "bench")}
+    for name, module in entry_points().items():
+        assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +44,29 @@ def test_entry_points_exist():
         ),
         ("wrnn_todo", ["no record yet", "--results", "diverged run counts as done"]),
         ("wrnn_tables", ["A dash means that nothing ran", "--results"]),
+        (
+            "wrnn_sweep",
+            [
+                "--workers",
+                "--seeds",
+                "--results",
+                "--show",
+                "--slurm",
+                "--sbatch",
+                "exit code 75",
+                "no run is trained twice",
+            ],
+        ),
     ],
 )
 def test_help_explains_and_does_not_wait_for_torch(script, name, says):
-    path = script(name)[1]
-    code = f"import runpy, sys; sys.argv = [{path!r}, '--help']\ntry: runpy.run_path({path!r}, run_name='__main__')\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules, 'help waited for torch'"
+    path = str(script(name))
+    code = (
+        f"import runpy, sys; sys.argv = [{path!r}, '--help']\n"
+        f"try: runpy.run_path({path!r}, run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert not {'torch', 'submitit'} & sys.modules.keys(), 'help waited for torch'"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(word in " ".join(done.stdout.split()) for word in says)
@@ -198,7 +173,7 @@ def test_a_damaged_record_is_one_warning(call, tiny, tmp_path):
 
 
 def test_todo_into_head(script, tmp_path):
-    command = " ".join(script("wrnn_todo")) + " --results none | head -1"
+    command = f"{sys.executable} {script('wrnn_todo')}" + " --results none | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("wrnn_train ") and done.stderr == ""
 
@@ -209,7 +184,12 @@ def test_interrupted_saves_exits_75_and_goes_on(script, call, tmp_path, number):
     (tmp_path / "long.json").write_text(json.dumps({**TINY, "steps": 1000, "eval_every": 100, "log_every": 20}))
     args = ["long.json", "--device", "cpu", "--results", "r"]
     process = subprocess.Popen(
-        [*script("wrnn_train"), *args], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, script("wrnn_train"), *args],
+        cwd=tmp_path,
+        env=ENV,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     while not list((tmp_path / "r").glob("checkpoints/*/runs.json")):
         assert process.poll() is None

@@ -1,19 +1,16 @@
 "Grids, boards, workers, crews, what a sweep shows, and its command: where notebook 10 would get dull."
 
-import configparser
 import io
 import itertools
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -990,74 +987,14 @@ def test_wrnn_train_and_a_sweep_over_the_same_runs(nursery, tally, tmp_path):
 
 
 @pytest.fixture
-def script(tmp_path):
-    "What pip makes of the entry point."
-    path = tmp_path / "bin" / "wrnn_sweep"
-    path.parent.mkdir()
-    path.write_text(
-        "import sys\nfrom wave_rnns.sweeps import wrnn_sweep\nif __name__ == '__main__':\n    sys.exit(wrnn_sweep())\n"
-    )
-    return path
-
-
-@pytest.fixture
-def call(script, tmp_path, monkeypatch, capfd):
-    "Run the command in an empty folder, in this process -> (exit code, stdout, stderr)."
-
-    def run(*args, **env):
-        with monkeypatch.context() as patched:
-            patched.chdir(tmp_path)
-            patched.setattr(sys, "argv", [str(script), *map(str, args)])
-            patched.setattr(warnings, "showwarning", warnings.showwarning)
-            for key, value in {"COLUMNS": "100", **env}.items():
-                patched.setenv(key, value)
-            capfd.readouterr()  # what came before is not the command's
-            with pytest.raises(SystemExit) as end, warnings.catch_warnings():
-                warnings.simplefilter("default")
-                runpy.run_path(str(script), run_name="__main__")
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
 def file(tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY))
     return path
 
 
-def test_the_command_is_installed():
-    settings = configparser.ConfigParser()
-    settings.read(HERE.parent / "settings.ini")
-    assert "wrnn_sweep=wave_rnns.sweeps:wrnn_sweep" in settings["DEFAULT"]["console_scripts"].split()
-
-
-def test_help_explains_and_does_not_wait_for_torch(script):
-    code = (
-        f"import runpy, sys; sys.argv = [{str(script)!r}, '--help']\n"
-        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
-        "except SystemExit as e: assert not e.code\nassert not {'torch', 'submitit'} & sys.modules.keys()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
-    for word in (
-        "--workers",
-        "--seeds",
-        "--results",
-        "--show",
-        "--slurm",
-        "--sbatch",
-        "exit code 75",
-        "no run is trained twice",
-    ):
-        assert word in text, word
-
-
 def test_list_counts_what_is_declared(call):
-    code, out, err = call("--list")
+    code, out, err = call("wrnn_sweep", "--list")
     lines = [re.fullmatch(r"(\w+) +(\d+) runs: .*", line) for line in out.splitlines()]
     assert (code, err) == (0, "") and {m[1]: int(m[2]) for m in lines} == PAPER
 
@@ -1082,7 +1019,7 @@ def test_list_counts_what_is_declared(call):
     ],
 )
 def test_mistakes_are_one_line_with_a_remedy(call, tmp_path, args, code, says):
-    found, out, err = call(*args)
+    found, out, err = call("wrnn_sweep", *args)
     assert (found, out) == (code, "") and says in err
     if "unrecognized" not in err and "invalid" not in err:  # argparse adds its own lines of usage
         assert err.count("\n") == 1 and err.startswith("wrnn_sweep: ")
@@ -1091,15 +1028,15 @@ def test_mistakes_are_one_line_with_a_remedy(call, tmp_path, args, code, says):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there(call, file, tmp_path, device):
-    code, out, err = call(file, "--device", device, "--results", "r", "--workers", "1")
+    code, out, err = call("wrnn_sweep", file, "--device", device, "--results", "r", "--workers", "1")
     assert code == 1 and "device" in err.splitlines()[-1] and not list((tmp_path / "r").glob("runs/*/*"))
 
 
 def test_show_changes_nothing(call, file, tmp_path, swept):
-    code, out, err = call(file, "--show", "--results", tmp_path / "none")
+    code, out, err = call("wrnn_sweep", file, "--show", "--results", tmp_path / "none")
     assert (code, err) == (0, "") and "0 of 6 runs: nothing yet" in out and not (tmp_path / "none").exists()
     before = {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p != file}
-    code, out, err = call(file, "--show", "--results", swept, "--seeds", "0-3")
+    code, out, err = call("wrnn_sweep", file, "--show", "--results", swept, "--seeds", "0-3")
     assert (code, err) == (0, "") and "6 of 8 runs: 6 done; best validation cross_entropy" in out
     lines = [line for line in out.splitlines() if line.startswith("copy0_wrnn")]
     assert len(lines) == 2 and all("(3 runs)" in line for line in lines)
@@ -1145,18 +1082,18 @@ def test_folders_that_sbatch_would_read_otherwise_are_refused(folder):
 def test_slurm_without_slurm_is_one_line(call, file, tmp_path, monkeypatch):
     "Without its commands, and without submitit."
     (tmp_path / "empty").mkdir()
-    code, out, err = call(file, "--slurm", "--results", "r", PATH=str(tmp_path / "empty"))
+    code, out, err = call("wrnn_sweep", file, "--slurm", "--results", "r", PATH=str(tmp_path / "empty"))
     assert code == 1 and out == "" and err.count("\n") == 1
     assert ("no sbatch" in err and "login node" in err) or "pip install 'wave-rnns[slurm]'" in err
     monkeypatch.setitem(sys.modules, "submitit", None)
-    code, out, err = call(file, "--slurm", "--results", "r")
+    code, out, err = call("wrnn_sweep", file, "--slurm", "--results", "r")
     assert code == 1 and err.count("\n") == 1 and "pip install 'wave-rnns[slurm]'" in err
     assert not (tmp_path / "r").exists()
 
 
 def test_runs_that_fail_make_exit_code_1_and_the_rest_is_done(call, nursery, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(tiny(axes={"lr": [1e-2], "task_options.delay": [3]}, seeds=[0, 1])))
-    code, out, err = call("bad.json", "--results", "r", "--device", "cpu", "--workers", "1")
+    code, out, err = call("wrnn_sweep", "bad.json", "--results", "r", "--device", "cpu", "--workers", "1")
     assert code == 1 and "0 of 2 runs: 2 failed" in out
     last = err.splitlines()[-1]
     assert "2 runs failed" in last and "no option 'delay'" in last and "The same command tries them again" in last
@@ -1169,7 +1106,7 @@ def test_the_command_from_beginning_to_end(script, tmp_path, tally):
     "Ctrl-C and kill -9 in the middle, and each time the same command again; in the end the numbers of peace."
     grid = tiny(axes={"steps": [400], "eval_every": [100], "log_every": [4]})
     (tmp_path / "g.json").write_text(json.dumps(grid))
-    command = [sys.executable, str(script), "g.json", "--device", "cpu", "--workers", "2", "--results"]
+    command = [sys.executable, script("wrnn_sweep"), "g.json", "--device", "cpu", "--workers", "2", "--results"]
     streams = {"cwd": tmp_path, "env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     results = tmp_path / "r"
     for number, code in ((signal.SIGINT, 75), (signal.SIGKILL, -9)):
@@ -1204,7 +1141,9 @@ def training(results) -> bool:
 
 def test_finals_train_the_winners_with_more_seeds(call, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps(tiny(seeds=[0])))
-    code, out, err = call("g.json", "--finals", "0-2", "--results", "r", "--device", "cpu", "--workers", "1")
+    code, out, err = call(
+        "wrnn_sweep", "g.json", "--finals", "0-2", "--results", "r", "--device", "cpu", "--workers", "1"
+    )
     assert code == 0 and "tiny: 2 of 2 runs" in out, err
     assert "tiny_finals: 3 of 3 runs: 3 done" in out
     (best,) = sw.winners(grid_from(tiny(seeds=[0])), Board(grid_from(tiny(seeds=[0])).runs(), tmp_path / "r").look())
@@ -1214,12 +1153,12 @@ def test_finals_train_the_winners_with_more_seeds(call, tmp_path):
 
 def test_finals_wait_until_the_grid_is_done(call, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps(tiny(seeds=[0])))
-    code, out, err = call("g.json", "--finals", "0-2", "--show", "--results", "r")
+    code, out, err = call("wrnn_sweep", "g.json", "--finals", "0-2", "--show", "--results", "r")
     assert code == 0 and "finals" not in out
 
 
 def test_wrong_seeds_of_finals_are_told_at_once(call, file, tmp_path):
-    code, out, err = call(file, "--finals", "one", "--results", "r", "--device", "cpu", "--workers", "1")
+    code, out, err = call("wrnn_sweep", file, "--finals", "one", "--results", "r", "--device", "cpu", "--workers", "1")
     assert code == 2 and "expected whole numbers" in err and not (tmp_path / "r").exists()
 
 
