@@ -18,14 +18,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SCRIPT
 from slurm_cluster import SlurmOnOneMachine, what_is_missing
 
 from wave_rnns.core import ConfigError, WaveRNNError
 from wave_rnns.experiments import read_record
 from wave_rnns.sweeps import check_words, come_back, find_grid, need_slurm, submit
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "import sys\nfrom wave_rnns.sweeps import wrnn_sweep\nif __name__ == '__main__':\n    sys.exit(wrnn_sweep())\n"
 STEPS = 300
 TINY = {
     "name": "tiny",
@@ -48,7 +47,7 @@ OF_THE_CLOCK = {
 def sweep(environ: dict, grid: Path, *arguments) -> subprocess.CompletedProcess:
     "The command `wrnn_sweep`, as a process of its own."
     script = grid.with_name("wrnn_sweep")
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.format(module="wave_rnns.sweeps", name="wrnn_sweep"))
     environ = {**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, (script, grid, *arguments))]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
@@ -129,7 +128,12 @@ class Sweep:
 
     def let_go_on(self, job: str) -> None:
         "Slurm lets what it requeued wait for two minutes; nobody here wants to."
-        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # slurmd counts in seconds: a start within that of the requeue would be refused, "credential revoked", and the job lost.
+        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+
+    def states(self, jobs: list[str]) -> list[str]:
+        "What Slurm says has become of each job."
+        return [self.slurm.show(job)["JobState"] for job in jobs]
 
     def log(self, job: str) -> str:
         return (self.results / "slurm" / f"{job}_0_log.out").read_text()
@@ -212,7 +216,7 @@ def test_warnings_are_heeded_and_the_end_is_bit_equal(undisturbed, tmp_path, tal
     tally("Slurm, preempted and at its time limit", requeued=2, runs=RUNS, trained=disturbed.trained(), bit_equal=same)
     assert disturbed.numbers() == undisturbed.numbers(), disturbed.logs()
     assert disturbed.trained() == RUNS
-    assert {slurm.show(job)["JobState"] for job in jobs} == {"COMPLETED"}
+    assert disturbed.states(jobs) == ["COMPLETED"] * WORKERS, slurm.logs()
 
 
 def test_killed_cancelled_and_requeued_by_slurm(undisturbed, tmp_path, tally):
@@ -245,8 +249,8 @@ def test_killed_cancelled_and_requeued_by_slurm(undisturbed, tmp_path, tally):
     )
     assert disturbed.numbers() == undisturbed.numbers(), disturbed.logs()
     assert disturbed.trained() == RUNS
-    assert {slurm.show(job)["JobState"] for job in [preempted, *again]} == {"COMPLETED"}
-    assert [slurm.show(job)["JobState"] for job in (killed, cancelled)] == ["FAILED", "CANCELLED"]
+    assert disturbed.states([preempted, *again]) == ["COMPLETED"] * 3, disturbed.logs()
+    assert disturbed.states([killed, cancelled]) == ["FAILED", "CANCELLED"]
 
 
 def test_a_refusal_of_sbatch_is_one_line(slurm, tmp_path):
