@@ -61,11 +61,15 @@ def slurm():
     if reason:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # pytest's own folders are too deep for a socket
+    as_before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # else frozen jobs would outlive a pytest that is ended
     try:
         with SlurmOnOneMachine(folder, cpus=WORKERS + 1, grace_time=30) as cluster:
             yield cluster
         assert cluster.processes() == []
     finally:
+        signal.signal(signal.SIGTERM, as_before)
         shutil.rmtree(folder)
 
 
