@@ -332,10 +332,12 @@ def test_what_slurm_has_decided_is_not_undone(pretended, state):
     assert "scontrol" not in asked.read_text()
 
 
-def test_a_controller_that_does_not_answer_is_an_error_that_names_it(pretended):
-    pretended("", code=1)
+def test_a_controller_that_does_not_answer_is_an_error_that_names_it(pretended, monkeypatch):
+    asked, waited = pretended("", code=1), []
+    monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(WaveRNNError, match="squeue"):
         come_back()
+    assert len(asked.read_text().splitlines()) == 4 and sum(waited) == 12, "a busy one is asked again, with patience"
 
 
 def test_a_missing_slurm_has_a_reason(monkeypatch, tmp_path):
