@@ -546,7 +546,6 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
     assert sweep.end() == 1
     said = (audit.folder / "said").read_text()
     assert "no space left" in said.lower(), said
-    assert shutil.disk_usage(small_disk).free < 2**14
     assert not [p for p in results.rglob("*") if p.suffix in (".tmp", ".new")]
     assert all(p.read_bytes() == content for p, content in records.items())
     begun = [load_checkpoint(p)[1]["history"]["step"] for p in results.glob("checkpoints/*/population.safetensors")]
