@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -419,8 +420,12 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
         for pid in [*audit.workers(), *(s.pid for s in chaos.sweeps.values() if not s.over())]:
             chaos.send(pid, signal.SIGKILL)
 
-    # Workers that nobody looks after leave traces of their dead, until somebody looks in who has nothing to train.
-    if kind == "workers":
+    # Workers that nobody looks after leave traces of their dead, and so does, rarely, one that is killed at the very end: a lock file
+    # or two of runs that are done. They are counted, and gone once somebody looks in who has nothing to train.
+    traces = [] if kind == "workers" else left_overs(results)
+    if traces or kind == "workers":
+        print(f"left over: {traces}")
+        assert all(re.fullmatch(r"checkpoints/claims/[0-9a-f]{16}\.lock", trace) for trace in traces)
         assert nursery("test_chaos:swept", GRID, str(results), 1, become).end() == 0
 
     lost, equal, regrouped = 0, 0, 0
@@ -439,7 +444,7 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
     doubled = audit.notes("doubled")
     tally("chaos sweeps", sweeps=1, runs=len(RUNS), **chaos.counts)
     tally("  their runs", lost=lost, doubled=len(doubled) + chaos.watch.changed, numbers_bit_equal=equal)
-    tally("  of these", trained_in_other_company=regrouped, left_over_files=len(left_overs(results)), seed=str(SEED))
+    tally("  of these", trained_in_other_company=regrouped, left_over_locks=len(traces), seed=str(SEED))
     assert not lost and not doubled and not chaos.watch.changed
     assert equal == len(RUNS)
     assert not left_overs(results)
