@@ -11,7 +11,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -391,7 +390,13 @@ class Chaos:
                 time.sleep(0.01)
             self.act()
         self.deadline = time.monotonic() + PATIENCE
-        while self.look() < len(RUNS) or self.wake or not all(s.over() for s in self.sweeps.values()):
+        # A worker that was stopped while its sweep was killed, and wakes when all is done, still looks for work: it is left to end by itself.
+        while (
+            self.look() < len(RUNS)
+            or self.wake
+            or not all(s.over() for s in self.sweeps.values())
+            or self.audit.workers()
+        ):
             assert time.monotonic() < self.deadline, f"{len(self.watch.seen)} of {len(RUNS)} runs, and it does not end"
             time.sleep(0.01)
         self.watch.look()
@@ -420,12 +425,8 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
         for pid in [*audit.workers(), *(s.pid for s in chaos.sweeps.values() if not s.over())]:
             chaos.send(pid, signal.SIGKILL)
 
-    # Workers that nobody looks after leave traces of their dead, and so does, rarely, one that is killed at the very end: a lock file
-    # or two of runs that are done. They are counted, and gone once somebody looks in who has nothing to train.
-    traces = [] if kind == "workers" else left_overs(results)
-    if traces or kind == "workers":
-        print(f"left over: {traces}")
-        assert all(re.fullmatch(r"checkpoints/claims/[0-9a-f]{16}\.lock", trace) for trace in traces)
+    # Workers that nobody looks after leave traces of their dead, until somebody looks in who has nothing to train.
+    if kind == "workers":
         assert nursery("test_chaos:swept", GRID, str(results), 1, become).end() == 0
 
     lost, equal, regrouped = 0, 0, 0
@@ -444,7 +445,7 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
     doubled = audit.notes("doubled")
     tally("chaos sweeps", sweeps=1, runs=len(RUNS), **chaos.counts)
     tally("  their runs", lost=lost, doubled=len(doubled) + chaos.watch.changed, numbers_bit_equal=equal)
-    tally("  of these", trained_in_other_company=regrouped, left_over_locks=len(traces), seed=str(SEED))
+    tally("  of these", trained_in_other_company=regrouped, left_over_files=len(left_overs(results)), seed=str(SEED))
     assert not lost and not doubled and not chaos.watch.changed
     assert equal == len(RUNS)
     assert not left_overs(results)
@@ -544,9 +545,14 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
     sweep = nursery("test_chaos:swept", GRID, str(results), 2, become)
     until(lambda: len(audit.notes("writes")) >= 4 and list(results.glob("checkpoints/*/*.safetensors")))
     filler = small_disk / "somebody else's"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
-        while True:
-            f.write(bytes(4096))
+
+    def is_full() -> bool:
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
+            while True:
+                f.write(bytes(4096))
+        return shutil.disk_usage(small_disk).free < 2**14
+
+    until(is_full)  # a write that failed gives back what it had
     records = {p: p.read_bytes() for p in results.glob("runs/copy/*.json")}
     assert sweep.end() == 1
     said = (audit.folder / "said").read_text()
