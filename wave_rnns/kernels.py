@@ -411,12 +411,20 @@ __device__ __forceinline__ void feed_fetch(u32 *feed, const float *x, const i64 
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #85ef10fb
+# %% ../nbs/04_kernels.ipynb #3a70c341
 CUDA_SPLIT = r"""
-__device__ __forceinline__ float shorten(float x) {                     // to SBITS significant bits
-    return __uint_as_float((__float_as_uint(x) + (1u << (23 - SBITS))) & ~((1u << (24 - SBITS)) - 1));
-}
+// Adding this number and taking it away rounds to multiples of 2^-bits of the power of two above `top`.
+__device__ __forceinline__ float grid_above(u32 top, int bits) { return __uint_as_float(min((top >> 23) + 24 - bits, 250u) << 23 | 0x400000u); }
+constexpr bool SHORT = FAITHFUL && SBITS > 0;                           // first terms of states on the grid of their group's largest
 __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a[0] + a[1] (+ a[2])
+    float grid = 0.f, top[4] = {};                                      // four short chains of comparisons instead of a long one
+    if (SHORT) {
+        EACH top[e_ % 4] = fmaxf(top[e_ % 4], fabsf(AT(v)));
+        float most = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));              // the four lanes that share these neurons
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        grid = grid_above(__float_as_uint(most), SBITS);
+    }
 #pragma unroll
     for (int s = 0; s < SL; s++)
 #pragma unroll
@@ -424,8 +432,8 @@ __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a
             float x = v[s % MT][q][s / MT * 2], y = v[s % MT][q][s / MT * 2 + 1];
 #pragma unroll
             for (int k = 0; k < NT; k++) {
-                if (FAITHFUL && SBITS < 8 && k == 0) {
-                    const float hx = shorten(x), hy = shorten(y);
+                if (SHORT && k == 0) {
+                    const float hx = (x + grid) - grid, hy = (y + grid) - grid;
                     a[k][s][q] = __byte_perm(__float_as_uint(hx), __float_as_uint(hy), 0x7632);
                     x -= hx, y -= hy;
                 } else {
@@ -437,7 +445,7 @@ __device__ __forceinline__ void split(Frag &a, const Acc &v) {          // x = a
 }
 """
 
-# %% ../nbs/04_kernels.ipynb #e51afda4
+# %% ../nbs/04_kernels.ipynb #eebf2f2a
 CUDA_WEIGHTS = r"""
 // Two neighbouring weights of one tap as a right operand; FLIP: the transposed, mirrored kernel of the backward pass.
 template <bool FLIP> __device__ __forceinline__ void weight(u32 (&w)[NT], const float *u, float grid, int tap, int kq, int nq, const Lane &L) {
@@ -458,11 +466,10 @@ template <bool FLIP> __device__ __forceinline__ void load_weights(Wreg &w, uint4
     for (int i = threadIdx.x; i < C * C * 3; i += blockDim.x) us[i] = u[i];
     __syncthreads();
     float grid = 0.f;
-    if (FAITHFUL) {                                                     // adding and taking away grid rounds to max / 2^WBITS
+    if (FAITHFUL) {
         float x = 0.f;
         for (int i = L.lane; i < C * C * 3; i += 32) x = fmaxf(x, fabsf(us[i]));
-        const u32 most = __reduce_max_sync(~0u, __float_as_uint(x));
-        grid = __uint_as_float(min((most >> 23) + 24 - WBITS, 250u) << 23 | 0x400000u);
+        grid = grid_above(__reduce_max_sync(~0u, __float_as_uint(x)), WBITS);
     }
     if constexpr (WSM) {
         u32 *o = (u32 *)wsm;
@@ -811,7 +818,7 @@ CUDA_BACKWARD_SUMS = r"""
     };
 """
 
-# %% ../nbs/04_kernels.ipynb #3db5269e
+# %% ../nbs/04_kernels.ipynb #c7ba9738
 CUDA_BACKWARD_DELTA = r"""
     // c (dL/dh[t+1]) -> delta[t]: times act'(h[t+1]); add up what it gives to the drive's gradients; split
     auto delta = [&](int t) {
@@ -821,13 +828,13 @@ CUDA_BACKWARD_DELTA = r"""
         for (int i = 0; i < (MATS + 3) / 4; i++) {
             u32 h[HTERMS][4];
 #pragma unroll
-            for (int k = 0; k < (ACT == 2 ? HTERMS : 1); k++) ldmatrix<false>(h[k], st + k * TILE * 4 + (MATS % 4 ? min(4 * i + (L.lane >> 3), MATS - 1) * 128 + L.lane % 8 * 16 : i * 512 + L.lane * 16));
+            for (int k = 0; k < (ACT ? HTERMS : 0); k++) ldmatrix<false>(h[k], st + k * TILE * 4 + (MATS % 4 ? min(4 * i + (L.lane >> 3), MATS - 1) * 128 + L.lane % 8 * 16 : i * 512 + L.lane * 16));
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 if (4 * i + e < MATS) {
                     const int s = (4 * i + e) / CQ, q = (4 * i + e) % CQ;
                     float &lo = c[s % MT][q][s / MT * 2], &hi = c[s % MT][q][s / MT * 2 + 1];
-                    if (ACT == 1) where_not_zero(lo, hi, h[0][e]);
+                    if (ACT == 1) where_not_zero(lo, hi, h[0][e] | h[HTERMS > 1][e]);   // a small state has no first term
                     if (ACT == 2) {
                         float x = low(h[0][e]), y = high(h[0][e]);
 #pragma unroll
@@ -1122,7 +1129,7 @@ WAVE_SOURCE = "".join(
     ]
 )
 
-# %% ../nbs/04_kernels.ipynb #6ecd4584
+# %% ../nbs/04_kernels.ipynb #54617e7b
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {
     80: 163,
@@ -1153,8 +1160,10 @@ class Plan:
     ring: int = 0  # steps fetched ahead
     weights_shared: int = -1  # weights in shared memory instead of registers
     sums_shared: int = -1  # the sums of dV and db too
-    state_bits: int = 6  # faithful forward: significant bits of the first term of a state,
-    weight_bits: int = 10  # and that of a weight is a multiple of the largest weight / 2^10
+    state_bits: int = (
+        8  # faithful forward: a state's first term is a multiple of its group's largest / 2^8 (0: whole bf16),
+    )
+    weight_bits: int = 12  # that of a weight of the largest weight / 2^12
     min_forward: int = 1  # blocks per multiprocessor asked of the compiler
     min_backward: int = 1
     stub: int = 0  # no arithmetic: for timing
@@ -1237,7 +1246,7 @@ class Plan:
         m |= (
             dict(SBITS=self.state_bits, WBITS=self.weight_bits)
             if forward and self.terms == 3
-            else dict(SBITS=8, WBITS=8)
+            else dict(SBITS=0, WBITS=8)
         )
         m |= dict(HTERMS=self.kept_terms, STATES=int(self.states), RING=self.ring, FORWARD=int(forward))
         back = dict(

@@ -40,22 +40,21 @@ struct Lane {
 };
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #bab6b65a
+# %% ../nbs/04_kernels_dense.ipynb #4196b930
 _NUMBERS = r"""
 __device__ __forceinline__ u32 pack(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
 __device__ __forceinline__ float low(u32 p) { return __uint_as_float(p << 16); }
 __device__ __forceinline__ float high(u32 p) { return __uint_as_float(p & 0xffff0000u); }
-__device__ __forceinline__ float six_bits(float x) { return __uint_as_float((__float_as_uint(x) + 0x20000u) & 0xfffc0000u); }
-// Adding and taking away this number rounds to 2^-8 of the power of two above `top`.
-__device__ __forceinline__ float grid_of(u32 top) { return __uint_as_float(min((top >> 23) + 16, 250u) << 23 | 0x400000u); }
+// Adding and taking away this number rounds to 2^-bits of the power of two above `top`.
+__device__ __forceinline__ float grid_above(u32 top, int bits) { return __uint_as_float(min((top >> 23) + 24 - bits, 250u) << 23 | 0x400000u); }
 
 template <int N> __device__ __forceinline__ void split(u32 (&d)[N], float x, float y) {          // N bf16 terms each
 #pragma unroll
     for (int k = 0; k < N; k++) d[k] = pack(x, y), x -= low(d[k]), y -= high(d[k]);
 }
-__device__ __forceinline__ void split_state(u32 (&d)[TERMS], float x, float y) {
+__device__ __forceinline__ void split_state(u32 (&d)[TERMS], float x, float y, float grid) {
     if constexpr (TERMS == 3) {
-        const float hx = six_bits(x), hy = six_bits(y);
+        const float hx = (x + grid) - grid, hy = (y + grid) - grid;
         u32 rest[2];
         split(rest, x - hx, y - hy);
         d[0] = __byte_perm(__float_as_uint(hx), __float_as_uint(hy), 0x7632), d[1] = rest[0], d[2] = rest[1];
@@ -149,7 +148,7 @@ __device__ __forceinline__ void send(u32 to, u32, const float (&v)[4], u32) {
 #endif
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #99c7db71
+# %% ../nbs/04_kernels_dense.ipynb #1a3a7210
 _WEIGHTS = r"""
 using Weights = u32[TERMS][ROWS / 2][2][DEEP][4];            // [term][pair of row tiles][tile of the pair][column tile]
 
@@ -189,7 +188,7 @@ __device__ __forceinline__ void load_weights(Weights &w, const float *U, u32 *to
             for (int i = 0; i < 8; i++) {                    // rows g and g + 8 of tile j are 4g + 2j and 4g + 2j + 1 of the pair
                 const int j = i / 4, a = 2 * j + i % 2, b = i / 2 % 2 * 2;
                 u32 d[TERMS];
-                split_weight(d, v[a][b], v[a][b + 1], grid_of(top[(L.wm * ROWS + 2 * pr) * 16 + 4 * L.g + a]));
+                split_weight(d, v[a][b], v[a][b + 1], grid_above(top[(L.wm * ROWS + 2 * pr) * 16 + 4 * L.g + a], 10));
 #pragma unroll
                 for (int k = 0; k < TERMS; k++) w[k][pr][j][kt][i % 4] = d[k];
             }
@@ -197,7 +196,7 @@ __device__ __forceinline__ void load_weights(Weights &w, const float *U, u32 *to
 }
 """
 
-# %% ../nbs/04_kernels_dense.ipynb #e9fd1c37
+# %% ../nbs/04_kernels_dense.ipynb #3900482d
 _PRODUCT = r"""
 // This warp's columns of the matrix times the state of one tile: a share of the sum for each of its rows
 __device__ __forceinline__ void product(float4 *share, const Weights &w, const float4 *h, const Lane &L) {
@@ -207,8 +206,9 @@ __device__ __forceinline__ void product(float4 *share, const Weights &w, const f
     for (int kt = 0; kt < DEEP; kt++) {
         const float4 v = h[(L.wk * DEEP + kt) * 32 + L.lane];
         u32 b0[TERMS], b1[TERMS];
-        split_state(b0, v.x, v.y);
-        split_state(b1, v.z, v.w);
+        const float grid = grid_above(__float_as_uint(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)))), 8);
+        split_state(b0, v.x, v.y, grid);
+        split_state(b1, v.z, v.w, grid);
 #pragma unroll
         for (int d = 0; d < DIAGONALS; d++)                  // large products first, those of like size in turn
 #pragma unroll
@@ -428,7 +428,7 @@ extern "C" __global__ void dense_sum(const float *part, float *out, i64 pieces) 
 """
 SOURCE = "".join([_LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
 
-# %% ../nbs/04_kernels_dense.ipynb #d66c3d3a
+# %% ../nbs/04_kernels_dense.ipynb #09dd46b3
 FUSED_UNITS = 256  # wider matrices do not fit on chip in three terms
 
 
@@ -443,7 +443,7 @@ class DensePlan:
     deep: int  # 16-column tiles of the matrix in one warp
     tiles: int = 1  # tiles of 8 samples a block works on in turn
     ahead: int = 4  # steps the inputs are fetched ahead
-    outer_terms: int = 2  # terms in the sum for dU
+    outer_terms: int = 0  # terms in the sum for dU; 0: 3 for a few faithful units, else 2
     stub: bool = False  # leave out the arithmetic, for timing only
     diagonals: int = 0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
 
@@ -478,7 +478,7 @@ class DensePlan:
             "TERMS": self.terms,
             "TILES": self.tiles,
             "AHEAD": self.ahead,
-            "OUTER_TERMS": self.outer_terms,
+            "OUTER_TERMS": self.outer_terms or (3 if self.terms == 3 and self.m <= 16 else 2),
             "STUB": int(self.stub),
             "DIAGONALS": self.diagonals or (4 if self.terms == 3 else 2),
             "ACT": ("identity", "relu", "tanh").index(activation),

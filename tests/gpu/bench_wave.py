@@ -31,11 +31,11 @@ SHAPES = {
 VARIANTS = {
     "smnist": {
         "faithful": [dict(mt=4), dict(mt=2), dict(mt=4, sums_shared=0), dict(mt=2, weights_shared=1)]
-        + [dict(state_bits=7, weight_bits=9), dict(state_bits=8, weight_bits=8)],
+        + [dict(state_bits=0, weight_bits=8)],
         "fast": [dict(mt=2), dict(ring=8), dict(sums_shared=1), dict(weights_shared=1)],
     },
     "adding": {
-        "faithful": [dict(sums_shared=0), dict(state_bits=8, weight_bits=8)],
+        "faithful": [dict(sums_shared=0), dict(state_bits=0, weight_bits=8)],
         "fast": [dict(min_forward=1), dict(min_forward=2), dict(sums_shared=1)],
     },
     "copy": {p: [dict(mt=1), dict(mt=4), dict(ring=2)] for p in ("faithful", "fast")},
