@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastcore.script import Param, call_parse, store_true
 
-# %% ../nbs/13_demo.ipynb #8138164f
+# %% ../nbs/13_demo.ipynb #845b485a
 @dataclass(frozen=True)
 class Act:
     "One task of the demo and the models that face it: names of experiments, changes to them, and a limit in seconds for each."
@@ -43,7 +43,7 @@ def acts(device: str) -> list[Act]:
             "Pixel MNIST",
             {"wRNN": f"{demo}smnist_wrnn"},
             {"wRNN": 75},
-            dict(epochs=40, lr=5e-4, drop_every=30) if gpu else {},
+            dict(epochs=50, lr=5e-4, drop_every=38) if gpu else {},
         ),
     ]
 
@@ -223,7 +223,7 @@ def as_text(rows: list[list[str]]) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
-# %% ../nbs/13_demo.ipynb #65b5eb0a
+# %% ../nbs/13_demo.ipynb #06f3866d
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfb; --line: #d8d8d4 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --paper: #17181c; --line: #3a3b40 } }
