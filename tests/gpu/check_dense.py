@@ -28,6 +28,8 @@ ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that do
 # did, holds ours to the first bound in every case. (fast: flips are too many for any bound but that one.)
 BOUNDS = {"faithful": {"clean": 5e-5, "flipped": 1e-3}, "fast": {"clean": 1e-2, "flipped": None}}
 
+FEW = 3  # units: so few numbers are no measure of the float32 loop, which may be lucky with them. Then 16 times the runs, and their median
+
 
 def precompile(jobs):
     "Compile (macros, architecture) pairs in parallel; the disk cache keeps them."
@@ -62,10 +64,10 @@ def case_inputs(R, T, B, m, last, seed):
     return [t.cuda() for t in tensors]
 
 
-def error(a, b):
-    "Largest relative 2-norm over the runs."
+def error(a, b, over_runs=torch.max):
+    "Relative 2-norm: the largest of the runs."
     a, b = a.double().flatten(1), b.double().flatten(1)
-    return ((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)).max().item() if b.any() else a.norm().item()
+    return over_runs((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)).item() if b.any() else a.norm().item()
 
 
 def check_case(R, T, B, m, activation, last, with_h_0, rows):
@@ -84,11 +86,10 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
         row["fused"] = isinstance(backend, DenseBackend)
         row["flips"] = int(((states > 0) != (exact > 0)).sum()) if activation == "relu" else 0
         row["flips_loop"] = int(((loop > 0) != (exact > 0)).sum()) if activation == "relu" else 0
-        row["error"] = {"h": error(states, exact), "y": error(y, exact[:, -1] if last else exact)}
-        row["error_loop"] = {
-            "h": error(loop, exact),
-            "y": error(loop[:, -1], exact[:, -1]) if last else error(loop, exact),
-        }
+        end, loop_end = (exact[:, -1], loop[:, -1]) if last else (exact, loop)
+        over_runs = torch.median if m <= FEW else torch.max
+        row["error"] = {"h": error(states, exact, over_runs), "y": error(y, end, over_runs)}
+        row["error_loop"] = {"h": error(loop, exact, over_runs), "y": error(loop_end, end, over_runs)}
         for name, grad in zip(("drive", "U", "h_0"), ours, strict=True):
             row["error"][name] = error(grad, exact_grads[name])
             row["error_loop"][name] = error(loop_grads[name], exact_grads[name])
@@ -273,6 +274,7 @@ def run_cases(quick):
         ((1, 15), (1, 3), (3, 100, 256)) if quick else ((1, 2, 15, 63, 300), (1, 3, 128), (1, 2, 3, 100, 256, 529))
     )
     for i, (T, B, m, R, last) in enumerate(itertools.product(Ts, Bs, ms, (1, 3), (True, False))):
+        R *= 16 if m <= FEW else 1
         for activation in ("relu",) if T not in (1, 15, 63) else ("relu", "tanh", "identity"):
             check_case(R, T, B, m, activation, last, i // 2 % 2 == 0 or T == 1, rows)
     return rows

@@ -18,7 +18,9 @@ from wave_rnns.model import ModelConfig
 from wave_rnns.tasks import have_data, make_task
 from wave_rnns.training import Interrupted, RunSettings, fit
 
-# Long sequences at 1e-3 amplify a rounding error a thousandfold within 60 steps: there we would compare chaos with chaos.
+# Training amplifies a rounding error, at 1e-3 on a sequence of 50 a thousandfold within 60 steps, on a CPU too: there we would compare
+# chaos with chaos. So what sums in another order (a population, a CPU) is compared over the first steps, what must be the same bits over all.
+FEW = 20
 CASES = {
     "copy wRNN": ("copy", dict(T=10), ModelConfig("wrnn", 10, 10, 40, 4, every_step=True), 1e-3),
     "copy iRNN": ("copy", dict(T=10), ModelConfig("irnn", 10, 10, 40, every_step=True), 1e-3),
@@ -88,7 +90,9 @@ def check(name, options, config, lr, steps):
     without = curves(name, options, config, runs, steps, graph=False)
     again = curves(name, options, config, runs, steps, graph=True)
     halves = resumed(name, options, config, runs, steps, graph=True)
-    alone = [curves(name, options, config, [run], steps, graph=True)[0] for run in runs[:2]]
+    few = min(steps, FEW)
+    together = curves(name, options, config, runs, few, graph=True)[:2]
+    alone = [curves(name, options, config, [run], few, graph=True)[0] for run in runs[:2]]
     cpu = curves(name, options, config, runs[:1], min(steps, 10), device="cpu")[0]
     wild = curves(name, options, config, [runs[0], RunSettings(9, 1e30), runs[2]], steps, graph=True)
     short = curves(name, options, config, runs[:1], min(steps, 10), graph=True)[0]
@@ -96,7 +100,7 @@ def check(name, options, config, lr, steps):
         "graph_gives_the_same_bits": [losses(r) for r in with_graph] == [losses(r) for r in without],
         "repeats": [losses(r) for r in with_graph] == [losses(r) for r in again],
         "resumed_gives_the_same_bits": [losses(r) for r in halves] == [losses(r) for r in with_graph],
-        "population_against_alone": max(worst_gap(a, p) for a, p in zip(alone, with_graph[:2], strict=True)),
+        "population_against_alone": max(worst_gap(a, p) for a, p in zip(alone, together, strict=True)),
         "gpu_against_cpu": worst_gap(short, cpu),
         "diverged": [r.status for r in wild],
         "neighbours_untouched": [losses(wild[0]), losses(wild[2])] == [losses(with_graph[0]), losses(with_graph[2])],
@@ -122,6 +126,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # small steps on many cores wait for each other
     start, cases = time.time(), {}
     for title, (name, options, config, lr) in CASES.items():
         needs = {"smnist": "mnist", "psmnist": "mnist", "nscifar10": "cifar10"}.get(name)
