@@ -709,21 +709,23 @@ def shape_of(task, model: ModelConfig, R: int) -> Shape:
         R,
     )
 
-# %% ../nbs/26_speed.ipynb #65cecb40
+# %% ../nbs/26_speed.ipynb #8ad6dd7e
 def train_side(name: str, R: int, precision: str, device: torch.device, **options) -> dict:
     "One training step of R runs of an experiment: times, memory, and what an epoch and a whole run would take."
     e = EXPERIMENTS[name]
     task = make_task(e.task, **{**e.task_options, **options})
     random, rhythm = stand_in(task), rhythm_of(e, task)
+    before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     population = Population(
         task, replace(e.model, precision=precision), [RunSettings(seed, e.lr, e.clip) for seed in range(R)], device
     )
     task.prepare_epoch(population.seeds, 0)
     step = population.step_function(graph=device.type == "cuda")
     side = {"name": f"a training step of {name}", "ms": spread(times(step, device))}
-    side["peak_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    side["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
     population.evaluate("valid")
     begun = time.perf_counter()
     population.evaluate("valid")
@@ -1068,7 +1070,7 @@ def bench_path(out: str | None, device: torch.device) -> Path:
     "The record's file: as asked for, or named after the machine."
     return Path(out) if out else speed_folder() / file_name(machine(device)["machine"])
 
-# %% ../nbs/26_speed.ipynb #41d8d7b0
+# %% ../nbs/26_speed.ipynb #87d1295e
 @call_parse
 @answer
 def wrnn_bench(
@@ -1078,7 +1080,7 @@ def wrnn_bench(
         "which, separated by commas: rivals, scaling, training (GPU), cpu; default: all the device has", str
     ) = None,
     minutes: Param(
-        "time for the measurements; 0: 4 for a GPU, 2 for a CPU. What does not fit is skipped, and said so", float
+        "time for the measurements; 0: 6 for a GPU, 2 for a CPU. What does not fit is skipped, and said so", float
     ) = 0.0,
 ):
     """Measure the speed of this machine: ours against other ways to do the same work, checked against a loop in double precision.
@@ -1088,7 +1090,7 @@ def wrnn_bench(
     names = chosen_sections(sections, where)
     if minutes < 0:
         raise usage_error(f"--minutes {minutes:g}: expected a positive number, or 0 for the default")
-    minutes = minutes or 4.0 * (set(names) != {"cpu"}) + 2.0 * ("cpu" in names)
+    minutes = minutes or 6.0 * (set(names) != {"cpu"}) + 2.0 * ("cpu" in names)
     where = torch.device("cpu") if names == ["cpu"] else where
     path = bench_path(out, where)
     record = run_bench(where, path, names, minutes)
@@ -1097,7 +1099,7 @@ def wrnn_bench(
     )
     return record
 
-# %% ../nbs/26_speed.ipynb #cbeeb76d
+# %% ../nbs/26_speed.ipynb #045399a0
 def read_speed(folder: Path | None = None) -> list[dict]:
     "The records of speed, newest first. Raises RecordError for a file that is none."
     records = []

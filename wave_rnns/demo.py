@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastcore.script import Param, call_parse, store_true
 
-# %% ../nbs/13_demo.ipynb #845b485a
+# %% ../nbs/13_demo.ipynb #f3d6c014
 @dataclass(frozen=True)
 class Act:
     "One task of the demo and the models that face it: names of experiments, changes to them, and a limit in seconds for each."
@@ -43,7 +43,7 @@ def acts(device: str) -> list[Act]:
             "Pixel MNIST",
             {"wRNN": f"{demo}smnist_wrnn"},
             {"wRNN": 75},
-            dict(epochs=50, lr=5e-4, drop_every=38) if gpu else {},
+            dict(epochs=60, lr=2e-4, drop_every=45) if gpu else {},
         ),
     ]
 

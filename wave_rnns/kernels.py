@@ -1129,7 +1129,7 @@ WAVE_SOURCE = "".join(
     ]
 )
 
-# %% ../nbs/04_kernels.ipynb #54617e7b
+# %% ../nbs/04_kernels.ipynb #786430a7
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {
     80: 163,

@@ -330,7 +330,7 @@ def without_title(table: str) -> str:
     "A table without its heading, for a page that has its own."
     return table.split("\n\n", 1)[1] if table.startswith("# ") else table
 
-# %% ../nbs/11_reports.ipynb #7aba4a98
+# %% ../nbs/11_reports.ipynb #bcc8220e
 SUMMARY = {
     "copy80": "paper_scale",
     "adding1000": "mse",
@@ -370,7 +370,8 @@ def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
             else f"{r['seconds']:,.0f}" + (f" for {together} runs" if together > 1 else "")
         )
         machine = "CPU" if r.get("device") == "cpu" else environment.get("device", "–")
-        commit = str(environment.get("commit") or "–")[:10]
+        commit = str(environment.get("commit") or "–")
+        commit = commit[:10] + "+" * commit.endswith("+")  # +: with changes that were not committed
         rows.append(
             [
                 r["experiment"],
