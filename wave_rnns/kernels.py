@@ -1129,7 +1129,7 @@ WAVE_SOURCE = "".join(
     ]
 )
 
-# %% ../nbs/04_kernels.ipynb #786430a7
+# %% ../nbs/04_kernels.ipynb #a9da47ee
 ACT_CODE = {"identity": 0, "relu": 1, "tanh": 2}
 SHARED_LIMIT = {
     80: 163,
@@ -1160,10 +1160,9 @@ class Plan:
     ring: int = 0  # steps fetched ahead
     weights_shared: int = -1  # weights in shared memory instead of registers
     sums_shared: int = -1  # the sums of dV and db too
-    state_bits: int = (
-        8  # faithful forward: a state's first term is a multiple of its group's largest / 2^8 (0: whole bf16),
-    )
-    weight_bits: int = 12  # that of a weight of the largest weight / 2^12
+    # first terms, faithful forward: multiples of (the power of two above the largest) / 2^bits; backward: always 0 and 8
+    state_bits: int = 8  # states, the largest of four lanes; 0: whole bf16 terms
+    weight_bits: int = 12  # weights, the largest of all
     min_forward: int = 1  # blocks per multiprocessor asked of the compiler
     min_backward: int = 1
     stub: int = 0  # no arithmetic: for timing

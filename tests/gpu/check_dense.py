@@ -65,7 +65,7 @@ def case_inputs(R, T, B, m, last, seed):
 
 
 def error(a, b, over_runs=torch.max):
-    "Relative 2-norm: the largest of the runs."
+    "Relative 2-norm, of the runs the largest, or what `over_runs` makes of them."
     a, b = a.double().flatten(1), b.double().flatten(1)
     return over_runs((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)).item() if b.any() else a.norm().item()
 
