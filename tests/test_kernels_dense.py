@@ -1,5 +1,7 @@
 "The dense kernels as far as a machine without a GPU can look: do they compile, fit, and step aside when they must?"
 
+import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -187,9 +189,58 @@ def test_the_cpu_is_left_to_torch():
     assert backend_for("dense", torch.device("cpu"), torch.float32, 1, 100, 0, 0) is BACKENDS["torch"]
 
 
+PROOF = Path(__file__).parent / "gpu/check_dense.py"
+
+
+@pytest.fixture(scope="module")
+def proof():
+    "The script of the proof as a module."
+    spec = importlib.util.spec_from_file_location("check_dense", PROOF)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_reference_with_its_own_masks_is_the_reference(proof):
+    g = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(size, generator=g) for size in ((2, 9, 3, 5), (2, 5, 5), (2, 3, 5), (2, 9, 3, 5))]
+    states, grads = proof.reference(*tensors, "relu", False, torch.float64)
+    again, same = proof.reference(*tensors, "relu", False, torch.float64, states > 0)
+    assert torch.equal(again, states)
+    for name, grad in grads.items():
+        torch.testing.assert_close(same[name], grad, rtol=1e-12, atol=0, msg=name)
+    _, other = proof.reference(*tensors, "relu", False, torch.float64, (states > 0).flip(-1))
+    assert not torch.allclose(other["U"], grads["U"])
+
+
+@pytest.mark.parametrize(
+    "precision, change, over",
+    [
+        ("faithful", {}, []),
+        ("faithful", {"h": 1e-6}, ["h"]),
+        ("faithful", {"U": 6e-5}, ["U"]),
+        ("faithful", {"U": 6e-5, "flips": 1}, []),
+        ("faithful", {"U": 2e-3, "flips": 1}, ["U"]),
+        ("faithful", {"same": 6e-5, "flips": 1}, ["U, same masks"]),
+        ("faithful", {"flips": 12}, ["flips"]),
+        ("fast", {"y": 2e-2}, ["y"]),
+        ("fast", {"drive": 2e-2}, ["drive"]),
+        ("fast", {"drive": 8e-2, "flips": 50}, []),
+        ("fast", {"same": 2e-2, "flips": 50}, ["U, same masks"]),
+        ("fast", {"flips": 1001}, ["flips"]),
+        ("fast", {"h_0": math.nan}, ["h_0"]),
+    ],
+)
+def test_the_proof_can_fail(proof, precision, change, over):
+    error = dict.fromkeys(("h", "y", "drive", "U", "h_0"), 1e-8)
+    row = {"precision": precision, "flips": change.get("flips", 0), "error_loop": dict(error), "error": error}
+    row["error"] |= {k: v for k, v in change.items() if k in error}
+    row["same_masks"] = {"U": change.get("same", 1e-8)}
+    assert proof.out_of_bounds(row, 10**6) == over
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_proof_on_the_gpu(tmp_path):
-    script = Path(__file__).parent / "gpu/check_dense.py"
-    done = subprocess.run([sys.executable, script, "--out", tmp_path, "--quick"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, PROOF, "--out", tmp_path, "--quick"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

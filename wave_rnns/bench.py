@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['WARM', 'SHAPES', 'OURS', 'FAST', 'LOOP', 'COMPILED', 'LIBRARY', 'RIVALS', 'NAMED', 'SAMPLES', 'PRODUCTS', 'KEPT',
            'MMA_SOURCE', 'FLASH', 'SWEEPS', 'TRAINED', 'RUNS', 'CPU_SHAPES', 'ON_CPU', 'SECTIONS', 'rounded', 'spread',
-           'in_rounds', 'wait', 'times', 'wall_times', 'event_times', 'captured', 'peak_bytes', 'Shape', 'weights',
-           'problem', 'of_first_run', 'as_features', 'leaf', 'scan_way', 'wave_step', 'dense_step', 'loop_way',
-           'library_way', 'Way', 'tf32', 'relative', 'reference', 'Trial', 'flips', 'counts', 'floor_ms', 'mma_rate',
-           'copy_rate', 'Clock', 'attempt', 'measure', 'backend_of', 'compare', 'rivals', 'flash_way', 'flash_rnn',
-           'flash_side', 'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of', 'train_side',
-           'duration', 'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_attempt', 'cpu_row', 'peak_rss',
-           'peak_of_process', 'peaks_on_cpu', 'processor', 'load', 'machine', 'file_name', 'Case', 'cases',
+           'in_rounds', 'wait', 'times', 'wall_times', 'event_times', 'captured', 'memory_meter', 'peak_bytes', 'Shape',
+           'weights', 'problem', 'of_first_run', 'as_features', 'leaf', 'scan_way', 'wave_step', 'dense_step',
+           'loop_way', 'library_way', 'Way', 'tf32', 'relative', 'reference', 'Trial', 'flips', 'counts', 'floor_ms',
+           'mma_rate', 'copy_rate', 'Clock', 'attempt', 'measure', 'backend_of', 'compare', 'rivals', 'flash_way',
+           'flash_rnn', 'flash_side', 'importable', 'in_process', 'sweep_points', 'scaling', 'stand_in', 'shape_of',
+           'train_side', 'duration', 'training', 'training_row', 'needed', 'memory', 'on_cpu', 'cpu_attempt', 'cpu_row',
+           'peak_rss', 'peak_of_process', 'peaks_on_cpu', 'processor', 'load', 'machine', 'file_name', 'Case', 'cases',
            'compile_case', 'precompile', 'say_now', 'run_bench', 'preparation', 'section_rows', 'save', 'time_text',
            'side_text', 'line_of', 'chosen_sections', 'speed_folder', 'bench_path', 'wrnn_bench', 'read_speed',
            'rows_of', 'source', 'cell', 'gib', 'rivals_table', 'long_text', 'training_line', 'training_table']
 
-# %% ../nbs/26_speed.ipynb #303ef5cb
+# %% ../nbs/26_speed.ipynb #5cb010f3
 import contextlib
 import functools
 import gc
@@ -48,7 +48,7 @@ from .core import RecordError, atomic_write, environment, from_json, read_small,
 from .experiments import EXPERIMENTS, answer, checked_device, results_root, rhythm_of, usage_error
 from .kernels import load_module
 from .model import ModelConfig
-from .reports import markdown
+from .reports import markdown, short_commit
 from .scan import Rows, backend_for, dense_loop, dense_scan, rows, wave_loop, wave_scan
 from .tasks import ImageTask, have_data, make_task, pool_images
 from .training import Population, RunSettings, code_hash
@@ -157,18 +157,30 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
     return replay
 
-# %% ../nbs/26_speed.ipynb #5d0f0406
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    "The most memory that PyTorch's allocator had in use during the work, beyond what was there before; None on a CPU."
+# %% ../nbs/26_speed.ipynb #47677ad8
+def memory_meter(device: torch.device) -> Callable[[], int | None]:
+    "Call the result for the most memory that PyTorch's allocator had in use since, beyond what was there before; None on a CPU."
     if device.type == "cpu":
-        return None
+        return lambda: None
     wait(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+
+    def peak():
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    return peak
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    "The most memory that the work had in use at once; None on a CPU, where it is not even called."
+    if device.type == "cpu":
+        return None
+    peak = memory_meter(device)
     work()
-    wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return peak()
 
 # %% ../nbs/26_speed.ipynb #dd82416d
 @dataclass(frozen=True)
@@ -709,23 +721,20 @@ def shape_of(task, model: ModelConfig, R: int) -> Shape:
         R,
     )
 
-# %% ../nbs/26_speed.ipynb #8ad6dd7e
+# %% ../nbs/26_speed.ipynb #3eaadde2
 def train_side(name: str, R: int, precision: str, device: torch.device, **options) -> dict:
     "One training step of R runs of an experiment: times, memory, and what an epoch and a whole run would take."
     e = EXPERIMENTS[name]
     task = make_task(e.task, **{**e.task_options, **options})
     random, rhythm = stand_in(task), rhythm_of(e, task)
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    peak = memory_meter(device)
     population = Population(
         task, replace(e.model, precision=precision), [RunSettings(seed, e.lr, e.clip) for seed in range(R)], device
     )
     task.prepare_epoch(population.seeds, 0)
     step = population.step_function(graph=device.type == "cuda")
     side = {"name": f"a training step of {name}", "ms": spread(times(step, device))}
-    side["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    side["peak_bytes"] = peak()
     population.evaluate("valid")
     begun = time.perf_counter()
     population.evaluate("valid")
@@ -1124,7 +1133,7 @@ def rows_of(records: list[dict], section: str) -> tuple[list[dict], dict]:
             return rows, record
     return [], {}
 
-# %% ../nbs/26_speed.ipynb #a45a4280
+# %% ../nbs/26_speed.ipynb #6a6030e3
 def source(record: dict) -> str:
     "Where a table comes from, in one line."
     if not record:
@@ -1132,7 +1141,7 @@ def source(record: dict) -> str:
     e, loads = record["environment"], [s["load"] for s in record["sections"].values() if s.get("load")]
     busy = f", load at most {max(loads):g}" if e["device"] == "cpu" and loads else ""
     versions = f"torch {e['torch']}" + (f", CUDA {e['cuda']}" if e["device"] != "cpu" else "")
-    return f"*{e['machine']}, {versions}, {record['started'][:10]}{busy}, commit {(e['commit'] or 'not known')[:9]}, code {e['code'][:8]}.*"
+    return f"*{e['machine']}, {versions}, {record['started'][:10]}{busy}, commit {short_commit(e, 'not known')}, code {e['code'][:8]}.*"
 
 # %% ../nbs/26_speed.ipynb #b3551bfb
 def cell(side: dict | None, ratio: dict | None = None) -> str:

@@ -6,8 +6,8 @@
 __all__ = ['PERCENT', 'COPY_ROWS', 'ACCURACY', 'SUMMARY', 'TASK_LABELS', 'TABLES', 't_probability', 't_quantile', 'Outcome',
            'show', 'as_printed', 'measured', 'records_of', 'outcome', 'paper_numbers', 'paper_number', 'markdown',
            'runs_cell', 'solved_cell', 'table_1', 'table_4', 'accuracy_rows', 'table_2', 'table_3', 'selection_table',
-           'without_title', 'summary_table', 'runs_table', 'curves_of', 'band', 'draw_curves', 'draw_outcomes',
-           'verdict', 'clearly_above', 'finding', 'tell', 'write_tables', 'wrnn_tables']
+           'without_title', 'summary_table', 'short_commit', 'runs_table', 'curves_of', 'band', 'draw_curves',
+           'draw_outcomes', 'verdict', 'clearly_above', 'finding', 'tell', 'write_tables', 'wrnn_tables']
 
 # %% ../nbs/11_reports.ipynb #d60feb9e
 import functools
@@ -330,7 +330,7 @@ def without_title(table: str) -> str:
     "A table without its heading, for a page that has its own."
     return table.split("\n\n", 1)[1] if table.startswith("# ") else table
 
-# %% ../nbs/11_reports.ipynb #bcc8220e
+# %% ../nbs/11_reports.ipynb #283a9b89
 SUMMARY = {
     "copy80": "paper_scale",
     "adding1000": "mse",
@@ -358,6 +358,12 @@ def summary_table(records: list[dict], paper: list[dict]) -> str:
     return "# Summary\n\n" + markdown(header, rows)
 
 
+def short_commit(environment: dict, unknown: str = "–") -> str:
+    "The beginning of a record's commit, with its `+` where there were changes that nobody had committed."
+    commit = str(environment.get("commit") or unknown)
+    return commit[:10] + "+" * (len(commit) > 10 and commit.endswith("+"))
+
+
 def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
     "Every record: what ran, how it ended, on what."
     rows = []
@@ -370,8 +376,7 @@ def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
             else f"{r['seconds']:,.0f}" + (f" for {together} runs" if together > 1 else "")
         )
         machine = "CPU" if r.get("device") == "cpu" else environment.get("device", "–")
-        commit = str(environment.get("commit") or "–")
-        commit = commit[:10] + "+" * commit.endswith("+")  # +: with changes that were not committed
+        commit = short_commit(environment)
         rows.append(
             [
                 r["experiment"],
