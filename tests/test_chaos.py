@@ -543,7 +543,29 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
     results, audit = small_disk / "results", Audit(tmp_path / "audit")
     become = (str(audit.folder), 0.02)
     sweep = nursery("test_chaos:swept", GRID, str(results), 2, become)
-    until(lambda: len(audit.notes("writes")) >= 4 and list(results.glob("checkpoints/*/*.safetensors")))
+    stopped = []
+
+    def half_way() -> bool:
+        "Is there a checkpoint of a population that has no record yet?"
+        keys = [
+            json.loads(p.with_name("runs.json").read_text())
+            for p in results.glob("checkpoints/*/population.safetensors")
+        ]
+        return any(not any((results / f"runs/copy/{key}.json").exists() for key in group) for group in keys)
+
+    def stopped_half_way() -> bool:
+        "A population's last record takes its checkpoint away: so the workers stand still while somebody looks, and while the disk fills."
+        stopped[:] = audit.workers()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: all(stat_of(pid)[0] == "T" for pid in stopped))
+        if len(audit.notes("writes")) >= 4 and half_way():
+            return True
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        return False
+
+    until(stopped_half_way)
     filler = small_disk / "somebody else's"
 
     def is_full() -> bool:
@@ -554,6 +576,9 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
 
     until(is_full)  # a write that failed gives back what it had
     records = {p: p.read_bytes() for p in results.glob("runs/copy/*.json")}
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: is_full() and not sweep.alive())
     assert sweep.end() == 1
     said = (audit.folder / "said").read_text()
     assert "no space left" in said.lower(), said
