@@ -539,10 +539,10 @@ def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
 CHUNK = 3136  # rows of equation 4 that one block adds up
 
 
-def outer_sum(plan, ddrive, states, h_0, activation, last):
+def outer_sum(plan, ddrive, states, h_0, activation, last, source=SOURCE):
     "dU [R, m, m] = sum over t and the batch of delta_t h_{t-1}^T."
     R, T, B, m = ddrive.shape
-    module = load_module(SOURCE, plan.macros(activation, True, last), ddrive.device, "dense scan backward")
+    module = load_module(source, plan.macros(activation, True, last), ddrive.device, "dense scan backward")
     pieces, side = -(-T * B // CHUNK), -(-m // 128)
     dU = _new("gradients of U", R, R, m, m, like=ddrive)
     part = dU if pieces == 1 else _new("partial gradients of U", R, R, pieces, m, m, like=ddrive)
@@ -586,6 +586,15 @@ class DenseBackend(Backend):
         fall_back(str(error))
         return BACKENDS["torch"]
 
+    def _forward(self, *args):
+        scan_forward(*args)
+
+    def _backward(self, *args):
+        scan_backward(*args)
+
+    def _outer(self, *args):
+        return outer_sum(*args)
+
 # %% ../nbs/04_kernels_dense.ipynb #e6951e2e
 @patch
 def dense_forward(self: DenseBackend, drive, U, h_0, activation, last, keep, precision):
@@ -593,7 +602,7 @@ def dense_forward(self: DenseBackend, drive, U, h_0, activation, last, keep, pre
     states = _new("states", R, *drive.shape, like=drive) if keep or not last else None
     end = drive.new_empty(R, B, m) if last else None
     try:
-        scan_forward(self._plan(m, B, R, precision, drive.device), drive, U, h_0, activation, states, end)
+        self._forward(self._plan(m, B, R, precision, drive.device), drive, U, h_0, activation, states, end)
     except KernelError as error:  # the same in plain PyTorch, in our layout
         torch_ = self._give_up(U, precision, error)
         states, _ = torch_.dense_forward(drive, U, h_0, activation, False, True, precision)
@@ -612,8 +621,8 @@ def dense_backward(self: DenseBackend, gy, drive, U, h_0, y, kept, activation, l
             self._plan(m, B, R, precision, drive.device),
             _new("gradients of the drive", R, *drive.shape, like=drive),
         )
-        scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
-        return ddrive, outer_sum(plan, ddrive, states, h_0, activation, last), dh_0
+        self._backward(plan, gy, U, states, activation, last, ddrive, dh_0)
+        return ddrive, self._outer(plan, ddrive, states, h_0, activation, last), dh_0
     except KernelError as error:
         torch_ = self._give_up(U, precision, error)
     if last:

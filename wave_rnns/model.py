@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import wave_rnns.kernels
-import wave_rnns.kernels_dense  # noqa: F401  both register the GPU's fast path with the scan
+import wave_rnns.kernels_dense
+import wave_rnns.kernels_wide  # noqa: F401  all three register the GPU's fast paths with the scan
 from .cell import DenseCell, LocalCell, WaveCell
 from .core import ConfigError
 from .scan import Rows, dense_scan, wave_loop, wave_scan

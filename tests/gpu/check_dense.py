@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from wave_rnns.core import atomic_write, environment, to_json
 from wave_rnns.kernels import architecture_for, compile_kernel
 from wave_rnns.kernels_dense import SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.kernels_wide import WideBackend, WidePlan
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 
 ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that does better on a few numbers was lucky
@@ -33,11 +34,11 @@ GRADIENTS = ("drive", "U", "h_0")
 FEW = 3  # units: so few numbers are no measure of the float32 loop, which may be lucky with them. Then 16 times the runs, and their median
 
 
-def precompile(jobs):
+def precompile(jobs, source=SOURCE):
     "Compile (macros, architecture) pairs in parallel; the disk cache keeps them."
     jobs = {tuple(sorted(macros.items())): (macros, arch) for macros, arch in jobs}.values()
     with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(compile_kernel, SOURCE, macros, arch, "dense") for macros, arch in jobs]:
+        for future in [pool.submit(compile_kernel, source, macros, arch, "dense") for macros, arch in jobs]:
             future.result()
 
 
@@ -98,7 +99,7 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
         again = torch.ops.wave_rnns.dense_backward(gy, drive, U, start, y, kept, activation, last, precision)
         states = kept if last else y
         row = dict(R=R, T=T, B=B, m=m, activation=activation, last=last, h_0=with_h_0, precision=precision)
-        row["fused"] = isinstance(backend, DenseBackend)
+        row["path"] = {DenseBackend: "fused", WideBackend: "wide"}.get(type(backend), "torch")
         row["flips"] = int(((states > 0) != (exact > 0)).sum()) if activation == "relu" else 0
         row["flips_loop"] = int(((loop > 0) != (exact > 0)).sum()) if activation == "relu" else 0
         end, loop_end = (exact[:, -1], loop[:, -1]) if last else (exact, loop)
@@ -257,6 +258,30 @@ def every_layout_agrees():
     return True, worst
 
 
+def every_wide_tile_agrees():
+    "A launch a step: every tile gives the same bits, with other runs or alone, at sizes that fill no tile; and close to the float64 loop."
+    worst = {}
+    for m, B, T in ((1, 3, 4), (33, 65, 20), (257, 33, 20), (529, 256, 20)):
+        drive, U, h_0, gy = case_inputs(2, T, B, m, False, 11)
+        exact, grads = reference(drive, U, h_0, gy, "tanh", False, torch.float64)
+        out = []
+        for units, samples in itertools.product((8, 9, 12, 16), (4, 8)):
+            plan = WidePlan(m, units, samples)
+            b = WideBackend(lambda *_, plan=plan: plan)
+            y, kept = b.dense_forward(drive, U, h_0, "tanh", False, True, "faithful")
+            out.append((y, *b.dense_backward(gy, drive, U, h_0, y, kept, "tanh", False, "faithful")))
+        one = [t[1:] for t in (drive, U, h_0, gy)]
+        y, kept = b.dense_forward(*one[:3], "tanh", False, True, "faithful")
+        alone = (y, *b.dense_backward(one[3], *one[:3], y, kept, "tanh", False, "faithful"))
+        same = all(torch.equal(x, z) for o in out[1:] for x, z in zip(out[0], o, strict=True))
+        same &= all(torch.equal(x[1:], z) for x, z in zip(out[0], alone, strict=True))
+        exact_ones = (exact, *(grads[k] for k in GRADIENTS))
+        worst[f"m={m} B={B} T={T}"] = [error(x, z) for x, z in zip(out[0], exact_ones, strict=True)]
+        if not same or not max(worst[f"m={m} B={B} T={T}"]) < 5e-5:
+            return False, worst | {"same bits": same}
+    return True, worst
+
+
 LAYOUTS = [
     DensePlan(256, 3, 4, 4, 2),
     DensePlan(256, 3, 4, 2, 4, diagonals=3),
@@ -299,6 +324,7 @@ def compile_everything(quick):
 
 EXTRA = [
     every_layout_agrees,
+    every_wide_tile_agrees,
     same_bits_whatever_the_tiles,
     public_operator_agrees,
     vmap_agrees,
@@ -313,7 +339,7 @@ def summary(rows):
     "Worst error of each quantity by precision, where no relu mask flips and where one does."
     table = {}
     for row in rows:
-        key = (row["precision"], "fused" if row["fused"] else "torch", "flipped" if row["flips"] else "clean")
+        key = (row["precision"], row["path"], "flipped" if row["flips"] else "clean")
         entry = table.setdefault(" ".join(key), {"cases": 0, "flips": 0, "ok": True, "worst": {}, "worst_loop": {}})
         entry["cases"] += 1
         entry["flips"] += row["flips"]

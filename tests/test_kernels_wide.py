@@ -1,0 +1,259 @@
+"The kernel for wide matrices as far as a machine without a GPU can look: its threads are played by those of the processor."
+
+import ctypes
+import re
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+from wave_rnns import kernels_wide
+from wave_rnns.kernels import KernelError, compile_report, nvrtc
+from wave_rnns.kernels_dense import plan_for
+from wave_rnns.kernels_wide import OUTER, SOURCE, WideBackend, WidePlan, wide_plan_for
+from wave_rnns.scan import BACKENDS, backend_for
+
+try:
+    nvrtc()
+    no_compiler = False
+except KernelError as reason:
+    no_compiler = str(reason)
+needs_compiler = pytest.mark.skipif(bool(no_compiler), reason=str(no_compiler))
+
+PLAYED = r"""
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+using std::fmaf;
+struct float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Index { int x = 0, y = 0, z = 0; };
+static thread_local Index threadIdx;
+static Index blockIdx;
+static std::barrier<> gate(256);
+inline void __syncthreads() { gate.arrive_and_wait(); }
+extern "C" { alignas(16) float4 pool[16384]; }
+inline void copy16(float4 *to, const float *from) {
+    if (reinterpret_cast<size_t>(from) % 16) throw "unaligned";
+    std::memcpy(to, from, 16);
+}
+inline void copy_commit() {}
+template <int K> inline void copy_wait() {}
+inline void put(float *to, float4 v) { std::memcpy(to, &v, 16); }
+inline float act(float v) { return ACT == 1 ? (v <= 0 ? 0 : v) : ACT == 2 ? std::tanh(v) : v; }
+"""
+PLAY = r"""
+extern "C" void play(const Step *p, int across, int along, int runs) {
+    for (blockIdx.z = 0; blockIdx.z < runs; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < along; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < across; blockIdx.x++) {
+                std::vector<std::thread> threads;
+                for (int i = 0; i < 256; i++) threads.emplace_back([=] { threadIdx.x = i; wide_step(*p); });
+                for (auto &t : threads) t.join();
+            }
+}
+"""
+
+
+class Played:
+    "Stands for a module on a GPU: launches on the CPU."
+
+    def __init__(self, macros, folder):
+        name = "-".join(f"{k}{v}" for k, v in macros.items())
+        source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+        if not library.exists():
+            k = kernels_wide
+            source.write_text("".join([PLAYED, k._SIZES, k._START, k._SUM, k._END, PLAY]))
+            sizes = [f"-D{k}={v}" for k, v in macros.items()]
+            command = ["g++", "-O1", "-std=c++20", "-pthread", "-shared", "-fPIC", "-w", *sizes, source, "-o", library]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:3000]
+        self.library = ctypes.CDLL(str(library))
+
+    def launch(self, kernel, grid, block, shared, args):
+        assert kernel == "wide_step" and block == (256,) and shared <= 16 * 16384
+        words = [0 if a is None else a.data_ptr() if isinstance(a, torch.Tensor) else int(a) for a in args]
+        self.library.play(ctypes.byref((ctypes.c_int64 * len(words))(*words)), *grid)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    return tmp_path_factory.mktemp("played")
+
+
+@pytest.fixture
+def played(monkeypatch, folder):
+    monkeypatch.setattr(kernels_wide, "load_module", lambda source, macros, device, name: Played(macros, folder))
+
+
+def problem(R, T, B, m, last, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
+    U = 0.9 * torch.eye(m) + 0.3 * rand(R, m, m) / (1 + m**0.5)
+    return rand(R, T, B, m), U, rand(R, B, m), rand(R, B, m) if last else rand(R, T, B, m)
+
+
+def scans(plan, drive, U, h_0, gy, activation, last):
+    "States, last state, gradients of drive and h_0."
+    states, ddrive = torch.full_like(drive, torch.nan), torch.full_like(drive, torch.nan)
+    end, dh_0 = (torch.full_like(drive[:, 0], torch.nan) for _ in range(2))
+    kernels_wide.scan_forward(plan, drive, U, h_0, activation, states, end)
+    kernels_wide.scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
+    return states, end, ddrive, dh_0
+
+
+@pytest.mark.parametrize(
+    "m, B, R, T, units, samples, activation, last, start",
+    [
+        (70, 33, 2, 3, 9, 4, "relu", False, True),
+        (70, 33, 2, 3, 9, 8, "relu", True, False),
+        (33, 3, 1, 4, 8, 4, "tanh", True, True),
+        (64, 70, 1, 2, 16, 8, "identity", False, False),
+        (97, 1, 2, 1, 12, 8, "tanh", False, True),
+        (1, 5, 3, 3, 8, 8, "relu", True, True),
+    ],
+)
+def test_a_step_for_step_twin_of_the_loop(played, m, B, R, T, units, samples, activation, last, start):
+    drive, U, h_0, gy = problem(R, T, B, m, last)
+    h_0 = h_0 if start else None
+    states, end, ddrive, dh_0 = scans(WidePlan(m, units, samples), drive, U, h_0, gy, activation, last)
+    exact, _ = BACKENDS["torch"].dense_forward(drive, U, h_0, activation, False, True, "faithful")
+    kept, y = (states, end) if last else (None, states)
+    grads = BACKENDS["torch"].dense_backward(gy, drive, U, h_0, y, kept, activation, last, "faithful")
+    exact = exact, exact[:, -1], grads[0], grads[2]
+    for name, ours, theirs in zip(("states", "end", "drive", "h_0"), (states, end, ddrive, dh_0), exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_same_bits_in_any_company_and_any_tile(played):
+    drive, U, h_0, gy = problem(3, 2, 5, 40, False)
+    out = [
+        scans(WidePlan(40, units, samples), drive, U, h_0, gy, "relu", False)
+        for units, samples in ((8, 4), (9, 8), (16, 8))
+    ]
+    alone = scans(WidePlan(40, 9, 4), drive[1:2], U[1:2], h_0[1:2], gy[1:2], "relu", False)
+    for others in out[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(out[0], others, strict=True))
+    assert all(torch.equal(a[1:2], b) for a, b in zip(out[0], alone, strict=True))
+
+
+def test_a_run_that_is_not_finite_stays_alone(played):
+    drive, U, h_0, gy = problem(3, 2, 5, 40, False)
+    good = scans(WidePlan(40, 9, 4), drive, U, h_0, gy, "relu", False)
+    drive[1, 0, 2, 3] = gy[1, 1, 0, 0] = torch.nan
+    bad = scans(WidePlan(40, 9, 4), drive, U, h_0, gy, "relu", False)
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(good, bad, strict=True))
+    assert bad[0][1].isnan().any() and bad[3][1].isnan().any()
+
+
+def test_without_states_only_the_end(played):
+    drive, U, h_0, _ = problem(2, 3, 4, 10, True)
+    end = torch.empty(2, 4, 10)
+    kernels_wide.scan_forward(WidePlan(10, 8, 4), drive, U, h_0, "relu", None, end)
+    exact, _ = BACKENDS["torch"].dense_forward(drive, U, h_0, "relu", True, False, "faithful")
+    torch.testing.assert_close(end, exact, rtol=2e-6, atol=2e-6)
+
+
+PLANS = [wide_plan_for(m, B, R) for m in (129, 257, 529, 625, 2048) for B in (1, 128, 256) for R in (1, 2, 4, 64)]
+
+
+@pytest.mark.parametrize("plan", sorted(set(PLANS), key=str), ids=str)
+def test_every_plan_fits(plan):
+    units, samples = plan.tile
+    assert plan.shared <= 227 * 1024 - 1024 and plan.shared >= 4 * 8 * units * (samples + 4)
+    assert units % 4 == 0 and samples % 32 == 0 and plan.summands % 32 == 0
+    for B in (1, 31, 64, 65, 256):
+        across, along, runs = plan.grid(B, 7)
+        assert runs == 7 and across * units >= plan.m > (across - 1) * units
+        assert along * samples >= B > (along - 1) * samples
+
+
+def test_no_processor_gets_two_tiles_where_one_is_enough():
+    for R in (1, 2):
+        plan = wide_plan_for(529, 256, R, 132)
+        across, along, runs = plan.grid(256, R)
+        assert 0.9 * 132 <= across * along * runs <= 132
+
+
+@needs_compiler
+@pytest.mark.parametrize("units, samples", [(8, 4), (9, 4), (9, 8), (12, 8), (16, 8)])
+def test_kernels_fit_in_registers(units, samples):
+    for activation, backward in (("relu", False), ("tanh", True)):
+        macros = WidePlan(529, units, samples).macros(activation, backward)
+        for arch in ("sm_80", "sm_90"):
+            (use,) = compile_report(SOURCE, macros, arch, "wide").values()
+            assert use["spill_stores"] == use["spill_loads"] == 0 and use["registers"] * 256 <= 65536
+
+
+@needs_compiler
+def test_the_sum_for_dU_compiles():
+    report = compile_report(OUTER, wide_plan_for(529, 256, 2).macros("relu", True), "sm_90", "wide sum")
+    assert set(report) == {"dense_outer", "dense_sum"}
+
+
+def test_no_float_atomics_and_no_headers():
+    assert not re.search(r"atomicAdd|\bred\.|#include", SOURCE + OUTER)
+
+
+@pytest.mark.parametrize("capability, widest", [((9, 0), 256), ((8, 6), 128), ((7, 5), 10**6)])
+def test_supports_what_the_fused_scan_cannot(monkeypatch, capability, widest):
+    backend = WideBackend()
+    gpu = type("Properties", (), dict(multi_processor_count=100, major=capability[0], minor=capability[1]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: gpu)
+
+    def ask(n, kind="dense", device="cuda:0", dtype=torch.float32):
+        return backend.supports(kind, torch.device(device), dtype, 1, n, 0, 0, "relu", "faithful")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ask(widest) and ask(widest + 1) == (capability >= (8, 0))
+        assert not ask(widest + 1, kind="wave") and not ask(widest + 1, device="cpu")
+        assert not ask(widest + 1, dtype=torch.float64)
+    assert (plan_for(widest + 1, 1, 1, "faithful", clusters=capability[0] >= 9)) is None
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last):
+    message = f"no such wide kernel ({last})"
+
+    def broken(*_):
+        raise KernelError(message)
+
+    monkeypatch.setattr(kernels_wide, "load_module", broken)
+    backend = WideBackend()
+    monkeypatch.setattr(backend, "_plan", lambda *_: WidePlan(7, 8, 4))
+    drive, U, h_0, gy = problem(2, 5, 3, 7, last)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        y, kept = backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
+        ours = backend.dense_backward(gy, drive, U, h_0, y, kept, "relu", last, "faithful")
+    z, z_kept = BACKENDS["torch"].dense_forward(drive, U, h_0, "relu", last, True, "faithful")
+    exact = BACKENDS["torch"].dense_backward(gy, drive, U, h_0, z, z_kept, "relu", last, "faithful")
+    assert torch.equal(y, z)
+    for name, a, b in zip(("drive", "U", "h_0"), ours, exact, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_the_cpu_is_left_to_torch():
+    assert backend_for("dense", torch.device("cpu"), torch.float32, 1, 529, 0, 0) is BACKENDS["torch"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_wide_on_the_gpu():
+    drive, U, h_0, gy = (t.cuda() for t in problem(2, 7, 33, 529, True))
+    assert isinstance(backend_for("dense", drive.device, torch.float32, 1, 529, 0, 0), WideBackend)
+    y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+    exact, _ = BACKENDS["torch"].dense_forward(drive, U, h_0, "relu", True, True, "faithful")
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
