@@ -96,7 +96,7 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     start, record = time.time(), {"environment": environment(), "rows": [], "tiles": [], "cudnn": {}}
     processors, arch = (
         torch.cuda.get_device_properties(0).multi_processor_count,
