@@ -666,3 +666,19 @@ def test_a_bad_dense_call_says_what_was_expected():
         with pytest.raises(ScanError) as error:
             dense_scan(**good | change)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("T", [1, 7, 100, 128])
+def test_a_product_in_pieces_of_time_is_the_product(T):
+    "What a GPU does for encoders and readouts, in value and gradients, for several runs too."
+    g = torch.Generator().manual_seed(T)
+    runs = [torch.randn(3, *s, generator=g, dtype=torch.float64) for s in ((T, 4, 5), (6, 5), (6,))]
+
+    def grads(product):
+        loss = lambda *one: product(*one).square().sum()  # noqa: E731
+        return torch.vmap(torch.func.grad_and_value(loss, argnums=(0, 1, 2)))(*runs)
+
+    (pieces, value), (whole, expected) = grads(scan._in_pieces), grads(torch.nn.functional.linear)
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(a, b)

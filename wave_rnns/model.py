@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MLP_READOUT', 'BIASES', 'RecurrentLayers', 'check_input', 'forward', 'final', 'forward_packed', 'WaveRNN',
-           'check_layers', 'IdentityRNN', 'LocalRNN', 'ModelConfig', 'SequenceModel', 'WholeSequenceMLP', 'build_model',
-           'count_parameters']
+           'check_layers', 'IdentityRNN', 'LocalRNN', 'ModelConfig', 'SequenceModel', 'StepsLinear', 'WholeSequenceMLP',
+           'build_model', 'count_parameters']
 
 # %% ../nbs/05_model.ipynb #40e09391
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import wave_rnns.kernels_dense
 import wave_rnns.kernels_wide  # noqa: F401  all three register the GPU's fast paths with the scan
 from .cell import DenseCell, LocalCell, WaveCell
 from .core import ConfigError
-from .scan import Rows, dense_scan, wave_loop, wave_scan
+from .scan import Rows, dense_scan, linear_steps, wave_loop, wave_scan
 
 # %% ../nbs/05_model.ipynb #82234cb7
 class RecurrentLayers(nn.Module):
@@ -319,6 +319,15 @@ class SequenceModel(nn.Module):
         return self.readout(self.layer.flat(h))
 
 
+class StepsLinear(nn.Linear):
+    "nn.Linear that reads out every state [T, B, F]; on a GPU its gradient is a sum over pieces of time (see `linear_steps`)."
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.is_cuda and h.dim() == 3 and self.bias is not None:
+            return linear_steps(h, self.weight, self.bias)
+        return super().forward(h)
+
+
 class WholeSequenceMLP(nn.Module):
     "The feed-forward baseline: sees the whole sequence at once, Linear, ReLU, Linear. Input [T, B, F], output [B, out]."
 
@@ -367,7 +376,7 @@ def build_model(
                 if config.kind == "local"
                 else WaveRNN(config.input_size, config.n, precision=config.precision, **rings)
             )
-        W = nn.Linear(layer.hidden_size, config.output_size)
+        W = (StepsLinear if config.every_step else nn.Linear)(layer.hidden_size, config.output_size)
         if config.readout == "mlp":
             W = nn.Sequential(
                 nn.Linear(layer.hidden_size, MLP_READOUT), nn.ReLU(), nn.Linear(MLP_READOUT, config.output_size)

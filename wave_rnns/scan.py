@@ -7,7 +7,7 @@ __all__ = ['workspace', 'BACKENDS', 'HALF', 'PRECISIONS', 'Rows', 'rows', 'wave_
            'LinearDrive', 'LookupDrive', 'fresh_pages', 'Workspace', 'WaveSteps', 'batch_last_forward',
            'batch_last_backward', 'Backend', 'register_backend', 'backend_for', 'TorchBackend', 'no_autocast',
            'full_precision', 'ScanFunction', 'ScanGradient', 'ScanError', 'fit', 'fit_integers', 'fit_input',
-           'fit_state', 'same_kind', 'same_kind_input', 'wave_scan', 'dense_scan']
+           'fit_state', 'same_kind', 'same_kind_input', 'wave_scan', 'linear_steps', 'dense_scan']
 
 # %% ../nbs/03_scan.ipynb #8d4e9f8a
 import math
@@ -961,14 +961,22 @@ def _one_run(kind, options, *tensors):
     return _scan(kind, *options, *(t if t is None else t[None] for t in tensors))[0].squeeze(0)
 
 # %% ../nbs/03_scan.ipynb #321c964d
-def _encode(x, V, b):
-    """V x_t + b for all steps of a dense scan. On a GPU in pieces of time: the gradient of V is then a sum of short products, where one
-    product over all T * B samples would be slow. (A compiler must not look at T.)"""
-    if x.device.type == "cpu" or torch.compiler.is_compiling():
-        return x @ V.T + b
+def _in_pieces(x, W, b):
     pieces = max(d for d in range(1, 65) if len(x) % d == 0)
-    drive = torch.baddbmm(b, x.reshape(pieces, -1, x.shape[-1]), V.T.expand(pieces, -1, -1))
-    return drive.view(*x.shape[:2], -1)
+    out = torch.baddbmm(b, x.reshape(pieces, -1, x.shape[-1]), W.T.expand(pieces, -1, -1))
+    return out.view(*x.shape[:2], -1)
+
+
+def linear_steps(
+    x: Tensor,  # [T, B, F]
+    W: Tensor,  # [out, F]
+    b: Tensor,  # [out]
+) -> Tensor:  # [T, B, out]
+    """W x_t + b for all steps: an encoder's or a readout's. On a GPU in pieces of time: the gradient of W is then a sum of short products,
+    where one product over all T * B samples would be slow. (A compiler must not look at T.)"""
+    if x.device.type == "cpu" or torch.compiler.is_compiling():
+        return x @ W.T + b
+    return _in_pieces(x, W, b)
 
 # %% ../nbs/03_scan.ipynb #9c38edff
 def dense_scan(
@@ -997,5 +1005,5 @@ def dense_scan(
             x = x.table[x.index]
         elif not x.is_floating_point():
             x = V.new_zeros(*x.shape, V.shape[1]).scatter(-1, x[..., None], 1.0)
-        drive = _encode(x, V, b)
+        drive = linear_steps(x, V, b)
         return _one_run("dense", (activation, last, precision), drive, U, h_0).to(dtype)
