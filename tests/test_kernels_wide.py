@@ -41,6 +41,9 @@ static thread_local Index threadIdx;
 static Index blockIdx;
 static std::barrier<> gate(256);
 inline void __syncthreads() { gate.arrive_and_wait(); }
+struct Warp { std::barrier<> gate{32}; };
+static Warp warps[8];
+inline void __syncwarp() { warps[threadIdx.x / 32].gate.arrive_and_wait(); }
 extern "C" { alignas(16) float4 pool[16384]; }
 inline void copy16(float4 *to, const float *from) {
     if (reinterpret_cast<size_t>(from) % 16) throw "unaligned";

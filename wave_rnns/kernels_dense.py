@@ -344,18 +344,25 @@ extern "C" __global__ void __launch_bounds__(256, 1) dense_outer(const Outer p) 
     extern __shared__ float4 pool[];                         // [STAGES][2 operands][ROUND][LINE]
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, q = lane & 3, wo = warp % 2, wi = warp / 2;
     constexpr int SIDE = (M + EDGE - 1) / EDGE;
-    const int o0 = blockIdx.x / SIDE * EDGE, i0 = blockIdx.x % SIDE * EDGE, col = 4 * lane;
+    const int o0 = blockIdx.x / SIDE * EDGE, i0 = blockIdx.x % SIDE * EDGE;
     const i64 r = blockIdx.z, k0 = blockIdx.y * p.chunk;
     const int rows = (int)min(p.chunk, p.K - k0), early = (int)max(min(p.B - k0, (i64)rows), (i64)0), rounds = (rows + ROUND - 1) / ROUND;
     const float *delta = p.delta + (r * p.K + k0) * M, *h = p.h + (r * p.K + k0 - p.B) * M, *first = p.first + (r * p.B + k0) * M;
     auto stage = [&](int n, int operand) { return (float *)pool + (n % STAGES * 2 + operand) * ROUND * LINE; };
+    auto bring = [&](float *to, const float *from, int have) {   // a row of 128: 16 bytes a lane, or neighbours by neighbouring lanes
+        if (M % 4 == 0) copy4((float4 *)(to + 4 * lane), have > 4 * lane ? from + 4 * lane : p.delta, have - 4 * lane);
+        else
+#pragma unroll
+            for (int c = lane; c < EDGE; c += 32)
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(smem(to + c)), "l"(c < have ? from + c : p.delta), "r"(c < have ? 4 : 0) : "memory");
+    };
     auto fetch = [&](int n) {
         if (n < rounds)
 #pragma unroll
             for (int x = 0; x < ROUND / 8; x++) {            // a warp brings one row of either operand at a time
                 const int row = 8 * x + warp, k = n * ROUND + row, have = k < rows ? M : 0, have_h = k >= early || p.first ? have : 0;
-                copy4((float4 *)(stage(n, 0) + row * LINE + col), have > o0 + col ? delta + k * M + o0 + col : p.delta, have - o0 - col);
-                copy4((float4 *)(stage(n, 1) + row * LINE + col), have_h > i0 + col ? (k < early ? first : h) + k * M + i0 + col : p.delta, have_h - i0 - col);
+                bring(stage(n, 0) + row * LINE, delta + k * M + o0, have - o0);
+                bring(stage(n, 1) + row * LINE, (k < early ? first : h) + k * M + i0, have_h - i0);
             }
         copy_commit();
     };
@@ -371,7 +378,10 @@ extern "C" __global__ void __launch_bounds__(256, 1) dense_outer(const Outer p) 
             float v[4][4];                                   // rows q, q+4, q+8, q+12 of 16, 4 neighbouring columns
             auto look = [&](int operand, int col) {
 #pragma unroll
-                for (int k = 0; k < 4; k++) load4(v[k], stage(n, operand) + (k0 + q + 4 * k) * LINE + col + 4 * g, 4);
+                for (int k = 0; k < 4; k++) {
+                    const float4 x = *(const float4 *)(stage(n, operand) + (k0 + q + 4 * k) * LINE + col + 4 * g);
+                    v[k][0] = x.x, v[k][1] = x.y, v[k][2] = x.z, v[k][3] = x.w;
+                }
             };
             u32 b[4][2][OUTER_TERMS];
             look(1, wi * 32);

@@ -22,7 +22,7 @@ class WidePlan:
     m: int  # units
     units: int  # units of the tile in a lane; 4 times as many in the block
     samples: int  # samples of the tile in a lane, 4 or 8; 8 times as many in the block
-    pieces: int = 4  # pieces of 32 summands in shared memory or on their way to it
+    pieces: int = 8  # pieces of 4 summands that a warp has in shared memory or on their way to it
     outer_terms: int = 2  # bf16 terms in the sum for dU
 
     @property
@@ -80,9 +80,9 @@ using i64 = long long;
 constexpr int SLICES = 8, THREADS = 32 * SLICES;             // a warp adds up an eighth of every sum
 constexpr int TU = 4 * UNITS, TB = 8 * SAMPLES;              // units and samples of a block; UNITS x SAMPLES of each in a lane
 constexpr int UP = (M + TU - 1) / TU * TU;                   // a row of the matrix, padded to whole blocks
-constexpr int DEEP = 4 * SLICES, ROUNDS = (M + DEEP - 1) / DEEP, KP = ROUNDS * DEEP;   // summands of a piece; padded length of the sums
-constexpr int LINE = (TU + TB) / 4, PIECE = DEEP * LINE;     // float4 of one summand and of a piece
-constexpr int COPIES = (PIECE + THREADS - 1) / THREADS;      // float4 of a piece that a thread brings
+constexpr int DEEP = 4 * SLICES, ROUNDS = (M + DEEP - 1) / DEEP, KP = ROUNDS * DEEP;   // summands of a round; padded length of the sums
+constexpr int LINE = (TU + TB) / 4, PIECE = 4 * LINE;        // float4 of one summand, and of the four that a warp adds in a round
+constexpr int COPIES = (PIECE + 31) / 32;                    // float4 of a piece that a lane brings
 constexpr int GROUP = 8 * TU * TB / THREADS >= 64 ? 8 : 4;   // samples of one unit that a thread finishes together
 constexpr int ITEMS = TU * TB / GROUP, TURNS = (ITEMS + THREADS - 1) / THREADS;
 """
@@ -102,30 +102,17 @@ _START = r"""
 struct Step { const float *w, *in, *y, *now; float *next, *out, *end; i64 B, BP, run, in_run; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_step(const Step p) {
-    extern __shared__ float4 pool[];                         // [PIECES][DEEP][LINE], and in the end the shares [SLICES][TU][TB + 4]
+    extern __shared__ float4 pool[];                         // [SLICES][PIECES][4][LINE], and in the end the shares [SLICES][TU][TB + 4]
     const int tid = threadIdx.x, lane = tid & 31, slice = tid >> 5, ti = lane >> 3, tj = lane & 7;
     const int u0 = blockIdx.x * TU, b0 = blockIdx.y * TB, B = (int)p.B;
     const i64 r = blockIdx.z;
 
-    // What the end needs comes from far away: ask for it first.
-    float x[TURNS][GROUP] = {}, z[TURNS][GROUP] = {};
-#pragma unroll
-    for (int n = 0; n < TURNS; n++) {
-        const int e = n * THREADS + tid, u = u0 + e % TU, b = b0 + e / TU * GROUP;
-#pragma unroll
-        for (int s = 0; s < GROUP; s++)
-            if (e < ITEMS && u < M && b + s < B) {
-                const i64 at = (i64)(b + s) * M + u;
-                if (p.in) x[n][s] = p.in[r * p.in_run + at];
-                if (BACK && ACT && p.y) z[n][s] = p.y[r * p.run + at];
-            }
-    }
-
+    float4 *ring = pool + slice * PIECES * PIECE;
     const float *from[COPIES];                               // a column of the matrix or of the state, whose rows go by
     i64 stride[COPIES];
 #pragma unroll
     for (int n = 0; n < COPIES; n++) {
-        const int e = n * THREADS + tid, k = e / LINE, c = 4 * (e % LINE);
+        const int e = n * 32 + lane, k = slice * 4 + e / LINE, c = 4 * (e % LINE);
         from[n] = c < TU ? p.w + (r * KP + k) * UP + u0 + c : p.now + (r * KP + k) * p.BP + b0 + c - TU;
         stride[n] = DEEP * (c < TU ? (i64)UP : p.BP);
     }
@@ -133,37 +120,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_step(const Step p)
         if (round < ROUNDS)
 #pragma unroll
             for (int n = 0; n < COPIES; n++) {
-                const int e = n * THREADS + tid;
-                if (PIECE % THREADS == 0 || e < PIECE) copy16(pool + round % PIECES * PIECE + e, from[n]);
+                const int e = n * 32 + lane;
+                if (PIECE % 32 == 0 || e < PIECE) copy16(ring + round % PIECES * PIECE + e, from[n]);
                 from[n] += stride[n];
             }
         copy_commit();
     };
+    for (int n = 0; n < PIECES - 1; n++) fetch(n);
+
+    float x[TURNS][GROUP] = {}, z[TURNS][GROUP] = {};        // what the end needs comes from far away: it is asked for now
+#pragma unroll
+    for (int n = 0; n < TURNS; n++) {
+        const int e = n * THREADS + tid, u = u0 + e % TU, b = b0 + e / TU * GROUP;
+        auto load = [&](float (&v)[GROUP], const float *from) {
+#pragma unroll
+            for (int s = 0; s < GROUP; s++)
+                if (e < ITEMS && u < M && b + s < B) v[s] = from[(i64)(b + s) * M + u];
+        };
+        if (p.in) load(x[n], p.in + r * p.in_run);
+        if (BACK && ACT && p.y) load(z[n], p.y + r * p.run);
+    }
 """
 
 # %% ../nbs/04_kernels_wide.ipynb #efec8e43
 _SUM = r"""
-    float acc[UNITS][SAMPLES] = {};
-    for (int n = 0; n < PIECES - 1; n++) fetch(n);
+    float acc[UNITS][SAMPLES] = {}, w[2][UNITS], h[2][SAMPLES];
+    auto look = [&](int round, int k) {                      // the lane's part of one summand, into registers
+        const float4 *row = ring + round % PIECES * PIECE + k % 4 * LINE;
+#pragma unroll
+        for (int i = 0; i < UNITS / 4; i++) put(w[k % 2] + 4 * i, row[4 * i + ti]);
+#pragma unroll
+        for (int i = UNITS / 4 * 4; i < UNITS; i++) w[k % 2][i] = ((const float *)row)[4 * i + ti];
+#pragma unroll
+        for (int i = 0; i < SAMPLES / 4; i++) put(h[k % 2] + 4 * i, row[TU / 4 + 8 * i + tj]);
+    };
+    copy_wait<PIECES - 2>();
+    __syncwarp();
+    look(0, 0);
 #pragma unroll 1
     for (int n = 0; n < ROUNDS; n++) {
-        copy_wait<PIECES - 2>();
-        __syncthreads();
         fetch(n + PIECES - 1);
-        const float4 *row = pool + n % PIECES * PIECE + slice * 4 * LINE;
 #pragma unroll
-        for (int k = 0; k < 4; k++, row += LINE) {
-            float w[UNITS], h[SAMPLES];
-#pragma unroll
-            for (int i = 0; i < UNITS / 4; i++) put(w + 4 * i, row[4 * i + ti]);
-#pragma unroll
-            for (int i = UNITS / 4 * 4; i < UNITS; i++) w[i] = ((const float *)row)[4 * i + ti];
-#pragma unroll
-            for (int i = 0; i < SAMPLES / 4; i++) put(h + 4 * i, row[TU / 4 + 8 * i + tj]);
+        for (int k = 0; k < 4; k++) {
+            if (k == 3) copy_wait<PIECES - 2>(), __syncwarp();   // the next piece is here, and all lanes are done with the last
+            look(n + (k == 3), k + 1);
 #pragma unroll
             for (int i = 0; i < UNITS; i++)
 #pragma unroll
-                for (int s = 0; s < SAMPLES; s++) acc[i][s] = fmaf(w[i], h[s], acc[i][s]);
+                for (int s = 0; s < SAMPLES; s++) acc[i][s] = fmaf(w[k % 2][i], h[k % 2][s], acc[i][s]);
         }
     }
 """
@@ -202,12 +206,14 @@ _END = r"""
             if (!BACK) v[s] = act(v[s]);
             else if (ACT == 1 && p.y) v[s] = z[n][s] <= 0.f ? 0.f : v[s];
             else if (ACT == 2 && p.y) v[s] *= 1.f - z[n][s] * z[n][s];
-            if (b + s < B) {
-                const i64 at = (i64)(b + s) * M + u;
-                if (p.out) p.out[r * p.run + at] = v[s];
-                if (p.end) p.end[r * B * M + at] = v[s];
-            }
         }
+        auto store = [&](float *to) {
+#pragma unroll
+            for (int s = 0; s < GROUP; s++)
+                if (b + s < B) to[(i64)(b + s) * M + u] = v[s];
+        };
+        if (p.out) store(p.out + r * p.run);
+        if (p.end) store(p.end + r * B * M);
         if (p.next)
 #pragma unroll
             for (int s = 0; s < GROUP; s += 4)
