@@ -107,8 +107,8 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
         row["error"] = {"h": error(states, exact, over_runs), "y": error(y, end, over_runs)}
         row["error_loop"] = {"h": error(loop, exact, over_runs), "y": error(loop_end, end, over_runs)}
         for name, grad in zip(GRADIENTS, ours, strict=True):
-            row["error"][name] = error(grad, exact_grads[name])
-            row["error_loop"][name] = error(loop_grads[name], exact_grads[name])
+            row["error"][name] = error(grad, exact_grads[name], over_runs)
+            row["error_loop"][name] = error(loop_grads[name], exact_grads[name], over_runs)
         row["repeats"] = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
         if row["flips"]:
             _, same = reference(drive, U, h_0, gy, activation, last, torch.float64, states > 0)
