@@ -281,6 +281,10 @@ for T in (200, 400, 700, 1000):
 declare(
     "adding1000_wrnn_fast", "adding1000_wrnn", "ours: the fast kernels, half the time", model=dict(precision="fast")
 )
+for model in ("wrnn", "irnn"):  # Adam's first step moves every weight by lr: at 1e-3 a state of 1,000 steps explodes
+    declare(
+        f"adding1000_{model}_lr4", f"adding1000_{model}", "paper: lr 1e-4 is in the grid of its sweep files", lr=1e-4
+    )
 
 # Pixel MNIST: Section 3 "Sequential Image Classification", Table 2, Figures 6 and 7 -----------------------------------------
 declare(
