@@ -83,7 +83,7 @@ constexpr int UP = (M + TU - 1) / TU * TU;                   // a row of the mat
 constexpr int DEEP = 4 * SLICES, ROUNDS = (M + DEEP - 1) / DEEP, KP = ROUNDS * DEEP;   // summands of a round; padded length of the sums
 constexpr int LINE = (TU + TB) / 4, PIECE = 4 * LINE;        // float4 of one summand, and of the four that a warp adds in a round
 constexpr int COPIES = (PIECE + 31) / 32;                    // float4 of a piece that a lane brings
-constexpr int GROUP = 8 * TU * TB / THREADS >= 64 ? 8 : 4;   // samples of one unit that a thread finishes together
+constexpr int GROUP = 4;                                     // samples of one unit that a thread finishes together
 constexpr int ITEMS = TU * TB / GROUP, TURNS = (ITEMS + THREADS - 1) / THREADS;
 """
 
@@ -103,7 +103,8 @@ struct Step { const float *w, *in, *y, *now; float *next, *out, *end; i64 B, BP,
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_step(const Step p) {
     extern __shared__ float4 pool[];                         // [SLICES][PIECES][4][LINE], and in the end the shares [SLICES][TU][TB + 4]
-    const int tid = threadIdx.x, lane = tid & 31, slice = tid >> 5, ti = lane >> 3, tj = lane & 7;
+    const int tid = threadIdx.x, lane = tid & 31, slice = tid >> 5;
+    const int ti = (lane & 1) + (lane >> 4) * 2, tj = lane >> 1 & 7;   // so laid out, a read of 16 bytes a lane takes two turns, not four
     const int u0 = blockIdx.x * TU, b0 = blockIdx.y * TB, B = (int)p.B;
     const i64 r = blockIdx.z;
 
