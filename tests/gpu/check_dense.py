@@ -112,7 +112,7 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
         row["repeats"] = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
         if row["flips"]:
             _, same = reference(drive, U, h_0, gy, activation, last, torch.float64, states > 0)
-            row["same_masks"] = {k: error(grad, same[k]) for k, grad in zip(GRADIENTS, ours, strict=True)}
+            row["same_masks"] = {k: error(grad, same[k], over_runs) for k, grad in zip(GRADIENTS, ours, strict=True)}
         row["over"] = out_of_bounds(row, states.numel())
         row["ok"] = row["repeats"] and not row["over"]
         rows.append(row)
