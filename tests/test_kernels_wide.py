@@ -34,6 +34,8 @@ PLAYED = r"""
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 using std::fmaf;
+using u32 = unsigned int;
+using i64 = long long;
 struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { int x = 0, y = 0, z = 0; };

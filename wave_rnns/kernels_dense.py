@@ -13,14 +13,11 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from .kernels import KernelError, _aligned, _new, fall_back, load_module
+from .kernels import CUDA_NUMBERS, KernelError, _aligned, _new, fall_back, load_module
 from .scan import BACKENDS, Backend, backend_for, register_backend
 
 # %% ../nbs/04_kernels_dense.ipynb #1cb842bb
 _LAYOUT = r"""
-using u32 = unsigned int;
-using i64 = long long;
-
 constexpr int KT = PAD / 16, BM = KT / CLUSTER;              // 16-unit tiles of a state; of the rows one block owns
 constexpr int WM = BM / ROWS, WK = KT / DEEP, THREADS = 32 * WM * WK;   // warps along rows and along columns
 constexpr int STATE = PAD * 8;                               // floats of a state: [KT][8 samples][16 units]
@@ -42,12 +39,6 @@ struct Lane {
 
 # %% ../nbs/04_kernels_dense.ipynb #4196b930
 _NUMBERS = r"""
-__device__ __forceinline__ u32 pack(float lo, float hi) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d; }
-__device__ __forceinline__ float low(u32 p) { return __uint_as_float(p << 16); }
-__device__ __forceinline__ float high(u32 p) { return __uint_as_float(p & 0xffff0000u); }
-// Adding and taking away this number rounds to 2^-bits of the power of two above `top`.
-__device__ __forceinline__ float grid_above(u32 top, int bits) { return __uint_as_float(min((top >> 23) + 24 - bits, 250u) << 23 | 0x400000u); }
-
 template <int N> __device__ __forceinline__ void split(u32 (&d)[N], float x, float y) {          // N bf16 terms each
 #pragma unroll
     for (int k = 0; k < N; k++) d[k] = pack(x, y), x -= low(d[k]), y -= high(d[k]);
@@ -188,7 +179,7 @@ __device__ __forceinline__ void load_weights(Weights &w, const float *U, u32 *to
             for (int i = 0; i < 8; i++) {                    // rows g and g + 8 of tile j are 4g + 2j and 4g + 2j + 1 of the pair
                 const int j = i / 4, a = 2 * j + i % 2, b = i / 2 % 2 * 2;
                 u32 d[TERMS];
-                split_weight(d, v[a][b], v[a][b + 1], grid_above(top[(L.wm * ROWS + 2 * pr) * 16 + 4 * L.g + a], 10));
+                split_weight(d, v[a][b], v[a][b + 1], grid_above(top[(L.wm * ROWS + 2 * pr) * 16 + 4 * L.g + a], WBITS));
 #pragma unroll
                 for (int k = 0; k < TERMS; k++) w[k][pr][j][kt][i % 4] = d[k];
             }
@@ -206,7 +197,7 @@ __device__ __forceinline__ void product(float4 *share, const Weights &w, const f
     for (int kt = 0; kt < DEEP; kt++) {
         const float4 v = h[(L.wk * DEEP + kt) * 32 + L.lane];
         u32 b0[TERMS], b1[TERMS];
-        const float grid = grid_above(__float_as_uint(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)))), 8);
+        const float grid = grid_above(__float_as_uint(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)))), SBITS);
         split_state(b0, v.x, v.y, grid);
         split_state(b1, v.z, v.w, grid);
 #pragma unroll
@@ -436,7 +427,7 @@ extern "C" __global__ void dense_sum(const float *part, float *out, i64 pieces) 
 }
 #endif
 """
-SOURCE = "".join([_LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
+SOURCE = "".join([CUDA_NUMBERS, _LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
 
 # %% ../nbs/04_kernels_dense.ipynb #09dd46b3
 FUSED_UNITS = 256  # wider matrices do not fit on chip in three terms
@@ -456,6 +447,10 @@ class DensePlan:
     outer_terms: int = 0  # terms in the sum for dU; 0: 3 for a few faithful units, else 2
     stub: bool = False  # leave out the arithmetic, for timing only
     diagonals: int = 0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
+    state_bits: int = (
+        8  # faithful first terms: multiples of 2^-bits of the power of two above the largest of 4 units ...
+    )
+    weight_bits: int = 10  # ... and above the largest weight of a row
 
     @property
     def padded(self) -> int:
@@ -491,6 +486,8 @@ class DensePlan:
             "OUTER_TERMS": self.outer_terms or (3 if self.terms == 3 and self.m <= 16 else 2),
             "STUB": int(self.stub),
             "DIAGONALS": self.diagonals or (4 if self.terms == 3 else 2),
+            "SBITS": self.state_bits,
+            "WBITS": self.weight_bits,
             "ACT": ("identity", "relu", "tanh").index(activation),
             "BACK": int(backward),
             "LAST": int(backward and last),

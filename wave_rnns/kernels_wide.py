@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import _new, load_module
+from .kernels import CUDA_NUMBERS, _new, load_module
 from .kernels_dense import _MEMORY, _NUMBERS, _OUTER, DenseBackend, outer_sum, plan_for
 from .scan import register_backend
 
@@ -74,9 +74,6 @@ def wide_plan_for(
 
 # %% ../nbs/04_kernels_wide.ipynb #5d00a7c1
 _SIZES = r"""
-using u32 = unsigned int;
-using i64 = long long;
-
 constexpr int SLICES = 8, THREADS = 32 * SLICES;             // a warp adds up an eighth of every sum
 constexpr int TU = 4 * UNITS, TB = 8 * SAMPLES;              // units and samples of a block; UNITS x SAMPLES of each in a lane
 constexpr int UP = (M + TU - 1) / TU * TU;                   // a row of the matrix, padded to whole blocks
@@ -222,8 +219,8 @@ _END = r"""
     }
 }
 """
-SOURCE = "".join([_SIZES, _NUMBERS, _MEMORY, _COPY, _START, _SUM, _END])
-OUTER = "".join(["using u32 = unsigned int;\nusing i64 = long long;\n", _NUMBERS, _MEMORY, _OUTER])
+SOURCE = "".join([CUDA_NUMBERS, _SIZES, _NUMBERS, _MEMORY, _COPY, _START, _SUM, _END])
+OUTER = "".join([CUDA_NUMBERS, _NUMBERS, _MEMORY, _OUTER])
 
 # %% ../nbs/04_kernels_wide.ipynb #631f8c73
 def _matrix(plan, U):
