@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import CUDA_NUMBERS, _new, load_module
-from .kernels_dense import _MEMORY, _NUMBERS, _OUTER, DenseBackend, outer_sum, plan_for
+from wave_rnns.kernels_dense import (
+    _MEMORY,
+    _NUMBERS,
+    _OUTER,
+    DenseBackend,
+    fit_outer,
+    outer_sum,
+    plan_for,
+    shared_limit,
+)
 from .scan import register_backend
 
 # %% ../nbs/04_kernels_wide.ipynb #0d8f613f
@@ -24,6 +33,7 @@ class WidePlan:
     samples: int  # samples of the tile in a lane, 4 or 8; 8 times as many in the block
     pieces: int = 8  # pieces of 4 summands that a warp has in shared memory or on their way to it
     outer_terms: int = 2  # bf16 terms in the sum for dU
+    outer_stages: int = 3  # rounds of that sum in shared memory or on their way, 34 KB each
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -35,7 +45,7 @@ class WidePlan:
 
     @property
     def summands(self) -> int:
-        "Length of a sum, padded to whole pieces."
+        "Length of a sum, padded to whole rounds of 32."
         return -(-self.m // 32) * 32
 
     @property
@@ -53,6 +63,7 @@ class WidePlan:
             "PIECES": self.pieces,
             "TERMS": 2,
             "OUTER_TERMS": self.outer_terms,
+            "OUTER_STAGES": self.outer_stages,
             "ACT": ("identity", "relu", "tanh").index(activation),
             "BACK": int(backward),
         }
@@ -63,6 +74,7 @@ def wide_plan_for(
     B: int,  # batch
     R: int,  # runs
     processors: int = 132,  # multiprocessors of the GPU
+    limit: int = 227 << 10,  # bytes of shared memory that a block may use
 ) -> WidePlan:
     "The tile that gives the busiest processor the least to do: its multiply-adds, and what it reads and hands on (weighed as measured below)."
 
@@ -70,7 +82,8 @@ def wide_plan_for(
         across, along, _ = plan.grid(B, R)
         return -(-across * along * R // processors) * (plan.units * plan.samples + 4 * (plan.units + plan.samples))
 
-    return min((WidePlan(m, units, samples) for units in (8, 9, 12, 16) for samples in (4, 8)), key=busiest)
+    plans = (WidePlan(m, units, samples) for units in (8, 9, 12, 16) for samples in (4, 8))
+    return fit_outer(min((plan for plan in plans if plan.shared <= limit), key=busiest), limit)
 
 # %% ../nbs/04_kernels_wide.ipynb #5d00a7c1
 _SIZES = r"""
@@ -224,7 +237,7 @@ OUTER = "".join([CUDA_NUMBERS, _NUMBERS, _MEMORY, _OUTER])
 
 # %% ../nbs/04_kernels_wide.ipynb #631f8c73
 def _matrix(plan, U):
-    "[R, m, m] -> [R, summands, units], both padded with zeros to whole pieces and tiles."
+    "[R, m, m] -> [R, summands, units], both padded with zeros to whole rounds and tiles."
     R, m, width = U.shape[0], plan.m, plan.grid(1, 1)[0] * plan.tile[0]
     w = _new("padded matrices", R, R, plan.summands, width, like=U).zero_()
     w[:, :m, :m] = U
@@ -281,7 +294,8 @@ class WideBackend(DenseBackend):
         super().__init__(plan)
 
     def _plan(self, m, B, R, precision, device):
-        return self.plan(m, B, R, torch.cuda.get_device_properties(device).multi_processor_count)
+        gpu = torch.cuda.get_device_properties(device)
+        return self.plan(m, B, R, gpu.multi_processor_count, shared_limit(gpu))
 
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision):
         if kind != "dense" or device.type != "cuda" or dtype != torch.float32 or (device, n, precision) in self.broken:

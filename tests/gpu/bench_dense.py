@@ -235,26 +235,6 @@ def in_a_graph(work):
     return milliseconds(graph.replay, 7, 2)
 
 
-def wide(T, B, m):
-    "Too wide to fuse: the torch path in a CUDA graph, for 1 and 4 runs, and nn.RNN for one."
-    out = {"T": T, "B": B, "m": m}
-    rnn = torch.nn.RNN(1, m, nonlinearity="relu").cuda()
-    with torch.no_grad():
-        rnn.weight_hh_l0.copy_(torch.eye(m) * 0.95 + torch.randn(m, m) * 0.1 / m**0.5)
-    x, gy = torch.rand(T, B, 1, device="cuda"), torch.randn(B, m, device="cuda")
-    out["nn.RNN"] = milliseconds(lambda: torch.autograd.grad(rnn(x)[0][-1], list(rnn.parameters()), gy), 7, 2)
-    for R in (1, 4):
-        drive, U, g = problem(R, T, B, m)
-
-        def work(drive=drive, U=U, g=g):
-            y, kept = torch.ops.wave_rnns.dense_forward(drive, U, None, "relu", True, True, "faithful")
-            torch.ops.wave_rnns.dense_backward(g, drive, U, None, y, kept, "relu", True, "faithful")
-
-        out[f"ours R={R}, ms a run"] = {k: v / R for k, v in in_a_graph(work).items()}
-    print("wide", out, flush=True)
-    return out
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -307,8 +287,6 @@ def main():
             for precision in ("faithful", "fast"):
                 record["sweep"][f"{name} {precision}"] = sweep(*SHAPES[name], precision)
                 save()
-    record["wide"] = wide(1000, 128, 529)
-    save()
     print(f"bench_dense: {record['seconds']:.0f} s")
 
 

@@ -64,7 +64,7 @@ def whole(backend, R, T, B, m):
 
 
 def cudnn(T, B, m):
-    "nn.RNN, without tf32, and our layer on the same input: forward and backward, eagerly as a user would."
+    "nn.RNN, without tf32, and our layer on the same input: forward and backward, called from Python and as a CUDA graph."
     torch.manual_seed(0)
     rnn = torch.nn.RNN(1, m, nonlinearity="relu").cuda()
     with torch.no_grad():
