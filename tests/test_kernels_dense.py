@@ -11,18 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import needs_compiler
 
 from wave_rnns import kernels_dense
-from wave_rnns.kernels import KernelError, compile_kernel, compile_report, nvrtc, nvrtc_architectures
+from wave_rnns.kernels import KernelError, compile_kernel, compile_report, nvrtc_architectures
 from wave_rnns.kernels_dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
 from wave_rnns.scan import BACKENDS, backend_for
-
-try:
-    nvrtc()
-    no_compiler = False
-except KernelError as reason:
-    no_compiler = str(reason)
-needs_compiler = pytest.mark.skipif(bool(no_compiler), reason=str(no_compiler))
 
 HOPPER, AMPERE = (132, True), (108, False)
 REGISTERS = 65536

@@ -9,8 +9,8 @@ __all__ = ['LARGEST_CUBIN', 'CUDA_NUMBERS', 'CUDA_SIZES', 'CUDA_INSTRUCTIONS', '
            'CUDA_BACKWARD_DELTA', 'CUDA_BACKWARD_U', 'CUDA_BACKWARD_LOOP', 'CUDA_BACKWARD_OUT', 'CUDA_SUMS',
            'CUDA_ROW_SUMS', 'WAVE_SOURCE', 'ACT_CODE', 'SHARED_LIMIT', 'MAX_CHANNELS', 'MAX_THREADS', 'KernelError',
            'nvrtc', 'nvrtc_version', 'nvrtc_architectures', 'architecture_for', 'compile_kernel', 'compile_report',
-           'Module', 'load_module', 'fall_back', 'Plan', 'run_forward', 'run_backward', 'kept_states', 'place_rows',
-           'sum_rows', 'CudaBackend']
+           'Module', 'load_module', 'fall_back', 'shared_limit', 'Plan', 'run_forward', 'run_backward', 'kept_states',
+           'place_rows', 'sum_rows', 'CudaBackend']
 
 # %% ../nbs/04_kernels.ipynb #c869a9ca
 import ctypes
@@ -1147,6 +1147,11 @@ SHARED_LIMIT = {
 MAX_CHANNELS, MAX_THREADS = 32, 512
 
 
+def shared_limit(major: int, minor: int) -> int:  # compute capability
+    "Bytes of shared memory that a block may use."
+    return SHARED_LIMIT.get(10 * major + minor, 227) << 10
+
+
 @dataclass(frozen=True)
 class Plan:
     "Everything the compiler knows about one scan, and what follows from it. Sizes as in the kernel's comments."
@@ -1452,7 +1457,7 @@ class CudaBackend(Backend):
         few = blocks <= torch.cuda.get_device_properties(device).multi_processor_count
         defaults = {
             "mt": Plan.share(n, c, few and precision == "faithful"),
-            "limit": SHARED_LIMIT.get(10 * major + minor, 227) << 10,
+            "limit": shared_limit(major, minor),
         }
         if c > 24 and precision == "fast" and not few:
             defaults["min_forward"] = 2

@@ -22,6 +22,7 @@ from wave_rnns.kernels import architecture_for
 from wave_rnns.kernels_wide import (
     OUTER,
     SOURCE,
+    TILES,
     WideBackend,
     WidePlan,
     outer_sum,
@@ -35,7 +36,7 @@ SHAPES = {"nsCIFAR10 iRNN": (1000, 256, 529), "copy iRNN": (500, 128, 625)}
 
 
 def tiles(m):
-    return [WidePlan(m, units, samples) for units in (8, 9, 12, 16) for samples in (4, 8)]
+    return [WidePlan(m, *tile) for tile in TILES]
 
 
 def time_parts(plan, R, T, B):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from wave_rnns.core import atomic_write, environment, to_json
 from wave_rnns.kernels import architecture_for, compile_kernel
 from wave_rnns.kernels_dense import SOURCE, DenseBackend, DensePlan, plan_for
-from wave_rnns.kernels_wide import WideBackend, WidePlan
+from wave_rnns.kernels_wide import TILES, WideBackend, WidePlan
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 
 ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that does better on a few numbers was lucky
@@ -265,8 +265,8 @@ def every_wide_tile_agrees():
         drive, U, h_0, gy = case_inputs(2, T, B, m, False, 11)
         exact, grads = reference(drive, U, h_0, gy, "tanh", False, torch.float64)
         out = []
-        for units, samples in itertools.product((8, 9, 12, 16), (4, 8)):
-            plan = WidePlan(m, units, samples)
+        for tile in TILES:
+            plan = WidePlan(m, *tile)
             b = WideBackend(lambda *_, plan=plan: plan)
             y, kept = b.dense_forward(drive, U, h_0, "tanh", False, True, "faithful")
             out.append((y, *b.dense_backward(gy, drive, U, h_0, y, kept, "tanh", False, "faithful")))

@@ -1,0 +1,12 @@
+"A mark for tests that compile CUDA, which not every PyTorch can."
+
+import pytest
+
+from wave_rnns.kernels import KernelError, nvrtc
+
+try:
+    nvrtc()
+    reason = ""
+except KernelError as error:
+    reason = str(error)
+needs_compiler = pytest.mark.skipif(bool(reason), reason=reason)
