@@ -1,0 +1,94 @@
+"""The adding task at T = 1000 and lr 1e-3, step by step: where a run overflows, and whether the run beside it has a part in that.
+
+python tests/gpu/watch_overflow.py --out DIR      writes DIR/overflow.json, and the weights before an overflow in DIR/before_overflow
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from wave_rnns.checkpoints import save_weights
+from wave_rnns.core import atomic_write, environment, to_json
+from wave_rnns.experiments import EXPERIMENTS
+from wave_rnns.tasks import make_task
+from wave_rnns.training import Population, RunSettings
+
+EXPERIMENT, STEPS = "adding1000_wrnn", 600
+COMPANIES = ((0, 1), (0, 5), (1, 0), (7, 1), (0,), (1,), tuple(range(2, 10)))  # seeds that train side by side
+
+
+def short(x):
+    "Five digits; None where the number is not finite."
+    return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+def population(seeds, device):
+    "The recorded experiment, and a buffer that keeps the loss of the last step."
+    e = EXPERIMENTS[EXPERIMENT]
+    runs = [RunSettings(s, e.lr, e.clip, e.drop_factor, e.drop_every) for s in seeds]
+    pop = Population(make_task(e.task, **e.task_options), e.model, runs, device)
+    pop.loss, update = torch.zeros(len(seeds), device=device), pop.update
+
+    def watched(loss, sums, grad):
+        pop.loss.copy_(loss)
+        update(loss, sums, grad)
+
+    pop.update = watched
+    return pop
+
+
+def watch(seeds, device, steps):
+    "Train; the loss at every step, the step at which each run overflowed, and each run's weights before that step."
+    pop = population(seeds, device)
+    step, losses, last = pop.step_function(), [], deque(maxlen=2)
+    before = {}
+    for _ in range(steps):
+        last.append(pop.theta.clone())
+        step()
+        losses.append([short(x) for x in pop.loss.tolist()])
+        for r, diverged in enumerate(pop.diverged.tolist()):
+            if diverged and r not in before:
+                before[r] = pop.weights(last[-1], r)
+        if len(before) == len(seeds):
+            break
+    row = {"seeds": list(seeds), "diverged": [d or None for d in pop.diverged.tolist()], "loss": losses}
+    return row, before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    start, rows = time.time(), []
+    for seeds in COMPANIES:
+        row, before = watch(seeds, torch.device(options.device), options.steps)
+        rows.append(row)
+        print(seeds, "overflow at", row["diverged"], f"{time.time() - start:.0f} s", flush=True)
+        if seeds == COMPANIES[0] and before:
+            r = min(before, key=lambda r: row["diverged"][r])
+            about = {"experiment": EXPERIMENT, "seed": seeds[r], "steps": row["diverged"][r] - 1, "beside": seeds}
+            save_weights(options.out / "before_overflow", before[r], EXPERIMENTS[EXPERIMENT].model, about)
+            rows[0]["kept"] = about
+        record = {
+            "what": f"{EXPERIMENT}, the training error of every step, null where it is not finite",
+            "environment": environment(),
+            "experiment": EXPERIMENT,
+            "steps": options.steps,
+            "rows": rows,
+            "seconds": time.time() - start,
+        }
+        atomic_write(options.out / "overflow.json", to_json(record))
+
+
+if __name__ == "__main__":
+    main()
