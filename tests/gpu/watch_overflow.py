@@ -7,7 +7,6 @@ import argparse
 import math
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -47,15 +46,13 @@ def population(seeds, device):
 def watch(seeds, device, steps):
     "Train; the loss at every step, the step at which each run overflowed, and each run's weights before that step."
     pop = population(seeds, device)
-    step, losses, last = pop.step_function(), [], deque(maxlen=2)
-    before = {}
+    step, losses, before = pop.step_function(), [], {}
     for _ in range(steps):
-        last.append(pop.theta.clone())
         step()
         losses.append([short(x) for x in pop.loss.tolist()])
         for r, diverged in enumerate(pop.diverged.tolist()):
             if diverged and r not in before:
-                before[r] = pop.weights(last[-1], r)
+                before[r] = pop.weights(pop.theta, r)  # a run whose step overflowed is frozen as it was before it
         if len(before) == len(seeds):
             break
     row = {"seeds": list(seeds), "diverged": [d or None for d in pop.diverged.tolist()], "loss": losses}
