@@ -5,6 +5,7 @@ python tests/gpu/watch_overflow.py --out DIR      writes DIR/overflow.json, and 
 
 import argparse
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.out / "before_overflow", ignore_errors=True)  # those of another run would not fit the record
     start, rows = time.time(), []
     for seeds in COMPANIES:
         row, before = watch(seeds, torch.device(options.device), options.steps)
