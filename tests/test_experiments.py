@@ -56,11 +56,14 @@ def test_the_paper_settings_are_those_that_were_asked_for():
         if name.startswith(("demo", "smnist_cpu")):
             continue
         generated = e.task in ("copy", "adding")
-        assert e.lr == (1e-3 if generated and not name.endswith("_lr4") else 1e-4) and e.clip == 1 and e.seeds == (0, 1)
+        gentle = name == "nscifar10_irnn_lr5"  # the one setting that is shorter and slower: at 1e-4 it explodes
+        usual = 1e-3 if generated and not name.endswith("_lr4") else 1e-4
+        assert e.lr == (1e-5 if gentle else usual) and e.clip == 1 and e.seeds == (0, 1)
         if generated:
             assert (e.steps, e.drop_every) == (60_000, 0)
         else:
-            assert (e.epochs, e.drop_every, e.drop_factor) == (250 if e.model.kind == "irnn" else 120, 100, 10)
+            epochs = 105 if gentle else 250 if e.model.kind == "irnn" else 120
+            assert (e.epochs, e.drop_every, e.drop_factor) == (epochs, 100, 10)
         assert e.task_options["batch_size"] == (256 if e.task == "nscifar10" else 128)
     sizes = {"copy": (100, 6), "adding": (100, 27), "smnist": (256, 16), "psmnist": (256, 16), "nscifar10": (256, 16)}
     for name in ("copy480_wrnn", "adding1000_wrnn", "smnist_wrnn", "psmnist_wrnn", "nscifar10_wrnn"):
