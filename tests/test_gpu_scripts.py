@@ -67,7 +67,7 @@ def test_the_weights_before_an_overflow_are_kept(script, tmp_path, monkeypatch):
         task_options={"T": 20, "batch_size": 4, "valid_size": 4, "test_size": 4},
     )
     monkeypatch.setattr(watch, "EXPERIMENTS", {watch.EXPERIMENT: short})
-    monkeypatch.setattr(watch, "COMPANIES", ((0, 1), (1,)))
+    monkeypatch.setattr(watch, "GROUPS", ((0, 1), (1,)))
     monkeypatch.setattr(sys, "argv", ["watch", "--out", str(tmp_path), "--device", "cpu", "--steps", "5"])
     watch.main()
     record = json.loads((tmp_path / "overflow.json").read_text())

@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -82,10 +83,11 @@ def both_readouts(name, R):
     for _ in range(5):
         for step, lap in zip((one, pieces), laps, strict=True):
             lap.append(milliseconds(step, 15)["median"])
-    one_ms, pieces_ms = (round(sorted(lap)[2], 4) for lap in laps)
-    spread = [[round(x, 4) for x in (min(lap), max(lap))] for lap in laps]
-    row = {"experiment": name, "R": R, "one_product_ms": one_ms, "in_pieces_ms": pieces_ms}
-    return row | {"one_product_range": spread[0], "in_pieces_range": spread[1]}
+    row = {"experiment": name, "R": R}
+    for way, lap in zip(("one_product", "in_pieces"), laps, strict=True):
+        row[f"{way}_ms"] = round(statistics.median(lap), 4)
+        row[f"{way}_range"] = [round(min(lap), 4), round(max(lap), 4)]
+    return row
 
 
 def wide_launches():

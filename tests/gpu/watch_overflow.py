@@ -21,7 +21,7 @@ from wave_rnns.tasks import make_task
 from wave_rnns.training import Population, RunSettings
 
 EXPERIMENT, STEPS = "adding1000_wrnn", 600
-COMPANIES = ((0, 1), (0, 5), (1, 0), (7, 1), (0,), (1,), tuple(range(2, 10)))  # seeds that train side by side
+GROUPS = ((0, 1), (0, 5), (1, 0), (7, 1), (0,), (1,), tuple(range(2, 10)))  # seeds that train together
 
 
 def short(x):
@@ -69,11 +69,11 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.out / "before_overflow", ignore_errors=True)  # those of another run would not fit the record
     start, rows = time.time(), []
-    for seeds in COMPANIES:
+    for seeds in GROUPS:
         row, before = watch(seeds, torch.device(options.device), options.steps)
         rows.append(row)
         print(seeds, "overflow at", row["diverged"], f"{time.time() - start:.0f} s", flush=True)
-        if seeds == COMPANIES[0] and before:
+        if seeds == GROUPS[0] and before:
             r = min(before, key=lambda r: row["diverged"][r])
             about = {"experiment": EXPERIMENT, "seed": seeds[r], "steps": row["diverged"][r] - 1, "beside": seeds}
             save_weights(options.out / "before_overflow", before[r], EXPERIMENTS[EXPERIMENT].model, about)
