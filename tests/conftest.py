@@ -154,7 +154,7 @@ NURSERY = """
 import functools, importlib, json, os, sys, threading, traceback
 import torch, tiny_task
 from tqdm import tqdm
-from wave_rnns import training
+from wave_rnns.paper import training
 torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by forks: one that is killed while it holds it would stop them all
 tqdm.monitor_interval = 0  # no second thread

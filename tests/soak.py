@@ -2,7 +2,7 @@
 
     python tests/soak.py --runs 10000 --out nbs/results/soak.json
 
-takes some ten minutes on two cores, and makes the record that notebook 10 draws. Every second each worker, and the process that started
+takes some ten minutes on two cores, and makes the record that notebook 17 draws. Every second each worker, and the process that started
 them, is looked at from outside, in /proc (so: Linux only)."""
 
 import argparse
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.sweeps import grid_from, sweep
+from wave_rnns.paper.sweeps import grid_from, sweep
 
 WORKERS, ROWS = 2, 200
 WARM = 0.2  # share of the runs after which everything has been loaded, compiled and cached

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wave_rnns import bench
-from wave_rnns.bench import (
+from wave_rnns.paper import bench
+from wave_rnns.paper.bench import (
     COMPILED,
     EXPERIMENTS,
     FAST,
@@ -23,8 +23,8 @@ from wave_rnns.bench import (
     Way,
 )
 from wave_rnns.core import ConfigError, RecordError
-from wave_rnns.kernels import KernelError, compile_report, nvrtc
-from wave_rnns.tasks import make_task
+from wave_rnns.kernels.wave import KernelError, compile_report, nvrtc
+from wave_rnns.paper.tasks import make_task
 
 CPU = torch.device("cpu")
 WAVE, DENSE = Shape(7, 5, 9, 2, 3), Shape(7, 5, 9, 0, 3)

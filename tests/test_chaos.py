@@ -24,13 +24,13 @@ from types import SimpleNamespace
 import pytest
 
 import wave_rnns.core as core
-import wave_rnns.experiments as ex
-import wave_rnns.sweeps as sw
-import wave_rnns.training as training
-from wave_rnns.checkpoints import load_checkpoint
+import wave_rnns.paper.experiments as ex
+import wave_rnns.paper.sweeps as sw
+import wave_rnns.paper.training as training
+from wave_rnns.paper.checkpoints import load_checkpoint
 from wave_rnns.core import WaveRNNError
-from wave_rnns.sweeps import grid_from
-from wave_rnns.training import Interrupted, Training
+from wave_rnns.paper.sweeps import grid_from
+from wave_rnns.paper.training import Interrupted, Training
 
 SWEEPS = int(os.environ.get("WAVE_RNNS_CHAOS", 10))
 SEED = int(os.environ.get("WAVE_RNNS_CHAOS_SEED", time.time_ns() % 1_000_000))
@@ -220,8 +220,8 @@ def worked(grid, results, most, become) -> int:
 # The real command, with an audit put into its workers; checkpoints as often as above, which the command has no option for.
 SCRIPT = """
 import functools, sys
-from wave_rnns import sweeps
-from wave_rnns.sweeps import wrnn_sweep
+from wave_rnns.paper import sweeps
+from wave_rnns.paper.sweeps import wrnn_sweep
 sweeps.sweep = functools.partial(sweeps.sweep, checkpoint_seconds=0)
 sweeps.WORKER = "import sys; sys.path.append({tests!r}); import test_chaos; test_chaos.become_audited(*{become!r}); " + sweeps.WORKER
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
 
-import wave_rnns.checkpoints
-import wave_rnns.training
-from wave_rnns.checkpoints import (
+import wave_rnns.paper.checkpoints
+import wave_rnns.paper.training
+from wave_rnns.paper.checkpoints import (
     HEADER_LIMIT,
     CheckpointFile,
     hashes_of,
@@ -37,8 +37,8 @@ from wave_rnns.checkpoints import (
     write_hashes,
 )
 from wave_rnns.core import CheckpointError, sha256
-from wave_rnns.model import ModelConfig, build_model
-from wave_rnns.training import ResumeRefused, RunSettings, fit
+from wave_rnns.paper.models import ModelConfig, build_model
+from wave_rnns.paper.training import ResumeRefused, RunSettings, fit
 
 TENSORS = {
     "theta": torch.randn(3, 40, generator=torch.Generator().manual_seed(0)),
@@ -527,14 +527,14 @@ def test_a_changed_configuration_is_refused(half, change, said):
 
 
 def test_changed_code_is_refused(half, monkeypatch):
-    monkeypatch.setattr(wave_rnns.training, "code_hash", lambda: "0123456789abcdef")
+    monkeypatch.setattr(wave_rnns.paper.training, "code_hash", lambda: "0123456789abcdef")
     with pytest.raises(ResumeRefused, match="code: .* then, '0123456789abcdef' now"):
         fit(TinyTask(), WAVE, RUNS, checkpoint=half, about={"recipe": 1}, **RHYTHM)
 
 
 def test_another_machine_is_told(half, monkeypatch):
-    there = {**wave_rnns.training.environment(), "torch": "3.0"}
-    monkeypatch.setattr(wave_rnns.training, "environment", lambda: there)
+    there = {**wave_rnns.paper.training.environment(), "torch": "3.0"}
+    monkeypatch.setattr(wave_rnns.paper.training, "environment", lambda: there)
     with pytest.warns(UserWarning, match="another machine.*torch: .* then, '3.0' now"):
         fit(TinyTask(), WAVE, RUNS, checkpoint=half, about={"recipe": 1}, **RHYTHM)
 

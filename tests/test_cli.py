@@ -99,7 +99,7 @@ def test_begin_anew(call, tiny, tmp_path):
 
 
 def test_list_shows_every_experiment(call):
-    from wave_rnns.experiments import EXPERIMENTS
+    from wave_rnns.paper.experiments import EXPERIMENTS
 
     code, out, _ = call("wrnn_train", "--list")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(EXPERIMENTS)

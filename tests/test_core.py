@@ -1,4 +1,4 @@
-"What is too broad to read in 00_core: random numbers under a microscope, files under attack."
+"What is too broad to read in 09_core: random numbers under a microscope, files under attack."
 
 import errno
 import math
@@ -18,19 +18,8 @@ import pytest
 import torch
 
 from wave_rnns import core
-from wave_rnns.core import (
-    atomic_write,
-    counter_bits,
-    counter_integers,
-    counter_permutation,
-    counter_uniform,
-    data_root,
-    environment,
-    plot_style,
-    progress,
-    sha256,
-    to_json,
-)
+from wave_rnns.core import atomic_write, data_root, environment, plot_style, progress, sha256, to_json
+from wave_rnns.paper.random import counter_bits, counter_integers, counter_permutation, counter_uniform
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 M64 = 2**64

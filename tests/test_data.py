@@ -22,9 +22,9 @@ import pytest
 import torch
 import torchvision.datasets  # noqa: F401 - what a download loads late is in the nursery before it forks
 
-from wave_rnns import tasks
+from wave_rnns.paper import tasks
 from wave_rnns.core import ConfigError, DataError, data_root
-from wave_rnns.tasks import (
+from wave_rnns.paper.tasks import (
     ARCHIVE,
     CIFAR_PARTS,
     FOLDERS,

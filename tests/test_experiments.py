@@ -1,4 +1,4 @@
-"Experiments, keys, records and populations, where notebook 09 would get dull."
+"Experiments, keys, records and populations, where notebook 16 would get dull."
 
 import json
 import os
@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import wave_rnns.experiments as ex
+import wave_rnns.paper.experiments as ex
 from wave_rnns.core import ConfigError, RecordError, WaveRNNError
-from wave_rnns.experiments import EXPERIMENTS, Experiment, Run, from_config, run_key, to_config, train
-from wave_rnns.model import ModelConfig, build_model, count_parameters
-from wave_rnns.tasks import make_task
+from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, from_config, run_key, to_config, train
+from wave_rnns.paper.models import ModelConfig, build_model, count_parameters
+from wave_rnns.paper.tasks import make_task
 
 SIZES = {"T": 1, "batch_size": 8, "valid_size": 50, "test_size": 50}
 MODEL = ModelConfig("wrnn", input_size=10, output_size=10, n=8, c=2, every_step=True)
@@ -99,7 +99,7 @@ def test_ablations_differ_in_what_their_row_says():
 
 
 def test_parameter_counts_are_the_papers():
-    from wave_rnns.reports import paper_numbers
+    from wave_rnns.paper.reports import paper_numbers
 
     printed = [p for p in paper_numbers() if p["measure"] == "parameters" and p["experiment"] and p["value"] != 47_000]
     assert len(printed) >= 10
@@ -131,7 +131,7 @@ GOLDEN = {
 def test_keys_are_unique_and_the_same_in_another_process():
     runs = [Run(e, seed) for e in EXPERIMENTS.values() for seed in e.seeds]
     assert len({run.key for run in runs}) == len(runs)
-    code = "from wave_rnns.experiments import *; print(run_key(EXPERIMENTS['nscifar10_irnn_fresh'], 1))"
+    code = "from wave_rnns.paper.experiments import *; print(run_key(EXPERIMENTS['nscifar10_irnn_fresh'], 1))"
     env = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert out.strip() == run_key(EXPERIMENTS["nscifar10_irnn_fresh"], 1)
@@ -486,7 +486,7 @@ def test_interrupted_anywhere_the_result_is_the_same(tmp_path):
 
 def test_other_code_under_a_half_finished_run_is_refused(tmp_path, monkeypatch):
     interrupted_after([Run(TINY, 0)], tmp_path, 7)
-    monkeypatch.setattr("wave_rnns.training.code_hash", lambda: "other")
+    monkeypatch.setattr("wave_rnns.paper.training.code_hash", lambda: "other")
     with pytest.raises(WaveRNNError, match="code: .*'other' now.*delete this folder to begin anew"):
         train([Run(TINY, 0)], tmp_path, "cpu", progress=False)
     assert train([Run(TINY, 0)], tmp_path, "cpu", progress=False, resume=False)[0]["code"] == "other"
@@ -556,7 +556,9 @@ def test_killed_between_two_records_of_a_population(tmp_path, monkeypatch):
         train(runs, tmp_path, "cpu", progress=False, checkpoint_seconds=0)
     monkeypatch.setattr(ex, "write_record", write)
     first = runs[0].path(tmp_path).read_bytes()
-    monkeypatch.setattr("wave_rnns.training.Population.train_step", lambda self: pytest.fail("a step was made again"))
+    monkeypatch.setattr(
+        "wave_rnns.paper.training.Population.train_step", lambda self: pytest.fail("a step was made again")
+    )
     records = train(runs, tmp_path, "cpu", progress=False)
     assert runs[0].path(tmp_path).read_bytes() == first
     assert [r["seed"] for r in records] == [0, 1] and not list(tmp_path.glob("checkpoints/*/*"))
@@ -565,7 +567,7 @@ def test_killed_between_two_records_of_a_population(tmp_path, monkeypatch):
 KILLED = """
 from pathlib import Path
 import sys
-from wave_rnns.experiments import Run, read_experiment, train
+from wave_rnns.paper.experiments import Run, read_experiment, train
 e = read_experiment(Path(sys.argv[1]))
 print("ready", flush=True)
 train([Run(e, 0), Run(e, 1)], Path(sys.argv[2]), "cpu", progress=False, checkpoint_seconds=0)

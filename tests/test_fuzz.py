@@ -32,10 +32,10 @@ import pytest
 import tiny_task
 import torch
 
-from wave_rnns import bench, checkpoints, kernels, reports, sweeps, tasks, training
-from wave_rnns import experiments as ex
+from wave_rnns.paper import bench, checkpoints, kernels, reports, sweeps, tasks, training
+from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, sha256, to_json
-from wave_rnns.model import build_model
+from wave_rnns.paper.models import build_model
 
 FILES = int(os.environ.get("WAVE_RNNS_FUZZ", 5000))
 SEED = int(os.environ.get("WAVE_RNNS_FUZZ_SEED", 0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wave_rnns.checkpoints import load_weights
+from wave_rnns.paper.checkpoints import load_weights
 
 GPU = Path(__file__).parent / "gpu"
 

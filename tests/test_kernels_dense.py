@@ -13,9 +13,9 @@ import pytest
 import torch
 from compiler import needs_compiler
 
-from wave_rnns import kernels_dense
-from wave_rnns.kernels import KernelError, compile_kernel, compile_report, nvrtc_architectures
-from wave_rnns.kernels_dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.kernels import dense
+from wave_rnns.kernels.wave import KernelError, compile_kernel, compile_report, nvrtc_architectures
+from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
 from wave_rnns.scan import BACKENDS, backend_for
 
 HOPPER, AMPERE = (132, True), (108, False)
@@ -163,8 +163,8 @@ def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last, fails_in):
         if end is not None:
             end.copy_(y[:, -1])
 
-    monkeypatch.setattr(kernels_dense, "scan_forward", broken if fails_in == "forward" else works)
-    monkeypatch.setattr(kernels_dense, "scan_backward", broken)
+    monkeypatch.setattr(dense, "scan_forward", broken if fails_in == "forward" else works)
+    monkeypatch.setattr(dense, "scan_backward", broken)
     with pytest.warns(UserWarning, match=re.escape(message)):
         y, kept = backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
         gy = torch.randn(y.shape, generator=g)

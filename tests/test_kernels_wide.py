@@ -10,10 +10,10 @@ import pytest
 import torch
 from compiler import needs_compiler
 
-from wave_rnns import kernels_wide
-from wave_rnns.kernels import KernelError, compile_report
-from wave_rnns.kernels_dense import outer_shared, plan_for
-from wave_rnns.kernels_wide import OUTER, SOURCE, WideBackend, WidePlan, wide_plan_for
+from wave_rnns.kernels import wide
+from wave_rnns.kernels.wave import KernelError, compile_report
+from wave_rnns.kernels.dense import outer_shared, plan_for
+from wave_rnns.kernels.wide import OUTER, SOURCE, WideBackend, WidePlan, wide_plan_for
 from wave_rnns.scan import BACKENDS, backend_for
 
 PLAYED = r"""
@@ -78,7 +78,7 @@ class Played:
         name = "-".join(f"{k}{v}" for k, v in macros.items())
         source, library = folder / f"{name}.cpp", folder / f"{name}.so"
         if not library.exists():
-            k = kernels_wide
+            k = wide
             source.write_text("".join([PLAYED, k._SIZES, k._START, k._SUM, k._END, PLAY]))
             sizes = [f"-D{k}={v}" for k, v in macros.items()]
             command = ["g++", "-O1", "-std=c++20", "-pthread", "-shared", "-fPIC", "-w", *sizes, source, "-o", library]
@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def played(monkeypatch, folder):
-    monkeypatch.setattr(kernels_wide, "load_module", lambda source, macros, device, name: Played(macros, folder))
+    monkeypatch.setattr(wide, "load_module", lambda source, macros, device, name: Played(macros, folder))
 
 
 def problem(R, T, B, m, last, seed=0):
@@ -115,8 +115,8 @@ def scans(plan, drive, U, h_0, gy, activation, last):
     "States, last state, gradients of drive and h_0."
     states, ddrive = torch.full_like(drive, torch.nan), torch.full_like(drive, torch.nan)
     end, dh_0 = (torch.full_like(drive[:, 0], torch.nan) for _ in range(2))
-    kernels_wide.scan_forward(plan, drive, U, h_0, activation, states, end)
-    kernels_wide.scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
+    wide.scan_forward(plan, drive, U, h_0, activation, states, end)
+    wide.scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
     return states, end, ddrive, dh_0
 
 
@@ -168,7 +168,7 @@ def test_a_run_that_is_not_finite_stays_alone(played):
 def test_without_states_only_the_end(played):
     drive, U, h_0, _ = problem(2, 3, 4, 10, True)
     end = torch.empty(2, 4, 10)
-    kernels_wide.scan_forward(WidePlan(10, 8, 4), drive, U, h_0, "relu", None, end)
+    wide.scan_forward(WidePlan(10, 8, 4), drive, U, h_0, "relu", None, end)
     exact, _ = BACKENDS["torch"].dense_forward(drive, U, h_0, "relu", True, False, "faithful")
     torch.testing.assert_close(end, exact, rtol=2e-6, atol=2e-6)
 
@@ -246,7 +246,7 @@ def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last):
     def broken(*_):
         raise KernelError(message)
 
-    monkeypatch.setattr(kernels_wide, "load_module", broken)
+    monkeypatch.setattr(wide, "load_module", broken)
     backend = WideBackend()
     monkeypatch.setattr(backend, "_plan", lambda *_: WidePlan(7, 8, 4))
     drive, U, h_0, gy = problem(2, 5, 3, 7, last)

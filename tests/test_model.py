@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from wave_rnns import IdentityRNN, WaveRNN
 from wave_rnns.core import ConfigError
-from wave_rnns.model import LocalRNN, ModelConfig, build_model, count_parameters
+from wave_rnns.layer import LocalRNN
+from wave_rnns.paper.models import ModelConfig, build_model, count_parameters
 from wave_rnns.scan import rows
 
 LAYERS = {

@@ -8,10 +8,10 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt
 import pytest
 
-import wave_rnns.experiments as ex
-import wave_rnns.reports as rp
+import wave_rnns.paper.experiments as ex
+import wave_rnns.paper.reports as rp
 from wave_rnns.core import RecordError
-from wave_rnns.experiments import EXPERIMENTS, Run, run_key, to_config, write_record
+from wave_rnns.paper.experiments import EXPERIMENTS, Run, run_key, to_config, write_record
 
 PAPER = rp.paper_numbers()
 

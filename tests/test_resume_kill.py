@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import tiny_task
 
-from wave_rnns.checkpoints import load_checkpoint, previous
+from wave_rnns.paper.checkpoints import load_checkpoint, previous
 from wave_rnns.core import CheckpointError
-from wave_rnns.training import Training
+from wave_rnns.paper.training import Training
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
 

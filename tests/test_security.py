@@ -17,12 +17,12 @@ import pytest
 import tiny_task
 from conftest import ROOT
 
-from wave_rnns import checkpoints, reports, sweeps, tasks
-from wave_rnns import experiments as ex
+from wave_rnns.paper import checkpoints, reports, sweeps, tasks
+from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError
-from wave_rnns.model import build_model
+from wave_rnns.paper.models import build_model
 
-SOURCES = sorted([*ROOT.glob("wave_rnns/*.py"), *ROOT.glob("nbs/_web/*.py")])
+SOURCES = sorted([*ROOT.glob("wave_rnns/**/*.py"), *ROOT.glob("nbs/_web/*.py")])
 
 MODULES = {  # whose very import is to be justified: they unpickle, or hand work over as pickles
     "pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle", "pandas", "multiprocessing",

@@ -23,8 +23,8 @@ from conftest import ROOT, SCRIPT
 from slurm_cluster import SlurmOnOneMachine, what_is_missing
 
 from wave_rnns.core import ConfigError, WaveRNNError
-from wave_rnns.experiments import read_record
-from wave_rnns.sweeps import check_words, come_back, find_grid, need_slurm, submit
+from wave_rnns.paper.experiments import read_record
+from wave_rnns.paper.sweeps import check_words, come_back, find_grid, need_slurm, submit
 
 STEPS = 300
 TINY = {
@@ -48,7 +48,7 @@ OF_THE_CLOCK = {
 def sweep(environ: dict, grid: Path, *arguments) -> subprocess.CompletedProcess:
     "The command `wrnn_sweep`, as a process of its own."
     script = grid.with_name("wrnn_sweep")
-    script.write_text(SCRIPT.format(module="wave_rnns.sweeps", name="wrnn_sweep"))
+    script.write_text(SCRIPT.format(module="wave_rnns.paper.sweeps", name="wrnn_sweep"))
     environ = {**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, (script, grid, *arguments))]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
@@ -335,7 +335,9 @@ def test_what_slurm_has_decided_is_not_undone(pretended, state):
 
 def test_a_controller_that_does_not_answer_is_an_error_that_names_it(pretended, monkeypatch):
     asked, waited = pretended("", code=1), []
-    monkeypatch.setattr("wave_rnns.sweeps.time", SimpleNamespace(sleep=waited.append))  # the others need the real one
+    monkeypatch.setattr(
+        "wave_rnns.paper.sweeps.time", SimpleNamespace(sleep=waited.append)
+    )  # the others need the real one
     with pytest.raises(WaveRNNError, match="squeue"):
         come_back()
     assert len(asked.read_text().splitlines()) == 4 and sum(waited) == 12, "a busy one is asked again, with patience"

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import wave_rnns
-from wave_rnns import sweeps
-from wave_rnns.checkpoints import load_checkpoint, load_weights, save_weights
-from wave_rnns.experiments import Experiment, population_folder, read_records
-from wave_rnns.model import ModelConfig, build_model
+from wave_rnns.paper import sweeps
+from wave_rnns.paper.checkpoints import load_checkpoint, load_weights, save_weights
+from wave_rnns.paper.experiments import Experiment, population_folder, read_records
+from wave_rnns.paper.models import ModelConfig, build_model
 
 HERE = Path(__file__).parent
 RELEASES = HERE / "releases"

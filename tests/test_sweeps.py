@@ -1,4 +1,4 @@
-"Grids, boards, workers, crews, what a sweep shows, and its command: where notebook 10 would get dull."
+"Grids, boards, workers, crews, what a sweep shows, and its command: where notebook 17 would get dull."
 
 import io
 import itertools
@@ -19,14 +19,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chaos import Audit, lives, spare_time, stat_of, until
 
-import wave_rnns.experiments as ex
-import wave_rnns.sweeps as sw
-from wave_rnns.checkpoints import load_checkpoint
+import wave_rnns.paper.experiments as ex
+import wave_rnns.paper.sweeps as sw
+from wave_rnns.paper.checkpoints import load_checkpoint
 from wave_rnns.core import ConfigError, WaveRNNError
-from wave_rnns.experiments import EXPERIMENTS, Run, to_config
-from wave_rnns.model import ModelConfig
-from wave_rnns.sweeps import Board, Grid, Overview, View, find_grid, grid_config, grid_from, populations, sweep, work
-from wave_rnns.training import Interrupted
+from wave_rnns.paper.experiments import EXPERIMENTS, Run, to_config
+from wave_rnns.paper.models import ModelConfig
+from wave_rnns.paper.sweeps import (
+    Board,
+    Grid,
+    Overview,
+    View,
+    find_grid,
+    grid_config,
+    grid_from,
+    populations,
+    sweep,
+    work,
+)
+from wave_rnns.paper.training import Interrupted
 
 HERE = Path(__file__).resolve().parent
 ENV = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -1166,7 +1177,7 @@ def test_wrong_seeds_of_finals_are_told_at_once(call, file, tmp_path):
 
 
 def test_the_soak_says_flat():
-    "What notebook 10 draws: ten thousand runs, after which a worker is what it was before."
+    "What notebook 17 draws: ten thousand runs, after which a worker is what it was before."
     record = json.loads((HERE.parent / "nbs/results/soak.json").read_text())
     verdict = record["verdict"]
     assert record["runs"] >= 10_000 and record["workers"] == 2 and len(record["rows"]) <= 200

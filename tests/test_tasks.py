@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wave_rnns import tasks
+from wave_rnns.paper import tasks
 from wave_rnns.core import ConfigError, DataError, WaveRNNError
 from wave_rnns.scan import Rows, wave_loop, wave_scan
-from wave_rnns.tasks import (
+from wave_rnns.paper.tasks import (
     PERMUTATIONS,
     TASKS,
     fetch,

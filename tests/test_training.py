@@ -9,9 +9,9 @@ from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wave_rnns.core import ConfigError
-from wave_rnns.model import ModelConfig, build_model
-from wave_rnns.tasks import have_data, make_task
-from wave_rnns.training import (
+from wave_rnns.paper.models import ModelConfig, build_model
+from wave_rnns.paper.tasks import have_data, make_task
+from wave_rnns.paper.training import (
     History,
     Layout,
     Population,
@@ -223,7 +223,7 @@ def test_epochs_are_prepared_when_they_begin():
 
 
 def test_rates_drop_by_epochs_or_by_steps():
-    from wave_rnns.training import learning_rates
+    from wave_rnns.paper.training import learning_rates
 
     for task, unit in ((TinyTask(), 5), (copy_task(), 1)):
         p = Population(

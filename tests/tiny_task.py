@@ -5,10 +5,10 @@ import sys
 
 import torch
 
-from wave_rnns.core import counter_permutation, counter_uniform
-from wave_rnns.model import ModelConfig
-from wave_rnns.tasks import Task
-from wave_rnns.training import RunSettings
+from wave_rnns.paper.random import counter_permutation, counter_uniform
+from wave_rnns.paper.models import ModelConfig
+from wave_rnns.paper.tasks import Task
+from wave_rnns.paper.training import RunSettings
 
 STREAM = 90_001
 
@@ -67,8 +67,8 @@ RHYTHM = dict(steps=43, eval_every=8, log_every=6, device="cpu", progress=False)
 
 def main(checkpoint: str, every: str, report: str) -> int:
     "Train, resuming from `checkpoint`, write the results to `report`; the exit code is a command's."
-    from wave_rnns.checkpoints import resumable_fit
-    from wave_rnns.training import Interrupted
+    from wave_rnns.paper.checkpoints import resumable_fit
+    from wave_rnns.paper.training import Interrupted
 
     torch.set_num_threads(1)
     try:

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_dense import error, precompile
 
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.kernels import architecture_for, load_module
-from wave_rnns.kernels_dense import SOURCE, DensePlan, outer_sum, plan_for, scan_backward, scan_forward
+from wave_rnns.kernels.wave import architecture_for, load_module
+from wave_rnns.kernels.dense import SOURCE, DensePlan, outer_sum, plan_for, scan_backward, scan_forward
 from wave_rnns.scan import dense_loop, dense_scan
 
 SHAPES = {"sMNIST iRNN": (784, 128, 256), "copy iRNN": (510, 128, 100), "adding iRNN": (1000, 128, 100)}

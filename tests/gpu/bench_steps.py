@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_dense import milliseconds, problem
 
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.experiments import EXPERIMENTS
-from wave_rnns.kernels_wide import WideBackend
-from wave_rnns.model import StepsLinear
-from wave_rnns.tasks import make_task
-from wave_rnns.training import Population, RunSettings
+from wave_rnns.paper.experiments import EXPERIMENTS
+from wave_rnns.kernels.wide import WideBackend
+from wave_rnns.paper.models import StepsLinear
+from wave_rnns.paper.tasks import make_task
+from wave_rnns.paper.training import Population, RunSettings
 
 PROFILED = (("copy80_wrnn", 4), ("copy80_wrnn", 16), ("copy80_irnn", 4))
 TIMED = [(name, R) for name in ("copy80_wrnn", "copy80_irnn") for R in (1, 4, 16, 64)]

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
-import wave_rnns.kernels as K
+import wave_rnns.kernels.wave as K
 from wave_rnns.core import environment
 
 # T, B, n, c, features (0: table rows), all states?, rows of the table ("shared" and "own": nsCIFAR10's steps)

@@ -18,8 +18,8 @@ from bench_dense import in_a_graph, milliseconds, problem
 from check_dense import error, precompile
 
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.kernels import architecture_for
-from wave_rnns.kernels_wide import (
+from wave_rnns.kernels.wave import architecture_for
+from wave_rnns.kernels.wide import (
     OUTER,
     SOURCE,
     TILES,

@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.kernels import architecture_for, compile_kernel
-from wave_rnns.kernels_dense import SOURCE, DenseBackend, DensePlan, plan_for
-from wave_rnns.kernels_wide import TILES, WideBackend, WidePlan
+from wave_rnns.kernels.wave import architecture_for, compile_kernel
+from wave_rnns.kernels.dense import SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.kernels.wide import TILES, WideBackend, WidePlan
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 
 ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that does better on a few numbers was lucky

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from wave_rnns.core import environment, to_json
-from wave_rnns.model import ModelConfig
-from wave_rnns.tasks import have_data, make_task
-from wave_rnns.training import Interrupted, RunSettings, fit
+from wave_rnns.paper.models import ModelConfig
+from wave_rnns.paper.tasks import have_data, make_task
+from wave_rnns.paper.training import Interrupted, RunSettings, fit
 
 # Training amplifies a rounding error, at 1e-3 on a sequence of 50 a thousandfold within 60 steps, on a CPU too: there we would compare
 # chaos with chaos. So what sums in another order (a population, a CPU) is compared over the first steps, what must be the same bits over all.

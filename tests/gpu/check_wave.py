@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
-import wave_rnns.kernels as K
+import wave_rnns.kernels.wave as K
 from wave_rnns.core import environment
 from wave_rnns.scan import Rows, backend_for, rows, wave_loop, wave_scan
 

@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wave_rnns.checkpoints import save_weights
+from wave_rnns.paper.checkpoints import save_weights
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.experiments import EXPERIMENTS
-from wave_rnns.tasks import make_task
-from wave_rnns.training import Population, RunSettings
+from wave_rnns.paper.experiments import EXPERIMENTS
+from wave_rnns.paper.tasks import make_task
+from wave_rnns.paper.training import Population, RunSettings
 
 EXPERIMENT, STEPS = "adding1000_wrnn", 600
 GROUPS = ((0, 1), (0, 5), (1, 0), (7, 1), (0,), (1,), tuple(range(2, 10)))  # seeds that train together
