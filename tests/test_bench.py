@@ -9,19 +9,7 @@ import pytest
 import torch
 
 from wave_rnns.paper import bench
-from wave_rnns.paper.bench import (
-    COMPILED,
-    EXPERIMENTS,
-    FAST,
-    LOOP,
-    OURS,
-    RIVALS,
-    SHAPES,
-    Clock,
-    Shape,
-    Trial,
-    Way,
-)
+from wave_rnns.paper.bench import COMPILED, EXPERIMENTS, FAST, LOOP, OURS, RIVALS, SHAPES, Clock, Shape, Trial, Way
 from wave_rnns.core import ConfigError, RecordError
 from wave_rnns.kernels.wave import KernelError, compile_report, nvrtc
 from wave_rnns.paper.tasks import make_task

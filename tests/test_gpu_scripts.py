@@ -51,8 +51,7 @@ def test_a_profile_is_read_in_our_units(script):
 
 
 @pytest.mark.parametrize(
-    "text, error",
-    [("==ERROR== no permission", StopIteration), (table((0, "Duration", "weeks", "1")), KeyError)],
+    "text, error", [("==ERROR== no permission", StopIteration), (table((0, "Duration", "weeks", "1")), KeyError)]
 )
 def test_a_profile_that_cannot_be_read_is_an_error(script, text, error):
     with pytest.raises(error):

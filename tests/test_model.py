@@ -16,10 +16,7 @@ from wave_rnns.layer import LocalRNN
 from wave_rnns.paper.models import ModelConfig, build_model, count_parameters
 from wave_rnns.scan import rows
 
-LAYERS = {
-    "wave": lambda **kw: WaveRNN(3, 8, c=2, **kw),
-    "identity": lambda **kw: IdentityRNN(3, 16, **kw),
-}
+LAYERS = {"wave": lambda **kw: WaveRNN(3, 8, c=2, **kw), "identity": lambda **kw: IdentityRNN(3, 16, **kw)}
 
 
 @pytest.fixture(params=LAYERS, ids=str)

@@ -84,7 +84,9 @@ def init_encoder_(
 def check_choice(name: str, value, allowed: tuple):
     "Raise a `ConfigError` that names the option unless `value` is one of `allowed`."
     if value not in allowed:
-        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ConfigError(
+            f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}"
+        )
 
 
 def check_sizes(**sizes):
@@ -97,11 +99,17 @@ def check_sizes(**sizes):
 def check_kernel(n: int, kernel_size: int, u_init: str):
     "Raise a `ConfigError` unless a kernel of this size has a middle, fits the ring and can hold its initial pattern."
     if kernel_size % 2 == 0:
-        raise ConfigError(f"kernel_size: expected an odd number, so that the kernel has a middle, got {kernel_size}")
+        raise ConfigError(
+            f"kernel_size: expected an odd number, so that the kernel has a middle, got {kernel_size}"
+        )
     if n < kernel_size:
-        raise ConfigError(f"n: expected at least kernel_size = {kernel_size} neurons on a ring, got {n}")
+        raise ConfigError(
+            f"n: expected at least kernel_size = {kernel_size} neurons on a ring, got {n}"
+        )
     if u_init == "shift" and kernel_size == 1:
-        raise ConfigError("kernel_size: u_init='shift' reads from a neighbour and needs at least 3, got 1")
+        raise ConfigError(
+            "kernel_size: u_init='shift' reads from a neighbour and needs at least 3, got 1"
+        )
 
 # %% ../nbs/02_cell.ipynb #bb4c77db
 FREEZES = ("recurrent", "encoder")
@@ -142,7 +150,9 @@ class Cell(nn.Module):
     def check_step(self, x: Tensor, h: Tensor, state: tuple):
         "Raise a `ConfigError` in the words of `nn.RNNCell` unless x is [B, F] and h is [B, *state]."
         if x.dim() != 2 or x.shape[1] != self.input_size:
-            raise ConfigError(f"Expected input size [B, {self.input_size}], got {list(x.shape)}")
+            raise ConfigError(
+                f"Expected input size [B, {self.input_size}], got {list(x.shape)}"
+            )
         if h.shape != (len(x), *state):
             raise ConfigError(f"Expected hidden size {[len(x), *state]}, got {list(h.shape)}")
 
@@ -196,8 +206,12 @@ class WaveCell(Cell):
                 self.u.copy_(ring_kernel(self.c, self.kernel_size, self.u_init))
         init_encoder_(self.V, self.V_init, self.c)
         if self.bias:
-            uniform_(self.u_bias, fan_in)  # not zero: the framework's default for a convolution, see the hazard below
-            uniform_(self.V_bias, self.input_size) if self.V_init != "sparse" else nn.init.zeros_(self.V_bias)
+            uniform_(
+                self.u_bias, fan_in
+            )  # not zero: the framework's default for a convolution, see the hazard below
+            uniform_(
+                self.V_bias, self.input_size
+            ) if self.V_init != "sparse" else nn.init.zeros_(self.V_bias)
 
     @property
     def V_rings(self) -> Tensor:  # [c, n, F]
@@ -297,10 +311,14 @@ class DenseCell(Cell):
             if self.U_init == "random":
                 uniform_(self.U, self.n)
             else:
-                self.U.copy_(shift_matrix(self.n, courant=1.0 if self.U_init == "sigma" else 0.0))
+                self.U.copy_(
+                    shift_matrix(self.n, courant=1.0 if self.U_init == "sigma" else 0.0)
+                )
             init_encoder_(self.V, self.V_init, c=1)
             if self.bias:
-                uniform_(self.b, self.input_size) if self.V_init != "sparse" else self.b.zero_()
+                uniform_(
+                    self.b, self.input_size
+                ) if self.V_init != "sparse" else self.b.zero_()
                 if self.U_init == "random":
                     self.b.add_(uniform_(torch.empty_like(self.b), self.n))
 

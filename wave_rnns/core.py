@@ -63,7 +63,9 @@ def progress(
     **kwargs,  # handed to tqdm
 ):
     "A tqdm bar that keeps quiet where standard error is not a terminal. `disable=False` draws it all the same."
-    with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets the plain bar, and no sermon
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # a notebook without ipywidgets gets the plain bar, and no sermon
         from tqdm.auto import tqdm  # here, not above: `import wave_rnns.core` stays cheap
     if kwargs.get("disable") is None:
         kwargs["disable"] = not sys.stderr.isatty()
@@ -90,7 +92,9 @@ def atomic_write(
 
     The new file has mode 0644, less what the umask takes away. Raises `OSError` that names `path`; the old content is
     then untouched, and no temporary file is left behind."""
-    target = Path(os.path.realpath(path))  # through a link: the link stays, its target is replaced
+    target = Path(
+        os.path.realpath(path)
+    )  # through a link: the link stays, its target is replaced
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     data = data.encode() if isinstance(data, str) else data
     try:
@@ -102,7 +106,9 @@ def atomic_write(
         os.replace(temporary, target)
     except OSError as e:
         reason = "no space left on the device" if e.errno == errno.ENOSPC else e.strerror
-        raise OSError(e.errno, f"not written, what was there before is untouched: {reason}", str(path)) from e
+        raise OSError(
+            e.errno, f"not written, what was there before is untouched: {reason}", str(path)
+        ) from e
     finally:  # also after Ctrl-C; once the rename has happened there is nothing to remove
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -181,8 +187,12 @@ def git_commit() -> str | None:
         return None
     git = ["git", "-C", str(root)]
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL, timeout=10)
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno", "wave_rnns"], text=True, timeout=10)
+        commit = subprocess.check_output(
+            [*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL, timeout=10
+        )
+        changed = subprocess.check_output(
+            [*git, "status", "--porcelain", "-uno", "wave_rnns"], text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")

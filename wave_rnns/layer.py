@@ -50,7 +50,9 @@ class RecurrentLayers(nn.Module):
         x: Tensor | Rows,  # [T, B, F], time first
         h_0: Tensor | None = None,  # [num_layers, B, hidden_size]
         last: bool = False,  # of the top layer, keep the last state only
-    ) -> list[Tensor]:  # of each layer [T, B, *state_shape]; the top one [B, *state_shape] if `last`
+    ) -> list[
+        Tensor
+    ]:  # of each layer [T, B, *state_shape]; the top one [B, *state_shape] if `last`
         "Scan layer after layer. Only the top one may forget its way: the layers below feed every state upwards."
         ys = []
         for i, cell in enumerate(self.cells):
@@ -78,18 +80,23 @@ class RecurrentLayers(nn.Module):
 def check_input(
     layer: RecurrentLayers,
     x: Tensor,  # [T, B, F], [B, T, F] with batch_first, or [T, F]
-    h_0: Tensor | None,  # [num_layers, B, hidden_size], or [num_layers, hidden_size] for unbatched x
+    h_0: Tensor
+    | None,  # [num_layers, B, hidden_size], or [num_layers, hidden_size] for unbatched x
 ) -> None:
     "Raise TypeError (not a tensor), ValueError (number of dimensions) or RuntimeError (sizes), as nn.RNN does."
     name = type(layer).__name__
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor or a PackedSequence, got {type(x).__name__}")
+        raise TypeError(
+            f"{name}: input must be a Tensor or a PackedSequence, got {type(x).__name__}"
+        )
     if x.dim() not in (2, 3):
         raise ValueError(
             f"{name}: expected a 3D input [T, B, F] or a 2D unbatched one [T, F], got shape {list(x.shape)}"
         )
     if x.size(-1) != layer.input_size:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {x.size(-1)}")
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {x.size(-1)}"
+        )
     if h_0 is None:
         return
     batch = () if x.dim() == 2 else (x.size(0 if layer.batch_first else 1),)
@@ -97,7 +104,8 @@ def check_input(
     if tuple(h_0.shape) != expected:
         rings = tuple(h_0.shape) == (layer.num_layers, *batch, *layer.state_shape)
         raise RuntimeError(
-            f"Expected hidden size {expected}, got {list(h_0.shape)}" + (": use h_0.flatten(-2)" if rings else "")
+            f"Expected hidden size {expected}, got {list(h_0.shape)}"
+            + (": use h_0.flatten(-2)" if rings else "")
         )
 
 # %% ../nbs/05_layer.ipynb #8c5791ad
@@ -111,7 +119,9 @@ def forward(
         return forward_packed(self, input, h_0)
     check_input(self, input, h_0)
     if input.dim() == 2:
-        output, h_n = self._batched(input.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1))
+        output, h_n = self._batched(
+            input.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1)
+        )
         return output.squeeze(1), h_n.squeeze(1)
     output, h_n = self._batched(input.transpose(0, 1) if self.batch_first else input, h_0)
     return output.transpose(0, 1) if self.batch_first else output, h_n
@@ -126,9 +136,12 @@ def final(
     check_input(self, input, h_0)
     if input.dim() == 2:
         return self.final(
-            input.unsqueeze(0 if self.batch_first else 1), None if h_0 is None else h_0.unsqueeze(1)
+            input.unsqueeze(0 if self.batch_first else 1),
+            None if h_0 is None else h_0.unsqueeze(1),
         ).squeeze(1)
-    *lower, top = self.states(input.transpose(0, 1) if self.batch_first else input, h_0, last=True)
+    *lower, top = self.states(
+        input.transpose(0, 1) if self.batch_first else input, h_0, last=True
+    )
     return torch.stack([self.flat(y[-1]) for y in lower] + [self.flat(top)])
 
 
@@ -137,14 +150,24 @@ def _batched(self, x, h_0):
     return self.flat(ys[-1]), torch.stack([self.flat(y[-1]) for y in ys])
 
 
-RecurrentLayers.forward, RecurrentLayers.final, RecurrentLayers._batched = forward, final, _batched
+RecurrentLayers.forward, RecurrentLayers.final, RecurrentLayers._batched = (
+    forward,
+    final,
+    _batched,
+)
 
 # %% ../nbs/05_layer.ipynb #7b662c40
-def forward_packed(layer: RecurrentLayers, packed: PackedSequence, h_0: Tensor | None) -> tuple[PackedSequence, Tensor]:
+def forward_packed(
+    layer: RecurrentLayers, packed: PackedSequence, h_0: Tensor | None
+) -> tuple[PackedSequence, Tensor]:
     "A packed batch is a padded one, read at each sequence's own last step."
     x, lengths = pad_packed_sequence(packed)
     check_input(layer, x.transpose(0, 1) if layer.batch_first else x, h_0)
-    ys, at, batch = layer.states(x, h_0), (lengths - 1).to(x.device), torch.arange(len(lengths), device=x.device)
+    ys, at, batch = (
+        layer.states(x, h_0),
+        (lengths - 1).to(x.device),
+        torch.arange(len(lengths), device=x.device),
+    )
     h_n = torch.stack([layer.flat(y[at, batch]) for y in ys])
     output, order = layer.flat(ys[-1]), packed.sorted_indices
     if order is not None:  # the caller's order of rows, so that input and output stay aligned
@@ -181,14 +204,35 @@ class WaveRNN(RecurrentLayers):
         check_layers(num_layers, precision)
         sizes = [input_size] + [c * n] * (num_layers - 1)
         cells = [
-            WaveCell(f, n, c, kernel_size, activation, u_init, V_init, bias, freeze, device=device, dtype=dtype)
+            WaveCell(
+                f,
+                n,
+                c,
+                kernel_size,
+                activation,
+                u_init,
+                V_init,
+                bias,
+                freeze,
+                device=device,
+                dtype=dtype,
+            )
             for f in sizes
         ]
         super().__init__(cells, (c, n), input_size, batch_first, dropout, precision)
         self.n, self.c = n, c
 
     def _scan(self, cell, x, h_0, last):
-        return wave_scan(x, cell.u, cell.V_rings, cell.drive_bias, h_0, cell.activation, last, self.precision)
+        return wave_scan(
+            x,
+            cell.u,
+            cell.V_rings,
+            cell.drive_bias,
+            h_0,
+            cell.activation,
+            last,
+            self.precision,
+        )
 
     def rings(self, h: Tensor) -> Tensor:
         "[..., c * n] -> [..., c, n], a view."
@@ -228,12 +272,19 @@ class IdentityRNN(RecurrentLayers):
     ):
         check_layers(num_layers, precision)
         sizes = [input_size] + [n] * (num_layers - 1)
-        cells = [DenseCell(f, n, activation, U_init, V_init, bias, freeze, device=device, dtype=dtype) for f in sizes]
+        cells = [
+            DenseCell(
+                f, n, activation, U_init, V_init, bias, freeze, device=device, dtype=dtype
+            )
+            for f in sizes
+        ]
         super().__init__(cells, (n,), input_size, batch_first, dropout, precision)
         self.n = n
 
     def _scan(self, cell, x, h_0, last):
-        return dense_scan(x, cell.U, cell.V, cell.drive_bias, h_0, cell.activation, last, self.precision)
+        return dense_scan(
+            x, cell.U, cell.V, cell.drive_bias, h_0, cell.activation, last, self.precision
+        )
 
 # %% ../nbs/05_layer.ipynb #a0f8c188
 class LocalRNN(RecurrentLayers):
@@ -255,7 +306,17 @@ class LocalRNN(RecurrentLayers):
         dtype=None,
     ):
         cell = LocalCell(
-            input_size, n, c, kernel_size, activation, u_init, V_init, bias, freeze, device=device, dtype=dtype
+            input_size,
+            n,
+            c,
+            kernel_size,
+            activation,
+            u_init,
+            V_init,
+            bias,
+            freeze,
+            device=device,
+            dtype=dtype,
         )
         super().__init__([cell], (c, n), input_size, batch_first)
         self.n, self.c = n, c

@@ -34,7 +34,9 @@ class Rows(NamedTuple):
     table: Tensor  # the distinct inputs [rows, F]
     index: Tensor  # which row each step of each sample sees, int64 [T, B]
     order: Tensor | None = None  # places t*B + b sorted by row, int64 [T*B]
-    offsets: Tensor | None = None  # row r owns order[offsets[r]:offsets[r+1]], int64 [rows + 1]
+    offsets: Tensor | None = (
+        None  # row r owns order[offsets[r]:offsets[r+1]], int64 [rows + 1]
+    )
 
 # %% ../nbs/03_scan.ipynb #72dcaf4e
 def rows(
@@ -94,7 +96,9 @@ def wave_loop(
     taps = "oik" if u.dim() == 3 else "xoik"  # untied: every neuron has its own kernel
 
     def step(h, drive):
-        near = torch.stack([h.roll(p - k, -1) for k in range(u.shape[-1])], -1)  # near[.., x, k] = h[.., x + k - p]
+        near = torch.stack(
+            [h.roll(p - k, -1) for k in range(u.shape[-1])], -1
+        )  # near[.., x, k] = h[.., x + k - p]
         return apply_activation(torch.einsum(f"{taps},bixk->box", u, near) + drive, activation)
 
     return _loop(step, x, V, b, h_0, last)
@@ -110,7 +114,9 @@ def dense_loop(
     last: bool = False,  # only the last state?
 ) -> Tensor:  # states [T, B, m], or [B, m]
     "The recurrence of an ordinary RNN, one step after the other."
-    return _loop(lambda h, drive: apply_activation(h @ U.T + drive, activation), x, V, b, h_0, last)
+    return _loop(
+        lambda h, drive: apply_activation(h @ U.T + drive, activation), x, V, b, h_0, last
+    )
 
 # %% ../nbs/03_scan.ipynb #6b067f56
 class Rings:
@@ -123,10 +129,25 @@ class Rings:
         parts = states.view(S * groups, G, padded, c, B)
         self.rings = parts[:, :, p : p + n].unbind(0)  # [G, n, c, B]
         self.flat = parts[:, :, p : p + n].flatten(2, 3).unbind(0)  # [G, n * c, B]
-        self.body = parts.view(S * groups, size, c, B)[:, p : size - p].unbind(0)  # [W, c, B], where windows end up
-        self.windows = parts.as_strided((S * groups, size - 2 * p, k * c, B), (size * c * B, c * B, B, 1)).unbind(0)
-        ends = (parts[:, :, :p], parts[:, :, n : n + p], parts[:, :, n + p :], parts[:, :, p : 2 * p]) if p else ()
-        self.ends = list(zip(*(end.unbind(0) for end in ends), strict=True)) or [()] * (S * groups)
+        self.body = parts.view(S * groups, size, c, B)[:, p : size - p].unbind(
+            0
+        )  # [W, c, B], where windows end up
+        self.windows = parts.as_strided(
+            (S * groups, size - 2 * p, k * c, B), (size * c * B, c * B, B, 1)
+        ).unbind(0)
+        ends = (
+            (
+                parts[:, :, :p],
+                parts[:, :, n : n + p],
+                parts[:, :, n + p :],
+                parts[:, :, p : 2 * p],
+            )
+            if p
+            else ()
+        )
+        self.ends = list(zip(*(end.unbind(0) for end in ends), strict=True)) or [()] * (
+            S * groups
+        )
 
     def close(self, i):
         "Copy both ends of the rings next to the other end."
@@ -149,16 +170,25 @@ def _spread(taps, n, k, groups):
     R, rows, columns = taps.shape
     if groups == R:
         return taps[:, None].expand(R, n, rows, columns)
-    return taps[:, None].expand(R, n + k - 1, rows, columns).flatten(0, 1)[None, : R * (n + k - 1) - k + 1]
+    return (
+        taps[:, None]
+        .expand(R, n + k - 1, rows, columns)
+        .flatten(0, 1)[None, : R * (n + k - 1) - k + 1]
+    )
 
 # %% ../nbs/03_scan.ipynb #50d55e21
 def _activate(activation):
-    return {"relu": torch.Tensor.relu_, "tanh": torch.Tensor.tanh_, "identity": lambda z: z}[activation]
+    return {"relu": torch.Tensor.relu_, "tanh": torch.Tensor.tanh_, "identity": lambda z: z}[
+        activation
+    ]
 
 
 def _slope(activation):
     "act'(z) dh from dh and h = act(z), written into `out`."
-    relu, tanh = torch.ops.aten.threshold_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
+    relu, tanh = (
+        torch.ops.aten.threshold_backward.grad_input,
+        torch.ops.aten.tanh_backward.grad_input,
+    )
     return {
         "relu": lambda dh, h, out: relu(dh, h, 0, grad_input=out),
         "tanh": lambda dh, h, out: tanh(dh, h, grad_input=out),
@@ -199,15 +229,27 @@ class LinearDrive:
     def __init__(self, weights, inputs, groups, grad=False):  # [R, n*c, K], [R|1, T, K, B]
         R, rows, K = weights.shape
         T, B = inputs.shape[1], inputs.shape[3]
-        self.weights, self.groups = weights.view(groups, R // groups, rows, K).unbind(0), groups
+        self.weights, self.groups = (
+            weights.view(groups, R // groups, rows, K).unbind(0),
+            groups,
+        )
         if inputs.shape[0] == R:
-            self.inputs = inputs.view(groups, R // groups, T, K, B).transpose(1, 2).flatten(0, 1).unbind(0)
+            self.inputs = (
+                inputs.view(groups, R // groups, T, K, B)
+                .transpose(1, 2)
+                .flatten(0, 1)
+                .unbind(0)
+            )
         else:
             self.inputs = inputs[0, :, None].expand(T, R // groups, K, B).unbind(0) * groups
         self.T, self.dx = T, None
         if grad:
-            self.pieces = math.gcd(rows, 4) if groups == R else 1  # threads share several products, but not one
-            self.sums = weights.new_zeros(groups, R // groups * self.pieces, K, rows // self.pieces)
+            self.pieces = (
+                math.gcd(rows, 4) if groups == R else 1
+            )  # threads share several products, but not one
+            self.sums = weights.new_zeros(
+                groups, R // groups * self.pieces, K, rows // self.pieces
+            )
 
     def write(self, t, g, out):
         torch.bmm(self.weights[g], self.inputs[g * self.T + t], out=out)
@@ -237,7 +279,11 @@ class LookupDrive:
 
     def add(self, t, g, delta):
         for r in range(self.G):
-            sums, i, rows = self.sums[g * self.G + r], self.index[g * self.G + r, t], turned(delta[r][None])[0]
+            sums, i, rows = (
+                self.sums[g * self.G + r],
+                self.index[g * self.G + r, t],
+                turned(delta[r][None])[0],
+            )
             if rows.is_cuda:  # index_add_ uses atomics there, and gives another sum each time
                 sums.index_put_((i,), rows, accumulate=True)
             else:
@@ -263,7 +309,10 @@ class Workspace:
     "Large CPU buffers that are used again: fresh pages cost more than the arithmetic done on them."
 
     def __init__(self, smallest=2**22, spare=4):
-        self.smallest, self.spare = smallest, spare  # bytes worth the trouble; free blocks that may wait
+        self.smallest, self.spare = (
+            smallest,
+            spare,
+        )  # bytes worth the trouble; free blocks that may wait
         self.free, self.returned, self.lock = [], deque(), threading.Lock()
 
     def empty(self, like: Tensor, shape: tuple) -> Tensor:
@@ -319,7 +368,12 @@ class WaveSteps:
 
     def __init__(self, u, drive, activation, states, slots, n):
         R, c, _, k = u.shape
-        self.G, self.drive, self.slots, self.act = _groups(u), drive, slots, _activate(activation)
+        self.G, self.drive, self.slots, self.act = (
+            _groups(u),
+            drive,
+            slots,
+            _activate(activation),
+        )
         self.taps = _spread(u.transpose(2, 3).reshape(R, c, k * c), n, k, self.G)
         self.view = Rings(states, self.G, n, k)
         if -1 in slots:
@@ -381,7 +435,9 @@ def batch_last_backward(
     view, G, p, size = steps.view, steps.G, k // 2, R // steps.G
     taps = _spread(u.flip(3).permute(0, 2, 3, 1).reshape(R, c, k * c), n, k, G)
     delta = Rings(u.new_zeros(1, size, n + k - 1, c, B), 1, n, k)
-    padded = u.new_zeros(size, n + k - 1, c, B)  # dL/dh, with rows for the windows that belong to nobody
+    padded = u.new_zeros(
+        size, n + k - 1, c, B
+    )  # dL/dh, with rows for the windows that belong to nobody
     dh, body = padded[:, p : p + n], padded.flatten(0, 1)[p : size * (n + k - 1) - p]
     gys = (gy[:, None] if last else gy).unflatten(0, (G, size))
     du, dh_0 = u.new_empty(G, size, c, k * c), u.new_empty(G, size, B, c, n)
@@ -403,7 +459,9 @@ def batch_last_backward(
             else:
                 torch.bmm(taps[g], delta.windows[0], out=body)
         _turn_out(dh, dh_0[g])
-        whole = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, k - 1)).view(size, n + k - 1, c, k * c)
+        whole = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, k - 1)).view(
+            size, n + k - 1, c, k * c
+        )
         torch.sum(whole[:, :n], 1, out=du[g])
     return du.view(R, c, k, c).transpose(2, 3).contiguous(), dh_0.flatten(0, 1)
 
@@ -429,7 +487,9 @@ class Backend:
         "Can this backend compute a 'wave', 'rows' or 'dense' scan of these sizes?"
         raise NotImplementedError
 
-    def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision) -> tuple[tuple, torch.dtype | None]:
+    def kept_shape(
+        self, kind, R, T, B, c, n, k, F, activation, last, precision
+    ) -> tuple[tuple, torch.dtype | None]:
         "Shape and dtype (None: that of the state) of `kept` when a gradient will be asked for; `((0,), None)` for nothing."
         raise NotImplementedError
 
@@ -443,10 +503,14 @@ class Backend:
     def wave_backward(self, gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x):
         raise NotImplementedError
 
-    def rows_forward(self, index, order, offsets, table, u, h_0, activation, last, keep, precision):
+    def rows_forward(
+        self, index, order, offsets, table, u, h_0, activation, last, keep, precision
+    ):
         raise NotImplementedError
 
-    def rows_backward(self, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision):
+    def rows_backward(
+        self, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision
+    ):
         raise NotImplementedError
 
     def dense_forward(self, drive, U, h_0, activation, last, keep, precision):
@@ -490,7 +554,9 @@ def backend_for(
 def _check_range(index, rows):
     "On a CPU a look at the data is cheap; on a GPU it would stop the queue."
     if index.device.type == "cpu" and not (0 <= index.min() and index.max() < rows):
-        raise ScanError(f"x: expected integers from 0 to {rows - 1}, got {index.min()} to {index.max()}")
+        raise ScanError(
+            f"x: expected integers from 0 to {rows - 1}, got {index.min()} to {index.max()}"
+        )
 
 # %% ../nbs/03_scan.ipynb #61ace4c6
 class TorchBackend(Backend):
@@ -512,7 +578,11 @@ class TorchBackend(Backend):
     def linear(self, x, V, b, grad=False):
         R, c, n, F = V.shape
         weights = torch.cat([V, b[..., None]], -1).transpose(1, 2).reshape(R, n * c, F + 1)
-        inputs = torch.cat([x, x.new_ones(1).expand(*x.shape[:3], 1)], -1).transpose(2, 3).contiguous()
+        inputs = (
+            torch.cat([x, x.new_ones(1).expand(*x.shape[:3], 1)], -1)
+            .transpose(2, 3)
+            .contiguous()
+        )
         return LinearDrive(weights, inputs, _groups(V), grad)
 
     def lookup(self, index, table, grad=False):
@@ -520,12 +590,16 @@ class TorchBackend(Backend):
         flat = table.transpose(2, 3).reshape(R, F, n * c)
         if F > self.few_rows:
             return LookupDrive(flat, index, _groups(table), grad)
-        hot = flat.new_zeros(*index.shape[:2], F, index.shape[2]).scatter_(2, index[:, :, None], 1.0)
+        hot = flat.new_zeros(*index.shape[:2], F, index.shape[2]).scatter_(
+            2, index[:, :, None], 1.0
+        )
         return LinearDrive(flat.mT.contiguous(), hot, _groups(table), grad)
 
     def wave_forward(self, x, u, V, b, h_0, activation, last, keep, precision):
         T, B, n = *x.shape[1:3], V.shape[2]
-        return batch_last_forward(self.linear(x, V, b), u, h_0, T, B, n, activation, last, keep)
+        return batch_last_forward(
+            self.linear(x, V, b), u, h_0, T, B, n, activation, last, keep
+        )
 
     def wave_backward(self, gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x):
         (R, c, n, F), (_, T, B, _) = V.shape, x.shape
@@ -535,15 +609,31 @@ class TorchBackend(Backend):
             drive.dx = dx.flatten(0, 1).unbind(0)
         du, dh_0 = batch_last_backward(drive, gy, u, kept, T, n, activation, last)
         dV, db = drive.grad().reshape(R, n, c, F + 1).transpose(1, 2).split([F, 1], -1)
-        dx = dx.transpose(1, 2).flatten(0, 1)[:, :, :F].mT.contiguous() if need_x else u.new_empty(0)
-        return dx, du, dV.contiguous(), db.squeeze(-1).clone(memory_format=torch.contiguous_format), dh_0
+        dx = (
+            dx.transpose(1, 2).flatten(0, 1)[:, :, :F].mT.contiguous()
+            if need_x
+            else u.new_empty(0)
+        )
+        return (
+            dx,
+            du,
+            dV.contiguous(),
+            db.squeeze(-1).clone(memory_format=torch.contiguous_format),
+            dh_0,
+        )
 
-    def rows_forward(self, index, order, offsets, table, u, h_0, activation, last, keep, precision):
+    def rows_forward(
+        self, index, order, offsets, table, u, h_0, activation, last, keep, precision
+    ):
         _check_range(index, table.shape[1])
         T, B, n = *index.shape[1:3], table.shape[3]
-        return batch_last_forward(self.lookup(index, table), u, h_0, T, B, n, activation, last, keep)
+        return batch_last_forward(
+            self.lookup(index, table), u, h_0, T, B, n, activation, last, keep
+        )
 
-    def rows_backward(self, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision):
+    def rows_backward(
+        self, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision
+    ):
         (R, F, c, n), T = table.shape, index.shape[1]
         drive = self.lookup(index, table, grad=True)
         du, dh_0 = batch_last_backward(drive, gy, u, kept, T, n, activation, last)
@@ -567,7 +657,11 @@ class TorchBackend(Backend):
         dh = gy if last else gy[:, -1]
         for t in range(T - 1, -1, -1):
             delta = slope(dh, states[:, t], ddrive[:, t])
-            dh = torch.bmm(delta, U) if last or t == 0 else torch.baddbmm(gy[:, t - 1], delta, U)
+            dh = (
+                torch.bmm(delta, U)
+                if last or t == 0
+                else torch.baddbmm(gy[:, t - 1], delta, U)
+            )
         dU = ddrive[:, 1:].reshape(R, -1, m).mT @ states[:, :-1].reshape(R, -1, m)
         return ddrive, dU if h_0 is None else dU.baddbmm_(ddrive[:, 0].mT, h_0), dh
 
@@ -577,7 +671,9 @@ register_backend("torch", TorchBackend())
 # %% ../nbs/03_scan.ipynb #94c1ad27
 def no_autocast(device: torch.device):
     "A context in which autocast is off: half precision would be 50 % wrong after 784 steps."
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+        device.type
+    )
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
@@ -585,7 +681,9 @@ def no_autocast(device: torch.device):
 def full_precision():
     "A context in which float32 products are float32, whatever is allowed elsewhere: TF32 is 5 % off after 784 steps."
     libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    allowed = [(m, m.fp32_precision) for m in libraries if m.fp32_precision not in ("none", "ieee")]
+    allowed = [
+        (m, m.fp32_precision) for m in libraries if m.fp32_precision not in ("none", "ieee")
+    ]
     try:
         for library, _ in allowed:
             library.fp32_precision = "ieee"
@@ -602,7 +700,11 @@ _INPUTS = {  # the tensors of each kind of scan; the drive of a dense one is enc
 }
 _COUNT = {kind: text.count(",") + 1 for kind, text in _INPUTS.items()}
 _RUNS_OF = {"wave": 1, "rows": 4, "dense": 1}  # the tensor that always has every run: u, u, U
-_SHARED = {"wave": {0}, "rows": {0, 1, 2}, "dense": set()}  # tensors that may have one run for all
+_SHARED = {
+    "wave": {0},
+    "rows": {0, 1, 2},
+    "dense": set(),
+}  # tensors that may have one run for all
 
 
 def _sizes(kind, tensors):
@@ -642,7 +744,9 @@ def _forward_operator(kind):
         y, kept, dtype = (R, B, *state) if last else (R, T, B, *state), (0,), None
         if keep:
             backend = _backend_of(kind, tensors, activation, precision)
-            kept, dtype = backend.kept_shape(kind, R, T, B, c, n, k, F, activation, last, precision)
+            kept, dtype = backend.kept_shape(
+                kind, R, T, B, c, n, k, F, activation, last, precision
+            )
         return like.new_empty(y), like.new_empty(kept, dtype=dtype or like.dtype)
 
     schema = f"({_INPUTS[kind]}, str activation, bool last, bool keep, str precision) -> (Tensor, Tensor)"
@@ -657,7 +761,9 @@ def _backward_operator(kind):
 
     def run(gy, *args):
         tensors, y, kept, options = args[:at], args[at], args[at + 1], args[at + 2 :]
-        backward = getattr(_backend_of(kind, tensors, options[0], options[2]), f"{kind}_backward")
+        backward = getattr(
+            _backend_of(kind, tensors, options[0], options[2]), f"{kind}_backward"
+        )
         with no_autocast(gy.device), full_precision():
             return backward(gy, *_solid(tensors), y.contiguous(), kept, *options)
 
@@ -665,7 +771,9 @@ def _backward_operator(kind):
         tensors = args[:at]
         (R, T, B, c, n, _, F), like = _sizes(kind, tensors), tensors[_RUNS_OF[kind]]
         weights = {"wave": tensors[1:4], "rows": tensors[3:5], "dense": tensors[:2]}[kind]
-        out = [w.new_empty(w.shape) for w in weights]  # not empty_like: that would keep strides
+        out = [
+            w.new_empty(w.shape) for w in weights
+        ]  # not empty_like: that would keep strides
         if kind == "wave":
             out = [like.new_empty((R, T, B, F) if args[-1] else (0,)), *out]
         return *out, like.new_empty((R, B, n) if kind == "dense" else (R, B, c, n))
@@ -684,7 +792,11 @@ _BACKWARD = {kind: _backward_operator(kind) for kind in _INPUTS}
 # %% ../nbs/03_scan.ipynb #dafca912
 def _scan(kind, activation, last, precision, *tensors, keep=False):
     "Apply the operator, keeping the states only if somebody may ask for a gradient."
-    keep = keep or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = (
+        keep
+        or torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
     if torch.compiler.is_compiling():  # the compiler reads the operator's own gradient
         keep = torch.is_grad_enabled()  # inside vmap it cannot tell who needs one
         return _FORWARD[kind](*tensors, activation, last, keep, precision)
@@ -726,7 +838,9 @@ def _map_backward(gradient, V, in_dims, kind, activation, precision, tensors):
     if kept.dim() > 1:
         dim = _backend_of(kind, folded, activation, precision).kept_run_dim(kind)
         kept = _fold(kept, kept_at, V, R, False, dim)
-    grads = gradient([_fold(gy, gy_at, V, R, False), _fold(y, y_at, V, R, False), kept, *folded])
+    grads = gradient(
+        [_fold(gy, gy_at, V, R, False), _fold(y, y_at, V, R, False), kept, *folded]
+    )
     grads = [g if g.dim() == 1 else g.unflatten(0, (V, R)) for g in grads]
     return tuple(grads), tuple(None if g.dim() == 1 else 0 for g in grads)
 
@@ -736,7 +850,9 @@ def _gradients(ctx, gy, need_x):
     y, kept, *tensors = ctx.saved_tensors
     if gy is None:
         return (None,) * len(tensors)
-    grads = ScanGradient.apply(ctx.kind, ctx.activation, ctx.last, ctx.precision, need_x, gy, y, kept, *tensors)
+    grads = ScanGradient.apply(
+        ctx.kind, ctx.activation, ctx.last, ctx.precision, need_x, gy, y, kept, *tensors
+    )
     if ctx.kind == "wave":
         grads = grads[0].sum_to_size(tensors[0].shape) if need_x else None, *grads[1:]
     elif ctx.kind == "rows":
@@ -764,10 +880,14 @@ class ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, kind, activation, last, keep, precision, *tensors):
-        def scan(folded):  # somebody may ask for a gradient inside this vmap (keep) or outside it
+        def scan(
+            folded,
+        ):  # somebody may ask for a gradient inside this vmap (keep) or outside it
             return _scan(kind, activation, last, precision, *folded, keep=keep)
 
-        return _map_forward(scan, info.batch_size, in_dims[5:], kind, activation, precision, tensors)
+        return _map_forward(
+            scan, info.batch_size, in_dims[5:], kind, activation, precision, tensors
+        )
 
 # %% ../nbs/03_scan.ipynb #40589a3d
 class ScanGradient(torch.autograd.Function):
@@ -784,14 +904,18 @@ class ScanGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError("the scan has no second derivative; use wave_loop or dense_loop, which have all")
+        raise RuntimeError(
+            "the scan has no second derivative; use wave_loop or dense_loop, which have all"
+        )
 
     @staticmethod
     def vmap(info, in_dims, kind, activation, last, precision, need_x, *tensors):
         def gradient(folded):
             return ScanGradient.apply(kind, activation, last, precision, need_x, *folded)
 
-        return _map_backward(gradient, info.batch_size, in_dims[5:], kind, activation, precision, tensors)
+        return _map_backward(
+            gradient, info.batch_size, in_dims[5:], kind, activation, precision, tensors
+        )
 
 # %% ../nbs/03_scan.ipynb #f8ce3fdb
 def _register_autograd(kind, op):
@@ -810,7 +934,9 @@ def _register_autograd(kind, op):
     def vmap(info, in_dims, *args):
         *tensors, activation, _, _, precision = args
         scan = lambda folded: op(*folded, *args[-4:])  # noqa: E731
-        return _map_forward(scan, info.batch_size, in_dims[:-4], kind, activation, precision, tensors)
+        return _map_forward(
+            scan, info.batch_size, in_dims[:-4], kind, activation, precision, tensors
+        )
 
     def vmap_backward(info, in_dims, *args):
         at = 1 + _COUNT[kind]  # gy and the inputs; then y, kept; then the options
@@ -820,8 +946,12 @@ def _register_autograd(kind, op):
             (*(in_dims[i] for i in order),),
             args[at + 2 :],
         )
-        gradient = lambda folded: _BACKWARD[kind](folded[0], *folded[3:], *folded[1:3], *args[at + 2 :])  # noqa: E731
-        return _map_backward(gradient, info.batch_size, in_dims, kind, activation, precision, tensors)
+        gradient = lambda folded: _BACKWARD[kind](
+            folded[0], *folded[3:], *folded[1:3], *args[at + 2 :]
+        )  # noqa: E731
+        return _map_backward(
+            gradient, info.batch_size, in_dims, kind, activation, precision, tensors
+        )
 
     op.register_autograd(backward, setup_context=setup_context)
     op.register_vmap(vmap)
@@ -849,10 +979,14 @@ def fit(
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
     want = letters.split()
-    if t.dim() != len(want) or any(sizes.setdefault(w, s) != s for w, s in zip(want, t.shape, strict=True)):
+    if t.dim() != len(want) or any(
+        sizes.setdefault(w, s) != s for w, s in zip(want, t.shape, strict=True)
+    ):
         known = ", ".join(f"{w} = {int(sizes[w])}" for w in dict.fromkeys(want) if w in sizes)
         known = known and f" with {known}"
-        raise ScanError(f"{name}: expected shape [{', '.join(want)}]{known}, got {list(t.shape)}")
+        raise ScanError(
+            f"{name}: expected shape [{', '.join(want)}]{known}, got {list(t.shape)}"
+        )
 
 
 def fit_integers(sizes, name, t, letters, device):
@@ -861,7 +995,9 @@ def fit_integers(sizes, name, t, letters, device):
     if t.dtype != torch.int64:
         raise ScanError(f"{name}: expected torch.int64, got {t.dtype}")
     if t.device != device:
-        raise ScanError(f"{name}: expected a tensor on {device} like the weights, got one on {t.device}")
+        raise ScanError(
+            f"{name}: expected a tensor on {device} like the weights, got one on {t.device}"
+        )
 
 # %% ../nbs/03_scan.ipynb #62c744da
 def fit_input(sizes: dict, x: Tensor | Rows, device: torch.device):
@@ -870,10 +1006,14 @@ def fit_input(sizes: dict, x: Tensor | Rows, device: torch.device):
         fit(sizes, "x.table", x.table, "rows F")
         fit_integers(sizes, "x.index", x.index, "T B", device)
         if (x.order is None) != (x.offsets is None):
-            raise ScanError("x: expected both order and offsets or neither, see rows(table, index)")
+            raise ScanError(
+                "x: expected both order and offsets or neither, see rows(table, index)"
+            )
         if x.order is not None:
             fit_integers({"T*B": x.index.numel()}, "x.order", x.order, "T*B", device)
-            fit_integers({"rows+1": sizes["rows"] + 1}, "x.offsets", x.offsets, "rows+1", device)
+            fit_integers(
+                {"rows+1": sizes["rows"] + 1}, "x.offsets", x.offsets, "rows+1", device
+            )
     elif not isinstance(x, Tensor) or x.is_floating_point():
         fit(sizes, "x", x, "T B F")
     else:
@@ -886,7 +1026,9 @@ def fit_input(sizes: dict, x: Tensor | Rows, device: torch.device):
 def fit_state(h_0: Tensor | None, *shape):
     "Raise a `ScanError` in the words of `nn.RNN` unless the first state has this shape."
     if h_0 is not None and h_0.shape != shape:
-        raise ScanError(f"Expected hidden size {tuple(map(int, shape))}, got {list(h_0.shape)}")
+        raise ScanError(
+            f"Expected hidden size {tuple(map(int, shape))}, got {list(h_0.shape)}"
+        )
 
 # %% ../nbs/03_scan.ipynb #5565099a
 def same_kind(
@@ -894,16 +1036,23 @@ def same_kind(
     **tensors: Tensor | None,  # by the names that errors call them
 ) -> list:  # the tensors, in float32 if they came in half precision
     "Raise a `ScanError` unless all tensors have the dtype and device of the weights. Autocast may mix float32 and half precision."
-    autocast = torch.amp.is_autocast_available(like.device.type) and torch.is_autocast_enabled(like.device.type)
+    autocast = torch.amp.is_autocast_available(like.device.type) and torch.is_autocast_enabled(
+        like.device.type
+    )
     mixed = (torch.float32, *HALF) if autocast else ()
     for name, t in tensors.items():
         if t is None or not t.is_floating_point():
             continue
         if t.device != like.device:
-            raise ScanError(f"{name}: expected a tensor on {like.device} like the weights, got one on {t.device}")
+            raise ScanError(
+                f"{name}: expected a tensor on {like.device} like the weights, got one on {t.device}"
+            )
         if t.dtype != like.dtype and not (t.dtype in mixed and like.dtype in mixed):
             raise ScanError(f"{name}: expected {like.dtype} like the weights, got {t.dtype}")
-    return [t.float() if t is not None and t.dtype in HALF else t for t in (like, *tensors.values())]
+    return [
+        t.float() if t is not None and t.dtype in HALF else t
+        for t in (like, *tensors.values())
+    ]
 
 
 def same_kind_input(like, x, **tensors):
@@ -940,7 +1089,9 @@ def wave_scan(
     fit_input(sizes, x, u.device)
     fit_state(h_0, sizes["B"], sizes["c"], sizes["n"])
     if sizes["k"] % 2 == 0 or sizes["n"] < sizes["k"]:
-        raise ScanError(f"u: expected an odd number k of taps, at most n = {sizes['n']}, got k = {sizes['k']}")
+        raise ScanError(
+            f"u: expected an odd number k of taps, at most n = {sizes['n']}, got k = {sizes['k']}"
+        )
     dtype, (u, x, V, b, h_0) = u.dtype, same_kind_input(u, x, V=V, b=b, h_0=h_0)
     with no_autocast(u.device):
         return _wave_scan(x, u, V, b, h_0, activation, last, precision).to(dtype)

@@ -19,7 +19,9 @@ def exact_travel(
     "The exact solution h_0(x + nu t) of the one-way wave equation on a ring (equation 2), by turning each Fourier mode."
     n = h_0.shape[-1]
     k = 2 * math.pi * torch.arange(n // 2 + 1, dtype=torch.float64, device=h_0.device) / n
-    return torch.fft.irfft(torch.fft.rfft(h_0) * torch.exp(1j * k * distance), n=n).to(h_0.dtype)
+    return torch.fft.irfft(torch.fft.rfft(h_0) * torch.exp(1j * k * distance), n=n).to(
+        h_0.dtype
+    )
 
 # %% ../nbs/01_wave_equation.ipynb #ea222aa2
 def courant_number(

@@ -22,7 +22,9 @@ def api_page(room: Room, package: str) -> str:
     summary = (inspect.getdoc(module) or "").split("\n")[0]
     where = f"[{room.number} {room.title}](/{room.page}.ipynb)"
     head = f'---\ntitle: "{package}.{room.module}"\ndescription: {json_string(summary)}\n---\n\nThe notebook: {where}\n'
-    return head + "\n".join(entry(name, getattr(module, name), room) for name in public_names(module, room))
+    return head + "\n".join(
+        entry(name, getattr(module, name), room) for name in public_names(module, room)
+    )
 
 
 def public_names(module, room: Room) -> list[str]:
@@ -55,11 +57,16 @@ def entry(name: str, obj, room: Room, level: int = 2) -> str:
 
 def methods(cls) -> list[tuple[str, object]]:
     "The public methods and properties that a class defines itself and documents."
-    own = [(n, m.__func__ if isinstance(m, staticmethod | classmethod) else m) for n, m in vars(cls).items()]
+    own = [
+        (n, m.__func__ if isinstance(m, staticmethod | classmethod) else m)
+        for n, m in vars(cls).items()
+    ]
     shown = [
         (n, m)
         for n, m in own
-        if not n.startswith("_") and (inspect.isfunction(m) or isinstance(m, property)) and inspect.getdoc(m)
+        if not n.startswith("_")
+        and (inspect.isfunction(m) or isinstance(m, property))
+        and inspect.getdoc(m)
     ]
     generated = ("_asdict", "_replace", "count", "index")
     return [(n, m) for n, m in shown if n not in generated]
@@ -81,7 +88,10 @@ def signature(name: str, obj, types: bool) -> str:
         mark = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         kind = f": {type_name(p.annotation)}" if types and type_name(p.annotation) else ""
         equals = " = " if kind else "="
-        shown.append(f"{mark}{p.name}{kind}" + ("" if p.default is EMPTY else f"{equals}{short(p.default)}"))
+        shown.append(
+            f"{mark}{p.name}{kind}"
+            + ("" if p.default is EMPTY else f"{equals}{short(p.default)}")
+        )
     prefix = "class " if inspect.isclass(obj) else ""
     call = f"{prefix}{name}({', '.join(shown)})"
     if len(call) > 80:
@@ -92,7 +102,9 @@ def signature(name: str, obj, types: bool) -> str:
 def doc(obj) -> str:
     "The docstring as Markdown."
     text = inspect.getdoc(obj) or ""
-    if is_dataclass(obj) and text.startswith(f"{obj.__name__}("):  # the one that dataclass writes
+    if is_dataclass(obj) and text.startswith(
+        f"{obj.__name__}("
+    ):  # the one that dataclass writes
         return ""
     return prose(text)
 
@@ -112,12 +124,28 @@ def parameters(obj) -> str:
             or (name == "return" and not comment and kind in ("", "None"))
         ):
             continue
-        default = "" if p.get("default", EMPTY) is EMPTY or name == "return" else f"`{cell_text(short(p['default']))}`"
+        default = (
+            ""
+            if p.get("default", EMPTY) is EMPTY or name == "return"
+            else f"`{cell_text(short(p['default']))}`"
+        )
         label = "**returns**" if name == "return" else f"`{name}`"
-        rows.append(f"| {label} | {cell_text(prose(kind))} | {default} | {cell_text(prose(comment))} |")
+        rows.append(
+            f"| {label} | {cell_text(prose(kind))} | {default} | {cell_text(prose(comment))} |"
+        )
     if not rows or not any(p.get("docment") for p in found.values()):
         return ""
-    return "\n".join(["::: {.api-params}", "", "| | type | default | |", "|---|---|---|---|", *rows, "", ":::"])
+    return "\n".join(
+        [
+            "::: {.api-params}",
+            "",
+            "| | type | default | |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            ":::",
+        ]
+    )
 
 
 def constant(name: str, value) -> str:
@@ -132,7 +160,11 @@ def constant(name: str, value) -> str:
 
 def short(value) -> str:
     "A default as it is written in code."
-    text = getattr(value, "__name__", None) if inspect.isfunction(value) or inspect.isclass(value) else repr(value)
+    text = (
+        getattr(value, "__name__", None)
+        if inspect.isfunction(value) or inspect.isclass(value)
+        else repr(value)
+    )
     return ADDRESS.sub("", text or repr(value))
 
 
@@ -153,7 +185,9 @@ def type_name(anno) -> str:
 def prose(text: str) -> str:
     "Words out of code as Markdown: outside of backticks a dollar is no equation and a < is no tag."
     pieces = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") else p.replace("$", r"\$").replace("<", r"\<") for p in pieces)
+    return "".join(
+        p if p.startswith("`") else p.replace("$", r"\$").replace("<", r"\<") for p in pieces
+    )
 
 
 def cell_text(text: str) -> str:
@@ -169,5 +203,7 @@ def symbols(room: Room, package: str) -> dict[str, str]:
         found[name] = f"/api/{room.module}.md#{name}"
         obj = getattr(module, name)
         if inspect.isclass(obj):
-            found |= {f"{name}.{n}": f"/api/{room.module}.md#{name}.{n}" for n, _ in methods(obj)}
+            found |= {
+                f"{name}.{n}": f"/api/{room.module}.md#{name}.{n}" for n, _ in methods(obj)
+            }
     return found

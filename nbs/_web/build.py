@@ -30,7 +30,9 @@ def process(rooms: list[Room], work: Path, cfg: dict, blob: str) -> Path:
     nbs = work / "nbs"
     nbs.mkdir()
     text = (ROOT / "settings.ini").read_text(encoding="utf-8")
-    (work / "settings.ini").write_text(text.rstrip() + f"\nskip_procs = {SKIP}\n", encoding="utf-8")
+    (work / "settings.ini").write_text(
+        text.rstrip() + f"\nskip_procs = {SKIP}\n", encoding="utf-8"
+    )
     pages = {r.path.stem: r.page for r in rooms}
     for r in rooms:
         stage_notebook(r.path, nbs / f"{r.page}.ipynb", pages, blob)
@@ -72,25 +74,36 @@ def assets(pages: Path):
     for family in FONTS:
         folder = modules / "@fontsource-variable" / family
         for style in ("index.css", "wght-italic.css"):
-            for face in re.findall(r"@font-face\s*\{[^}]*\}", (folder / style).read_text(encoding="utf-8")):
+            for face in re.findall(
+                r"@font-face\s*\{[^}]*\}", (folder / style).read_text(encoding="utf-8")
+            ):
                 file = re.search(r"url\((?:\./)?files/([^)]+\.woff2)\)", face)[1]
                 if any(file.startswith(f"{family}-{s}-wght") for s in SCRIPTS):
                     shutil.copy(folder / "files" / file, out / "fonts")
-                    faces.append(face.replace("./files/", "files/").replace("files/", "fonts/"))
+                    faces.append(
+                        face.replace("./files/", "files/").replace("files/", "fonts/")
+                    )
     (out / "fonts.css").write_text("\n".join(faces) + "\n", encoding="utf-8")
     for name in ("site.css", "favicon.svg"):
         shutil.copy(WEB / name, out)
-    bootstrap = Path(__import__("smalldocs").__file__).parent / "assets/vendor/bootstrap/bootstrap.min.css"
+    bootstrap = (
+        Path(__import__("smalldocs").__file__).parent
+        / "assets/vendor/bootstrap/bootstrap.min.css"
+    )
     plain = bootstrap.read_text(encoding="utf-8")
     # the dark sheet is Bootstrap's own dark mode, made the page's default
     night = plain.replace("[data-bs-theme=dark]{", ":root,[data-bs-theme=dark]{", 1)
     for name, sheet in (("light.css", plain), ("dark.css", night)):
-        (pages / name).write_text(sheet + (WEB / name).read_text(encoding="utf-8"), encoding="utf-8")
+        (pages / name).write_text(
+            sheet + (WEB / name).read_text(encoding="utf-8"), encoding="utf-8"
+        )
 
 
 def config(cfg: dict, contents: list) -> dict:
     "The site generator's configuration, from settings.ini, _quarto.yml and sidebar.yml."
-    quarto = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["format"]["html"]
+    quarto = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["format"][
+        "html"
+    ]
     return {
         "project": {"type": "website", "output-dir": "site", "resources": ["assets/**"]},
         "website": {
@@ -133,7 +146,9 @@ def build(out: Path) -> list[Room]:
         index, api = {}, []
         for r in rooms:
             if r.module and r.anchors:
-                text = relink(api_page(r, cfg["lib_name"]), {x.path.stem: x.page for x in rooms}, blob)
+                text = relink(
+                    api_page(r, cfg["lib_name"]), {x.path.stem: x.page for x in rooms}, blob
+                )
                 (pages / "api" / f"{r.module}.md").write_text(text, encoding="utf-8")
                 index |= symbols(r, cfg["lib_name"])
                 api.append({"text": r.module, "href": f"api/{r.module}.md"})
@@ -143,7 +158,9 @@ def build(out: Path) -> list[Room]:
         contents += [{"section": "API", "contents": api}] if api else []
         house = house_pages(pages, blob)
         contents += [{"section": "House", "contents": house}] if house else []
-        (pages / "_smalldocs.yml").write_text(yaml.safe_dump(config(cfg, contents), sort_keys=False), encoding="utf-8")
+        (pages / "_smalldocs.yml").write_text(
+            yaml.safe_dump(config(cfg, contents), sort_keys=False), encoding="utf-8"
+        )
         (pages / "_quarto.yml").unlink(missing_ok=True)
         for r in rooms:
             for name in pictures(r.path):
@@ -154,7 +171,9 @@ def build(out: Path) -> list[Room]:
 
         site = smalldocs.site.build(pages, quiet=True)
         for warning in site.warnings:
-            if "output-file is not read" in warning:  # nbdev writes it for Quarto; the pages have their names already
+            if (
+                "output-file is not read" in warning
+            ):  # nbdev writes it for Quarto; the pages have their names already
                 continue
             print(f"warning: {warning}", file=sys.stderr)
         finish(pages / "site", WEB)
@@ -171,13 +190,17 @@ def main():
             "make docs needs Node >= 18 to render the equations: https://nodejs.org, or apt-get install nodejs npm"
         )
     if out.exists() and any(out.iterdir()) and not (out / "site_libs").is_dir():
-        sys.exit(f"{out} is not empty and is not a site that this script built: name another folder")
+        sys.exit(
+            f"{out} is not empty and is not a site that this script built: name another folder"
+        )
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rooms = build(out)
     problems = check_site(out)
     print("\n".join(problems), file=sys.stderr)
-    print(f"{len(list(out.rglob('*.html')))} pages from {len(rooms)} notebooks: {os.path.relpath(out)}/index.html")
+    print(
+        f"{len(list(out.rglob('*.html')))} pages from {len(rooms)} notebooks: {os.path.relpath(out)}/index.html"
+    )
     sys.exit(bool(problems))
 
 

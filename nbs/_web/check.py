@@ -16,7 +16,15 @@ LOADS = {
     ("embed", "src"),
     ("object", "data"),
 }
-LOADING_RELS = {"stylesheet", "icon", "preload", "modulepreload", "preconnect", "dns-prefetch", "manifest"}
+LOADING_RELS = {
+    "stylesheet",
+    "icon",
+    "preload",
+    "modulepreload",
+    "preconnect",
+    "dns-prefetch",
+    "manifest",
+}
 
 
 class Page(HTMLParser):
@@ -43,7 +51,12 @@ class Page(HTMLParser):
 
 def css_loads(text: str) -> list[str]:
     "What a style sheet loads."
-    return [u.strip("'\" ") for pair in re.findall(r"url\(([^)]*)\)|@import\s+['\"]([^'\"]+)", text) for u in pair if u]
+    return [
+        u.strip("'\" ")
+        for pair in re.findall(r"url\(([^)]*)\)|@import\s+['\"]([^'\"]+)", text)
+        for u in pair
+        if u
+    ]
 
 
 def remote(url: str) -> bool:
@@ -59,7 +72,11 @@ def check_site(site: Path) -> list[str]:
         for url in page.loads:
             if remote(url):
                 problems.append(f"{name}: loads from another host: {url}")
-            elif url and not url.startswith(("data:", "#", "blob:")) and not target(path, url).exists():
+            elif (
+                url
+                and not url.startswith(("data:", "#", "blob:"))
+                and not target(path, url).exists()
+            ):
                 problems.append(f"{name}: missing file {url}")
         for url in page.links:
             parts = urlsplit(url)
@@ -69,7 +86,9 @@ def check_site(site: Path) -> list[str]:
             to = to / "index.html" if to.is_dir() else to
             if not to.exists():
                 problems.append(f"{name}: broken link {url}")
-            elif parts.fragment and to in pages and unquote(parts.fragment) not in pages[to].ids:
+            elif (
+                parts.fragment and to in pages and unquote(parts.fragment) not in pages[to].ids
+            ):
                 problems.append(f"{name}: no such place {url}")
     for path in site.rglob("*.css"):
         for url in css_loads(path.read_text(encoding="utf-8")):

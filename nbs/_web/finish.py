@@ -16,9 +16,17 @@ def render_equations(pages: dict[Path, str], web: Path) -> dict[Path, str]:
     "Replace every equation by KaTeX's HTML, all pages in one call; numbered ones get an id to link to."
     found = []
     for path, text in pages.items():
-        found += [(m[1] == "display", html.unescape(m[2]).strip(), path.name) for m in MATH.finditer(text)]
+        found += [
+            (m[1] == "display", html.unescape(m[2]).strip(), path.name)
+            for m in MATH.finditer(text)
+        ]
     jobs = [{"tex": tex, "display": display, "where": where} for display, tex, where in found]
-    run = subprocess.run(["node", str(web / "katex.mjs")], input=json.dumps(jobs), capture_output=True, text=True)
+    run = subprocess.run(
+        ["node", str(web / "katex.mjs")],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+    )
     if run.returncode:
         raise SystemExit(f"equations that KaTeX cannot read:\n{run.stderr}")
     done = iter(zip(found, json.loads(run.stdout), strict=True))
@@ -46,16 +54,26 @@ def link_equations(text: str) -> str:
         return f'{m[1]}<a class="eq-ref" href="#eq-{slug(m[2])}">({m[2]})</a>'
 
     def sentence(m: re.Match) -> str:  # text between tags only, and never in code
-        return re.sub(r"((?:[Ee]quations?|[Ee]qs?\.|and)(?:\s|&nbsp;|\xa0)+)\((\w[\w.]*)\)", link, m[0])
+        return re.sub(
+            r"((?:[Ee]quations?|[Ee]qs?\.|and)(?:\s|&nbsp;|\xa0)+)\((\w[\w.]*)\)", link, m[0]
+        )
 
-    parts = re.split(r"(<pre\b.*?</pre>|<code\b.*?</code>|<head\b.*?</head>|<script\b.*?</script>)", text, flags=re.S)
-    return "".join(p if i % 2 else re.sub(r">[^<>]+<", sentence, p) for i, p in enumerate(parts))
+    parts = re.split(
+        r"(<pre\b.*?</pre>|<code\b.*?</code>|<head\b.*?</head>|<script\b.*?</script>)",
+        text,
+        flags=re.S,
+    )
+    return "".join(
+        p if i % 2 else re.sub(r">[^<>]+<", sentence, p) for i, p in enumerate(parts)
+    )
 
 
 def number_sidebar(text: str) -> str:
     "A notebook's number stands in its own column of the sidebar and of the links to the next page."
     return re.sub(
-        r'(<span class="(?:menu-text|nav-page-text)">)(\d\d\w?) ', r'\1<span class="room-number">\2</span> ', text
+        r'(<span class="(?:menu-text|nav-page-text)">)(\d\d\w?) ',
+        r'\1<span class="room-number">\2</span> ',
+        text,
     )
 
 
@@ -68,7 +86,9 @@ def contents_like_headings(text: str) -> str:
 
     def put(m: re.Match) -> str:
         inner = re.sub(
-            r"<code>\w+\.(\w+)</code>", r"<code>.\1</code>", titles.get(html.unescape(m[2]), "")
+            r"<code>\w+\.(\w+)</code>",
+            r"<code>.\1</code>",
+            titles.get(html.unescape(m[2]), ""),
         )  # a method, under its class
         return f"{m[1]}{inner}</a>" if inner else m[0]
 
@@ -84,8 +104,14 @@ def describe_figures(text: str) -> str:
     def put(m: re.Match) -> str:
         nonlocal count
         count += 1
-        after = re.match(r"(?:\s*</div>)+\s*<p><strong>(.*?)</p>", text[m.end() : m.end() + 3000], re.S)
-        words = re.sub(r"<[^>]+>|\s+", " ", after[1]).strip() if after else f"Figure {count} of {name}"
+        after = re.match(
+            r"(?:\s*</div>)+\s*<p><strong>(.*?)</p>", text[m.end() : m.end() + 3000], re.S
+        )
+        words = (
+            re.sub(r"<[^>]+>|\s+", " ", after[1]).strip()
+            if after
+            else f"Figure {count} of {name}"
+        )
         return f'<img alt="{html.escape(html.unescape(words))[:300]}" loading="lazy"{m[1]}>'
 
     return re.sub(r"<img((?:(?! alt=)[^>])*)>", put, text)
@@ -96,7 +122,9 @@ def localise(text: str, depth: int) -> str:
     up = "../" * depth
     had_math = 'class="katex' in text
     text = REMOTE.sub("", text)
-    styles = [f'<link rel="stylesheet" href="{up}assets/katex/katex.min.css">'] if had_math else []
+    styles = (
+        [f'<link rel="stylesheet" href="{up}assets/katex/katex.min.css">'] if had_math else []
+    )
     return text.replace("</head>", "".join(styles) + "</head>", 1)
 
 

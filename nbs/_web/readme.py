@@ -27,8 +27,15 @@ def refresh(path: Path):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     nb = nbformat.read(path, as_version=4)
     stored = [c.get("outputs", []) for c in nb.cells]
-    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    kept = read_nb(path)  # nbdev's own reader and writer: the file keeps its form, and only outputs change
+    NotebookClient(
+        nb,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    kept = read_nb(
+        path
+    )  # nbdev's own reader and writer: the file keeps its form, and only outputs change
     for cell, run, old in zip(kept.cells, nb.cells, stored, strict=True):
         if cell.cell_type == "code" and not (has_picture(run) and old):
             cell.outputs = [clean(o) for o in run.outputs if o.get("name") != "stderr"]
@@ -41,7 +48,10 @@ def clean(output) -> dict:
     if "execution_count" in out:
         out["execution_count"] = None
     if "data" in out:
-        out["data"] = {k: v.splitlines(keepends=True) if isinstance(v, str) else v for k, v in out["data"].items()}
+        out["data"] = {
+            k: v.splitlines(keepends=True) if isinstance(v, str) else v
+            for k, v in out["data"].items()
+        }
     if "text" in out:
         out["text"] = out["text"].splitlines(keepends=True)
     return out
@@ -53,7 +63,11 @@ def convert(path: Path) -> tuple[str, dict[str, bytes]]:
     pictures: dict[str, bytes] = {}
     cells = []
     for i, cell in enumerate(nb.cells):
-        directives = re.findall(r"^#\|\s*(.+?)\s*$", cell.source, re.M) if cell.cell_type == "code" else []
+        directives = (
+            re.findall(r"^#\|\s*(.+?)\s*$", cell.source, re.M)
+            if cell.cell_type == "code"
+            else []
+        )
         if "hide" in directives:
             continue
         if cell.cell_type == "code":
@@ -70,7 +84,9 @@ def convert(path: Path) -> tuple[str, dict[str, bytes]]:
     nb.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\(([\w-]+\.ipynb[^)]*)\)", r"](nbs/\1)", text)
-    text = text.replace("](../", "](").replace("\n```\n\n\n```python\n", "\n\n")  # cells in a row are one piece of code
+    text = text.replace("](../", "](").replace(
+        "\n```\n\n\n```python\n", "\n\n"
+    )  # cells in a row are one piece of code
     note = "<!-- Written by `make readme` from nbs/index.ipynb. Edit the notebook, not this file. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", pictures
 

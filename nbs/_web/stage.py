@@ -18,7 +18,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTS = re.compile(r"^#\|[ \t]*exports?i?\b.*$", re.M)
 MODULE = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
-BARE_ALIGN = re.compile(r"(?<!\$)(?<!\$\n)(\\begin\{(align\*?|equation\*?|gather\*?)\}.*?\\end\{\2\})", re.S)
+BARE_ALIGN = re.compile(
+    r"(?<!\$)(?<!\$\n)(\\begin\{(align\*?|equation\*?|gather\*?)\}.*?\\end\{\2\})", re.S
+)
 
 
 @dataclass
@@ -30,7 +32,9 @@ class Room:
     number: str  # `03`, empty for the index
     title: str  # its `# Title`
     module: str  # the module it exports, empty when it exports none
-    anchors: dict[str, str] = field(default_factory=dict)  # exported name -> id of the cell that defines it
+    anchors: dict[str, str] = field(
+        default_factory=dict
+    )  # exported name -> id of the cell that defines it
 
 
 def settings(root: Path = ROOT) -> dict:
@@ -44,8 +48,13 @@ def room(path: Path) -> Room:
     "Read a notebook's number, page name, title, module and exported names."
     nb = nbformat.read(path, as_version=4)
     number, page = re.match(r"(?:(\d+\w?)_)?(.*)", path.stem).groups()
-    title = next((m[1] for c in nb.cells if (m := re.search(r"^#\s+(.+?)\s*$", c.source, re.M))), page)
-    module = next((m[1] for c in nb.cells if c.cell_type == "code" and (m := MODULE.search(c.source))), "")
+    title = next(
+        (m[1] for c in nb.cells if (m := re.search(r"^#\s+(.+?)\s*$", c.source, re.M))), page
+    )
+    module = next(
+        (m[1] for c in nb.cells if c.cell_type == "code" and (m := MODULE.search(c.source))),
+        "",
+    )
     found = Room(path, page, number or "", title, module)
     for cell in nb.cells:
         names = exported_names(cell)
@@ -60,7 +69,9 @@ def exported_names(cell) -> list[str]:
     names = []
     for node in ast.parse(re.sub(r"^[%!].*$", "", cell.source, flags=re.M)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            patched = any(getattr(d, "id", "").startswith("patch") for d in node.decorator_list)
+            patched = any(
+                getattr(d, "id", "").startswith("patch") for d in node.decorator_list
+            )
             owner = ast.unparse(node.args.args[0].annotation) + "." if patched else ""
             names.append(owner + node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -84,7 +95,9 @@ def stage_cell(cell, pages: dict[str, str], blob: str):
         cell.source = BARE_ALIGN.sub(r"$$\n\1\n$$", relink(cell.source, pages, blob))
     elif cell.cell_type == "code":
         names = exported_names(cell)
-        cell.source = EXPORTS.sub(f"#| label: export-{names[0]}" if names else "", cell.source, count=1)
+        cell.source = EXPORTS.sub(
+            f"#| label: export-{names[0]}" if names else "", cell.source, count=1
+        )
         if only_imports(cell.source) and "#| hide" not in cell.source:
             code = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M).strip()
             cell.source = f"#| code-fold: true\n#| code-summary: Imports\n{code}"
@@ -101,10 +114,16 @@ def stage_cell(cell, pages: dict[str, str], blob: str):
 def relink(text: str, pages: dict[str, str], blob: str) -> str:
     "Links to notebooks follow them to their new names; links to other files go to the repository, pictures stay."
     text = re.sub(
-        r"\]\((?:\./)?([\w-]+)\.ipynb(#[^)\s]*)?\)", lambda m: f"]({pages.get(m[1], m[1])}.ipynb{m[2] or ''})", text
+        r"\]\((?:\./)?([\w-]+)\.ipynb(#[^)\s]*)?\)",
+        lambda m: f"]({pages.get(m[1], m[1])}.ipynb{m[2] or ''})",
+        text,
     )
     text = re.sub(r"\]\(\.\./([^)\s]+)\)", rf"]({blob}/\1)", text)
-    return re.sub(r"(?<!!)(\[[^\]]*\]\()(?![a-z]+:|#|/)([^)\s]+)\)", lambda m: file_link(m, pages, blob), text)
+    return re.sub(
+        r"(?<!!)(\[[^\]]*\]\()(?![a-z]+:|#|/)([^)\s]+)\)",
+        lambda m: file_link(m, pages, blob),
+        text,
+    )
 
 
 def file_link(m: re.Match, pages: dict[str, str], blob: str) -> str:
@@ -117,9 +136,19 @@ def file_link(m: re.Match, pages: dict[str, str], blob: str) -> str:
 
 def pictures(path: Path) -> list[str]:
     "The picture files that a notebook's prose shows."
-    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
-    found = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<(?:img|video|source)\b[^>]*\bsrc=\"([^\"]+)", "\n".join(cells))
-    return [f for pair in found for f in pair if f and not re.match(r"[a-z]+:|/", f) and (path.parent / f).is_file()]
+    cells = [
+        c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"
+    ]
+    found = re.findall(
+        r"!\[[^\]]*\]\(([^)\s]+)|<(?:img|video|source)\b[^>]*\bsrc=\"([^\"]+)",
+        "\n".join(cells),
+    )
+    return [
+        f
+        for pair in found
+        for f in pair
+        if f and not re.match(r"[a-z]+:|/", f) and (path.parent / f).is_file()
+    ]
 
 
 def stage_notebook(path: Path, target: Path, pages: dict[str, str], blob: str):
@@ -159,5 +188,9 @@ def sidebar(rooms: list[Room], nbs: Path) -> list:
 
     config = yaml.safe_load((nbs / "sidebar.yml").read_text(encoding="utf-8"))
     contents = list(entries(config["website"]["sidebar"]["contents"]))
-    rest = [{"text": f"{r.number} {r.title}".strip(), "href": f"{r.page}.ipynb"} for r in rooms if r.page not in listed]
+    rest = [
+        {"text": f"{r.number} {r.title}".strip(), "href": f"{r.page}.ipynb"}
+        for r in rooms
+        if r.page not in listed
+    ]
     return contents + ([{"section": "More", "contents": rest}] if rest else [])

@@ -18,7 +18,11 @@ def tidy(path: Path) -> bool:
     "Rewrite the notebook; returns whether that changed it."
     before = path.read_bytes()
     nb = read_nb(path)
-    m = TITLE.fullmatch(nb.cells[0].source) if nb.cells and nb.cells[0].cell_type == "markdown" else None
+    m = (
+        TITLE.fullmatch(nb.cells[0].source)
+        if nb.cells and nb.cells[0].cell_type == "markdown"
+        else None
+    )
     if m and m[2]:
         nb.cells[0].source = m[1]
         cell = mk_cell(m[2], "markdown")
@@ -29,7 +33,9 @@ def tidy(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    names = [Path(a) for a in sys.argv[1:]] or sorted(Path(__file__).resolve().parents[1].glob("*.ipynb"))
+    names = [Path(a) for a in sys.argv[1:]] or sorted(
+        Path(__file__).resolve().parents[1].glob("*.ipynb")
+    )
     for name in names:
         if tidy(name):
             print(f"tidied {name.name}")

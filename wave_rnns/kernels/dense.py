@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
 
-from .wave import CUDA_NUMBERS, KernelError, _aligned, _new, fall_back, load_module, shared_limit
+from wave_rnns.kernels.wave import (
+    CUDA_NUMBERS,
+    KernelError,
+    _aligned,
+    _new,
+    fall_back,
+    load_module,
+    shared_limit,
+)
 from ..scan import BACKENDS, Backend, backend_for, register_backend
 
 # %% ../../nbs/04_kernels_dense.ipynb #1cb842bb
@@ -427,7 +435,9 @@ extern "C" __global__ void dense_sum(const float *part, float *out, i64 pieces) 
 }
 #endif
 """
-SOURCE = "".join([CUDA_NUMBERS, _LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER])
+SOURCE = "".join(
+    [CUDA_NUMBERS, _LAYOUT, _NUMBERS, _MEMORY, _CLUSTER, _WEIGHTS, _PRODUCT, _SCAN, _OUTER]
+)
 
 # %% ../../nbs/04_kernels_dense.ipynb #09dd46b3
 FUSED_UNITS = 256  # wider matrices do not fit on chip in three terms
@@ -447,10 +457,10 @@ class DensePlan:
     outer_terms: int = 0  # terms in the sum for dU; 0: 3 for a few faithful units, else 2
     outer_stages: int = 3  # rounds of that sum in shared memory or on their way, 34 KB each
     stub: bool = False  # leave out the arithmetic, for timing only
-    diagonals: int = 0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
-    state_bits: int = (
-        8  # faithful first terms: multiples of 2^-bits of the power of two above the largest of 4 units ...
+    diagonals: int = (
+        0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
     )
+    state_bits: int = 8  # faithful first terms: multiples of 2^-bits of the power of two above the largest of 4 units ...
     weight_bits: int = 10  # ... and above the largest weight of a row
 
     @property
@@ -497,7 +507,9 @@ class DensePlan:
 
     def shared(self, streams: int) -> int:
         "Bytes of shared memory of a block: states, shares, inputs on their way."
-        return self.tiles * (64 * self.padded + 16 * self.items * (self.warps[1] + self.ahead * streams))
+        return self.tiles * (
+            64 * self.padded + 16 * self.items * (self.warps[1] + self.ahead * streams)
+        )
 
     def grid(self, B: int, R: int) -> tuple[int, int]:
         return -(-B // (8 * self.tiles)) * self.cluster, R
@@ -515,23 +527,31 @@ def plan_for(
     if m > FUSED_UNITS or (m > 128 and not clusters):
         return None
     terms, groups = 3 if precision == "faithful" else 2, -(-B // 8) * R  # groups of 8 samples
-    few = clusters and 4 * groups <= 0.75 * processors  # not every group of four processors can form a cluster
+    few = (
+        clusters and 4 * groups <= 0.75 * processors
+    )  # not every group of four processors can form a cluster
     if m > 128:
         if few:
             return DensePlan(m, terms, cluster=4, rows=2, deep=4)
-        return DensePlan(m, terms, cluster=2, rows=4, deep=4, tiles=1 if 2 * groups <= processors else 2)
+        return DensePlan(
+            m, terms, cluster=2, rows=4, deep=4, tiles=1 if 2 * groups <= processors else 2
+        )
     if m > 96 and few:
         return DensePlan(m, terms, cluster=4, rows=2, deep=1)
     if m > 96 and clusters and 2 * groups <= processors:
         return DensePlan(m, terms, cluster=2, rows=2, deep=2)
     rows, deep = {1: (2, 1), 2: (4, 1), 3: (2, 2), 4: (4, 2)}[-(-m // 32)]
-    return DensePlan(m, terms, cluster=1, rows=rows, deep=deep, tiles=1 if groups <= processors else 2)
+    return DensePlan(
+        m, terms, cluster=1, rows=rows, deep=deep, tiles=1 if groups <= processors else 2
+    )
 
 # %% ../../nbs/04_kernels_dense.ipynb #2ff01032
 def scan_forward(plan, drive, U, h_0, activation, states, end):
     "Launch the forward scan: drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m] (either may be None), in place."
     R, T, B, m = drive.shape
-    module = load_module(SOURCE, plan.macros(activation, False, False), drive.device, "dense scan")
+    module = load_module(
+        SOURCE, plan.macros(activation, False, False), drive.device, "dense scan"
+    )
     args = [*map(_aligned, (U, drive, None, h_0)), states, end, B, T]
     module.launch("dense_scan", plan.grid(B, R), (plan.threads,), plan.shared(1), args)
 
@@ -539,7 +559,9 @@ def scan_forward(plan, drive, U, h_0, activation, states, end):
 def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
     "Launch the backward scan: dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` [R, T, B, m] and `dh_0` [R, B, m], in place."
     R, T, B, m = ddrive.shape
-    module = load_module(SOURCE, plan.macros(activation, True, last), ddrive.device, "dense scan backward")
+    module = load_module(
+        SOURCE, plan.macros(activation, True, last), ddrive.device, "dense scan backward"
+    )
     streams = (not last) + (activation != "identity")
     args = [*map(_aligned, (U, gy, states, None)), ddrive, dh_0, B, T]
     module.launch("dense_scan", plan.grid(B, R), (plan.threads,), plan.shared(streams), args)
@@ -561,12 +583,18 @@ def fit_outer(plan, limit: int):
 def outer_sum(plan, ddrive, states, h_0, activation, last, source=SOURCE):
     "dU [R, m, m] = sum over t and the batch of delta_t h_{t-1}^T."
     R, T, B, m = ddrive.shape
-    module = load_module(source, plan.macros(activation, True, last), ddrive.device, "dense scan backward")
+    module = load_module(
+        source, plan.macros(activation, True, last), ddrive.device, "dense scan backward"
+    )
     pieces, side = -(-T * B // CHUNK), -(-m // 128)
     dU = _new("gradients of U", R, R, m, m, like=ddrive)
-    part = dU if pieces == 1 else _new("partial gradients of U", R, R, pieces, m, m, like=ddrive)
+    part = (
+        dU if pieces == 1 else _new("partial gradients of U", R, R, pieces, m, m, like=ddrive)
+    )
     args = [ddrive, _aligned(states), _aligned(h_0), part, B, T * B, CHUNK]
-    module.launch("dense_outer", (side * side, pieces, R), (256,), outer_shared(plan.outer_stages), args)
+    module.launch(
+        "dense_outer", (side * side, pieces, R), (256,), outer_shared(plan.outer_stages), args
+    )
     if pieces > 1:
         module.launch("dense_sum", (-(-m * m // 256), R), (256,), 0, part, dU, pieces)
     return dU
@@ -584,15 +612,24 @@ class DenseBackend(Backend):
         return plan and fit_outer(plan, shared_limit(gpu.major, gpu.minor))
 
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision):
-        if kind != "dense" or device.type != "cuda" or dtype != torch.float32 or (device, n, precision) in self.broken:
+        if (
+            kind != "dense"
+            or device.type != "cuda"
+            or dtype != torch.float32
+            or (device, n, precision) in self.broken
+        ):
             return False
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
-            fall_back(f"they need compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}")
+            fall_back(
+                f"they need compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+            )
         return major >= 8 and self._plan(n, 1, 1, precision, device) is not None
 
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision):
-        return ((R, T, B, n) if last else (0,)), None  # every state; when all were asked for, y is that already
+        return (
+            (R, T, B, n) if last else (0,)
+        ), None  # every state; when all were asked for, y is that already
 
     def _give_up(self, U, precision, error):
         self.broken.add((U.device, U.shape[-1], precision))
@@ -616,7 +653,15 @@ def dense_forward(self: DenseBackend, drive, U, h_0, activation, last, keep, pre
     states = _new("states", R, *drive.shape, like=drive) if keep or not last else None
     end = drive.new_empty(R, B, m) if last else None
     try:
-        self._forward(self._plan(m, B, R, precision, drive.device), drive, U, h_0, activation, states, end)
+        self._forward(
+            self._plan(m, B, R, precision, drive.device),
+            drive,
+            U,
+            h_0,
+            activation,
+            states,
+            end,
+        )
     except KernelError as error:  # the same in plain PyTorch, in our layout
         torch_ = self._give_up(U, precision, error)
         states, _ = torch_.dense_forward(drive, U, h_0, activation, False, True, precision)
@@ -627,7 +672,9 @@ def dense_forward(self: DenseBackend, drive, U, h_0, activation, last, keep, pre
 
 
 @patch
-def dense_backward(self: DenseBackend, gy, drive, U, h_0, y, kept, activation, last, precision):
+def dense_backward(
+    self: DenseBackend, gy, drive, U, h_0, y, kept, activation, last, precision
+):
     R, T, B, m = drive.shape
     states, dh_0 = kept if last else y, drive.new_empty(R, B, m)
     try:

@@ -45,17 +45,26 @@ def nvrtc() -> ctypes.CDLL:
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or []) if spec else []
     found = [
-        f for r in roots for f in sorted(glob.glob(os.path.join(r, "*", "lib", "libnvrtc.so*"))) if ".alt." not in f
+        f
+        for r in roots
+        for f in sorted(glob.glob(os.path.join(r, "*", "lib", "libnvrtc.so*")))
+        if ".alt." not in f
     ]
     major = (torch.version.cuda or "13").split(".")[0]
     for name in found + [f"libnvrtc.so.{major}", "libnvrtc.so"]:
         try:
-            for part in glob.glob(os.path.join(os.path.dirname(name), "libnvrtc-builtins.so*")) if "/" in name else []:
+            for part in (
+                glob.glob(os.path.join(os.path.dirname(name), "libnvrtc-builtins.so*"))
+                if "/" in name
+                else []
+            ):
                 ctypes.CDLL(part)  # NVRTC looks it up by name later
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise KernelError(f"NVRTC (libnvrtc.so.{major}) was not found: this PyTorch has no CUDA packages beside it")
+    raise KernelError(
+        f"NVRTC (libnvrtc.so.{major}) was not found: this PyTorch has no CUDA packages beside it"
+    )
 
 # %% ../../nbs/04_kernels_wave.ipynb #0906f1f6
 def nvrtc_version() -> tuple[int, int]:
@@ -75,7 +84,9 @@ def nvrtc_architectures() -> tuple[int, ...]:
     return tuple(sorted(archs))
 
 # %% ../../nbs/04_kernels_wave.ipynb #d750c45a
-def architecture_for(capability: tuple[int, int]) -> str:  # 'sm_90', or 'compute_90' when only PTX will do
+def architecture_for(
+    capability: tuple[int, int],
+) -> str:  # 'sm_90', or 'compute_90' when only PTX will do
     "What to compile for on a GPU of this compute capability."
     cc = 10 * capability[0] + capability[1]
     older = [a for a in nvrtc_architectures() if a <= cc]
@@ -89,16 +100,22 @@ def architecture_for(capability: tuple[int, int]) -> str:  # 'sm_90', or 'comput
 def _compile(source: str, options: Sequence[str], name: str) -> tuple[bytes, str]:
     "-> (machine code or PTX, the compiler's log)"
     rtc, prog, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    rtc.nvrtcCreateProgram(ctypes.byref(prog), source.encode(), f"{name}.cu".encode(), 0, None, None)
+    rtc.nvrtcCreateProgram(
+        ctypes.byref(prog), source.encode(), f"{name}.cu".encode(), 0, None, None
+    )
     try:
         bad = rtc.nvrtcCompileProgram(
-            prog, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
+            prog,
+            len(options),
+            (ctypes.c_char_p * len(options))(*[o.encode() for o in options]),
         )
         rtc.nvrtcGetProgramLogSize(prog, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         rtc.nvrtcGetProgramLog(prog, log)
         if bad:
-            raise KernelError(f"{name} does not compile: {' '.join(options)}\n{log.value.decode()}")
+            raise KernelError(
+                f"{name} does not compile: {' '.join(options)}\n{log.value.decode()}"
+            )
         what = "CUBIN" if any("=sm_" in o for o in options) else "PTX"
         getattr(rtc, f"nvrtcGet{what}Size")(prog, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
@@ -118,8 +135,12 @@ def compile_kernel(
     name: str = "kernel",  # for messages
 ) -> bytes:
     "Machine code of `source`, from the disk cache if it was compiled before. Says so on stderr when it compiles. Raises KernelError."
-    options = [f"--gpu-architecture={arch}", "--std=c++17"] + [f"-D{k}={v}" for k, v in sorted(macros.items())]
-    key = hashlib.sha256("\0".join([source, str(nvrtc_version()), *options]).encode()).hexdigest()[:32]
+    options = [f"--gpu-architecture={arch}", "--std=c++17"] + [
+        f"-D{k}={v}" for k, v in sorted(macros.items())
+    ]
+    key = hashlib.sha256(
+        "\0".join([source, str(nvrtc_version()), *options]).encode()
+    ).hexdigest()[:32]
     path = data_root() / "kernels" / f"{key}.cubin"
     try:
         blob = read_small(path, LARGEST_CUBIN)
@@ -129,7 +150,9 @@ def compile_kernel(
         pass
     sizes = " ".join(f"{k}={v}" for k, v in sorted(macros.items()))
     print(
-        f"wave_rnns: compiling {name} for {arch} ({sizes}), once; cached in {path.parent}", file=sys.stderr, flush=True
+        f"wave_rnns: compiling {name} for {arch} ({sizes}), once; cached in {path.parent}",
+        file=sys.stderr,
+        flush=True,
     )
     code, _ = _compile(source, options, name)
     try:
@@ -140,7 +163,9 @@ def compile_kernel(
     return code
 
 # %% ../../nbs/04_kernels_wave.ipynb #103ceffe
-def compile_report(source: str, macros: dict, arch: str = "sm_90", name: str = "kernel") -> dict[str, dict]:
+def compile_report(
+    source: str, macros: dict, arch: str = "sm_90", name: str = "kernel"
+) -> dict[str, dict]:
     "Registers, stack frame and spilled bytes of every kernel in `source`: {kernel: {registers, stack, spill_stores, spill_loads}}."
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"] + [
         f"-D{k}={v}" for k, v in sorted(macros.items())
@@ -150,7 +175,12 @@ def compile_report(source: str, macros: dict, arch: str = "sm_90", name: str = "
     for part in log.split("Compiling entry function")[1:]:
         numbers = [
             int(re.search(p, part)[1])
-            for p in (r"Used (\d+) reg", r"(\d+) bytes stack", r"(\d+) bytes spill st", r"(\d+) bytes spill lo")
+            for p in (
+                r"Used (\d+) reg",
+                r"(\d+) bytes stack",
+                r"(\d+) bytes spill st",
+                r"(\d+) bytes spill lo",
+            )
         ]
         report[part.split("'")[1]] = dict(
             zip(("registers", "stack", "spill_stores", "spill_loads"), numbers, strict=True)
@@ -167,7 +197,9 @@ def _check(status: int, what: str) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise KernelError(f"{what}: CUDA driver error {status} ({(text.value or b'unknown').decode()})")
+        raise KernelError(
+            f"{what}: CUDA driver error {status} ({(text.value or b'unknown').decode()})"
+        )
 
 # %% ../../nbs/04_kernels_wave.ipynb #d14e5cac
 class Module:
@@ -178,9 +210,14 @@ class Module:
         self.handle, self.context = ctypes.c_void_p(), ctypes.c_void_p()
         cu = _driver()
         torch.cuda.init()
-        _check(cu.cuDevicePrimaryCtxRetain(ctypes.byref(self.context), device.index), f"{name}: context")
+        _check(
+            cu.cuDevicePrimaryCtxRetain(ctypes.byref(self.context), device.index),
+            f"{name}: context",
+        )
         _check(cu.cuCtxSetCurrent(self.context), f"{name}: context")
-        relaxed = ctypes.c_int(2)  # loading allocates, which a capture on another thread would otherwise forbid
+        relaxed = ctypes.c_int(
+            2
+        )  # loading allocates, which a capture on another thread would otherwise forbid
         cu.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
         try:
             _check(cu.cuModuleLoadData(ctypes.byref(self.handle), code), f"{name}: load")
@@ -192,7 +229,8 @@ class Module:
         if kernel not in self._functions:
             f = ctypes.c_void_p()
             _check(
-                _driver().cuModuleGetFunction(ctypes.byref(f), self.handle, kernel.encode()), f"{self.name}: {kernel}"
+                _driver().cuModuleGetFunction(ctypes.byref(f), self.handle, kernel.encode()),
+                f"{self.name}: {kernel}",
             )
             self._functions[kernel] = [f, 0]
         f, have = self._functions[kernel]
@@ -204,14 +242,19 @@ class Module:
             self._functions[kernel][1] = shared
         return f
 
-    def launch(self, kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, *args) -> None:
+    def launch(
+        self, kernel: str, grid: Sequence[int], block: Sequence[int], shared: int, *args
+    ) -> None:
         "Queue a kernel on PyTorch's current stream. Arguments: tensors, None (null), 64-bit ints, or a list of these passed as one struct."
 
         def word(a):
             return 0 if a is None else a.data_ptr() if isinstance(a, Tensor) else int(a)
 
         values = [
-            (ctypes.c_int64 * len(a))(*map(word, a)) if isinstance(a, list) else ctypes.c_int64(word(a)) for a in args
+            (ctypes.c_int64 * len(a))(*map(word, a))
+            if isinstance(a, list)
+            else ctypes.c_int64(word(a))
+            for a in args
         ]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         with torch.cuda.device(self.device):
@@ -219,7 +262,9 @@ class Module:
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             dims = [*grid, 1, 1][:3] + [*block, 1, 1][:3]
             _check(
-                _driver().cuLaunchKernel(self.function(kernel, shared), *dims, shared, stream, pointers, None),
+                _driver().cuLaunchKernel(
+                    self.function(kernel, shared), *dims, shared, stream, pointers, None
+                ),
                 f"{self.name}: {kernel}",
             )
 
@@ -227,11 +272,19 @@ class Module:
         "registers, local (spilled) bytes, blocks that fit one multiprocessor"
         v, out = ctypes.c_int(), {}
         for key, attr in (("registers", 4), ("local_bytes", 3)):
-            _check(_driver().cuFuncGetAttribute(ctypes.byref(v), attr, self.function(kernel, shared)), kernel)
+            _check(
+                _driver().cuFuncGetAttribute(
+                    ctypes.byref(v), attr, self.function(kernel, shared)
+                ),
+                kernel,
+            )
             out[key] = v.value
         _check(
             _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                ctypes.byref(v), self.function(kernel, shared), threads, ctypes.c_size_t(shared)
+                ctypes.byref(v),
+                self.function(kernel, shared),
+                threads,
+                ctypes.c_size_t(shared),
             ),
             kernel,
         )
@@ -248,7 +301,9 @@ def load_module(
     name: str = "kernel",
 ) -> Module:
     "Compile (or take from the cache) and load, once a process for each source, macros and GPU. Raises KernelError."
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    device = torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
     key = (name, device.index, hash(source), tuple(sorted(macros.items())))
     with _MODULES_LOCK:
         if key not in _MODULES:
@@ -265,7 +320,8 @@ def fall_back(reason: str) -> None:
     if reason not in _WARNED:
         _WARNED.add(reason)
         warnings.warn(
-            f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}", stacklevel=3
+            f"wave_rnns: the fused CUDA kernels are not used, the slower torch path is: {reason}",
+            stacklevel=3,
         )
 
 # %% ../../nbs/04_kernels_wave.ipynb #c794b7a3
@@ -1186,7 +1242,10 @@ class Plan:
         if self.weights_shared < 0:
             put("weights_shared", int(self.cq == 4))
         if self.sums_shared < 0:
-            put("sums_shared", int(faithful and self.F > 0 and self.vals >= 4 + 4 * (self.cq < 4)))
+            put(
+                "sums_shared",
+                int(faithful and self.F > 0 and self.vals >= 4 + 4 * (self.cq < 4)),
+            )
         if not self.ring:
             put("ring", 8 if self.states and not faithful else 4)
             while self.ring > 2 and max(self.shared()) > self.limit:
@@ -1205,7 +1264,9 @@ class Plan:
 
     @property
     def kept_terms(self):
-        return (self.terms if self.activation == "tanh" else self.terms - 1) if self.keep else 0
+        return (
+            (self.terms if self.activation == "tanh" else self.terms - 1) if self.keep else 0
+        )
 
     @property
     def cq(self):
@@ -1233,12 +1294,20 @@ class Plan:
         edges = 4 * -(-self.terms * self.cq // 4) * self.threads * 16
         weights = 3 * self.terms * self.cq**2 // 4 * 512 if self.weights_shared else 0
         feed = 256 * max(self.F, 1)
-        forward = edges + weights + feed + max(0 if self.F else self.ring * state, 12 * self.c**2)
-        ring = self.pair * self.ring * (self.kept_terms * self.tile * 4 + (state if self.states else 0))
+        forward = (
+            edges + weights + feed + max(0 if self.F else self.ring * state, 12 * self.c**2)
+        )
+        ring = (
+            self.pair
+            * self.ring
+            * (self.kept_terms * self.tile * 4 + (state if self.states else 0))
+        )
         sums = state * (self.rows if not self.F else (self.F + 1) * self.sums_shared)
         waiting = 2 * self.pair * state if self.pair == 2 else 0
         reduce = 3 * 16 * ((self.cq + 1) // 2) * 8 * self.cq * 4
-        return forward, self.pair * (edges + feed) + weights + max(ring + sums + waiting, 12 * self.c**2, reduce)
+        return forward, self.pair * (edges + feed) + weights + max(
+            ring + sums + waiting, 12 * self.c**2, reduce
+        )
 
     def macros(self, forward: bool) -> dict:
         "Macros of the forward or of the backward module; each only those it depends on, so that they are compiled once."
@@ -1257,7 +1326,12 @@ class Plan:
             if forward and self.terms == 3
             else dict(SBITS=0, WBITS=8)
         )
-        m |= dict(HTERMS=self.kept_terms, STATES=int(self.states), RING=self.ring, FORWARD=int(forward))
+        m |= dict(
+            HTERMS=self.kept_terms,
+            STATES=int(self.states),
+            RING=self.ring,
+            FORWARD=int(forward),
+        )
         back = dict(
             DTAB=int(self.rows > 0),
             EMIT=self.emit,
@@ -1266,11 +1340,18 @@ class Plan:
             MINB=self.min_backward,
             MINF=1,
         )
-        return m | (dict(DTAB=0, EMIT=0, SPB=1, DVSM=0, MINB=1, MINF=self.min_forward) if forward else back)
+        return m | (
+            dict(DTAB=0, EMIT=0, SPB=1, DVSM=0, MINB=1, MINF=self.min_forward)
+            if forward
+            else back
+        )
 
     def module(self, forward: bool, device) -> Module:
         return load_module(
-            WAVE_SOURCE, self.macros(forward), device, f"wave scan {'forward' if forward else 'backward'}"
+            WAVE_SOURCE,
+            self.macros(forward),
+            device,
+            f"wave scan {'forward' if forward else 'backward'}",
         )
 
 # %% ../../nbs/04_kernels_wave.ipynb #5fb7d014
@@ -1286,7 +1367,11 @@ def _new(what: str, R: int, *shape, like: Tensor, dtype=torch.float32) -> Tensor
             - torch.cuda.memory_allocated(like.device)
         )
         fit = int(free // (need // R))
-        hint = f"R = {fit} runs would fit" if fit else "not even one run fits: use a smaller batch"
+        hint = (
+            f"R = {fit} runs would fit"
+            if fit
+            else "not even one run fits: use a smaller batch"
+        )
         raise torch.OutOfMemoryError(
             f"wave_rnns: {what} of {R} runs need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: {hint}"
         ) from e
@@ -1306,7 +1391,8 @@ def run_forward(
     V: Tensor,  # [R,F,c,n], or the table [R,rows,c,n]
     b: Tensor | None,  # [R,c,n], None with a table
     h_0: Tensor | None,  # [R,B,c,n]
-    x: Tensor | None,  # [R|1,T,B,F], or the table's row of each step, int64 [R|1,T,B], or None: row t*B+b
+    x: Tensor
+    | None,  # [R|1,T,B,F], or the table's row of each step, int64 [R|1,T,B], or None: row t*B+b
     T: int,
     B: int,
     words: int | None = None,  # of one kept state, at least p.tile * p.kept_terms
@@ -1349,8 +1435,10 @@ def run_backward(
     kept: Tensor,  # from run_forward
     T: int,
     B: int,
-    place: Tensor | None = None,  # emit 2: for each step its row if the row is used once, else ~row
-    deltas: Tensor | None = None,  # emit: where deltas go, [R,T,B,c,n] (fast with emit 2: bfloat16)
+    place: Tensor
+    | None = None,  # emit 2: for each step its row if the row is used once, else ~row
+    deltas: Tensor
+    | None = None,  # emit: where deltas go, [R,T,B,c,n] (fast with emit 2: bfloat16)
     dtable: Tensor | None = None,  # emit 2: [R,rows,c,n]
 ) -> dict[str, Tensor | None]:
     "Launch the backward kernel and the sums over the batch: {'u', 'h_0', 'V' [R,c,n,F] or [R,rows,c,n], 'b'}."
@@ -1363,13 +1451,41 @@ def run_backward(
     fx, index = (x, None) if p.F else (None, x)
     rows = p.rows if p.rows else 0 if dtable is None else dtable.shape[1]
     m = p.module(False, u.device)
-    args = [u, gy, fx, index, place, kept, pU, pV, dh_0, deltas, dtable, B, T, run, rows, kept.numel() // R]
+    args = [
+        u,
+        gy,
+        fx,
+        index,
+        place,
+        kept,
+        pU,
+        pV,
+        dh_0,
+        deltas,
+        dtable,
+        B,
+        T,
+        run,
+        rows,
+        kept.numel() // R,
+    ]
     m.launch("wave_backward", (blocks, R), (p.threads * p.pair,), p.shared()[1], args)
-    m.launch("sum_samples", (-(-3 * p.c * p.c // 64), 1, R), (64, 4), 0, pU, du, blocks, 3 * p.c * p.c)
+    m.launch(
+        "sum_samples",
+        (-(-3 * p.c * p.c // 64), 1, R),
+        (64, 4),
+        0,
+        pU,
+        du,
+        blocks,
+        3 * p.c * p.c,
+    )
     dV = db = None
     if K:
         dV, db = (
-            (u.new_empty(R, p.c, p.n, p.F), u.new_empty(R, p.c, p.n)) if p.F else (u.new_empty(R, K, p.c, p.n), None)
+            (u.new_empty(R, p.c, p.n, p.F), u.new_empty(R, p.c, p.n))
+            if p.F
+            else (u.new_empty(R, K, p.c, p.n), None)
         )
         m.launch("sum_fragments", (-(-fragments // 64), K, R), (64, 4), 0, pV, dV, db, blocks)
     return {"u": du, "h_0": dh_0, "V": dV, "b": db}
@@ -1378,25 +1494,42 @@ def run_backward(
 def kept_states(p: Plan, kept: Tensor) -> Tensor:  # [R,B,T+1,words] -> [R,B,T+1,c,n]
     "The states as they are stored for backward, out of fragment order: for looking at them."
     v = kept[..., : p.kept_terms * p.tile].contiguous().view(torch.bfloat16).float()
-    v = v.view(*kept.shape[:3], p.kept_terms, p.warps, 2 * p.mt, p.cq, 8, 4, 2).sum(3)  # warp, slot, q, g, q4, pair
+    v = v.view(*kept.shape[:3], p.kept_terms, p.warps, 2 * p.mt, p.cq, 8, 4, 2).sum(
+        3
+    )  # warp, slot, q, g, q4, pair
     v = v.permute(0, 1, 2, 5, 7, 8, 3, 6, 4)
     return v.reshape(*kept.shape[:3], 8 * p.cq, -1)[..., : p.c, : p.n]
 
 # %% ../../nbs/04_kernels_wave.ipynb #b45a60f3
-def place_rows(index: Tensor, offsets: Tensor) -> Tensor:  # [R|1,T,B], [R|1,rows+1] -> [R|1,T,B]
+def place_rows(
+    index: Tensor, offsets: Tensor
+) -> Tensor:  # [R|1,T,B], [R|1,rows+1] -> [R|1,T,B]
     "The row of each step where that row is used once, else ~row."
     flat = index.flatten(1)
     once = offsets.diff(dim=1).gather(1, flat) == 1
     return torch.where(once, flat, ~flat).view_as(index)
 
 
-def sum_rows(p: Plan, deltas: Tensor, place: Tensor, order: Tensor, offsets: Tensor, dtable: Tensor) -> None:
+def sum_rows(
+    p: Plan, deltas: Tensor, place: Tensor, order: Tensor, offsets: Tensor, dtable: Tensor
+) -> None:
     "Rows used more than once (or never): add up their deltas, in the order of `order`."
     R, rows, TB = dtable.shape[0], dtable.shape[1], place[0].numel()
     width = 4 if p.n % 4 == 0 and p.mt % 2 == 0 else 2 if p.n % 2 == 0 else 1
     grid = (rows, -(-p.c * p.n // (256 * width)), R)
     p.module(False, dtable.device).launch(
-        "sum_rows", grid, (256,), 0, deltas, place, order, offsets, dtable, TB, rows, int(order.shape[0] > 1)
+        "sum_rows",
+        grid,
+        (256,),
+        0,
+        deltas,
+        place,
+        order,
+        offsets,
+        dtable,
+        TB,
+        rows,
+        int(order.shape[0] > 1),
     )
 
 # %% ../../nbs/04_kernels_wave.ipynb #af13cb85
@@ -1417,7 +1550,12 @@ class CudaBackend(Backend):
         self.broken = set()  # sizes that turned out not to run
 
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision) -> bool:
-        if kind not in ("wave", "rows") or device.type != "cuda" or dtype != torch.float32 or k != 3:
+        if (
+            kind not in ("wave", "rows")
+            or device.type != "cuda"
+            or dtype != torch.float32
+            or k != 3
+        ):
             return False
         reason = self.obstacle(kind, device, c, n, F, activation, precision)
         if reason:
@@ -1432,7 +1570,9 @@ class CudaBackend(Backend):
             return f"n = {n} neurons, at least 3 are needed"
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed"
+            return (
+                f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed"
+            )
         try:
             architecture_for(capability)
         except KernelError as e:
@@ -1441,17 +1581,23 @@ class CudaBackend(Backend):
             return f"n = {n}, c = {c} did not compile or load before"
         for states in (False, True):
             p = self.plan(
-                device, n, c, F if kind == "wave" and F <= self.fused_features else 0, activation, precision, states
+                device,
+                n,
+                c,
+                F if kind == "wave" and F <= self.fused_features else 0,
+                activation,
+                precision,
+                states,
             )
             if p.threads > MAX_THREADS:
                 return f"n = {n} neurons with c = {c} rings need {p.threads} threads, at most {MAX_THREADS}"
             if max(p.shared()) > p.limit:
-                return (
-                    f"n = {n}, c = {c} need {max(p.shared()) >> 10} KB of shared memory, this GPU has {p.limit >> 10}"
-                )
+                return f"n = {n}, c = {c} need {max(p.shared()) >> 10} KB of shared memory, this GPU has {p.limit >> 10}"
         return ""
 
-    def plan(self, device, n, c, F, activation, precision, states, blocks=1 << 30, **more) -> Plan:
+    def plan(
+        self, device, n, c, F, activation, precision, states, blocks=1 << 30, **more
+    ) -> Plan:
         "The plan for these sizes on this GPU, which will be given so many blocks."
         major, minor = torch.cuda.get_device_capability(device)
         few = blocks <= torch.cuda.get_device_properties(device).multi_processor_count
@@ -1464,7 +1610,9 @@ class CudaBackend(Backend):
         return Plan(n, c, F, activation, precision, states, **defaults | more)
 
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision):
-        p = Plan(n, c, 1, activation, precision, not last)  # the largest share: others need no more words
+        p = Plan(
+            n, c, 1, activation, precision, not last
+        )  # the largest share: others need no more words
         return (R, B, T + 1, p.tile * p.kept_terms), torch.int32
 
     def _or_torch(self, run, instead, sizes):
@@ -1487,11 +1635,29 @@ def wave_forward(self: CudaBackend, x, u, V, b, h_0, activation, last, keep, pre
         if F <= self.fused_features:
             p = self.plan(x.device, n, c, F, activation, precision, not last, R * B, keep=keep)
             return run_forward(
-                p, _aligned(u), _aligned(V.permute(0, 3, 1, 2)), _aligned(b), _aligned(h_0), x, T, B, words
+                p,
+                _aligned(u),
+                _aligned(V.permute(0, 3, 1, 2)),
+                _aligned(b),
+                _aligned(h_0),
+                x,
+                T,
+                B,
+                words,
             )
         drive = torch.einsum("rtbf,rcnf->rtbcn", x.expand(R, -1, -1, -1), V) + b[:, None, None]
         p = self.plan(x.device, n, c, 0, activation, precision, not last, R * B, keep=keep)
-        return run_forward(p, _aligned(u), _aligned(drive.view(R, T * B, c, n)), None, _aligned(h_0), None, T, B, words)
+        return run_forward(
+            p,
+            _aligned(u),
+            _aligned(drive.view(R, T * B, c, n)),
+            None,
+            _aligned(h_0),
+            None,
+            T,
+            B,
+            words,
+        )
 
     def instead(torch_):
         return torch_.wave_forward(x, u, V, b, h_0, activation, last, keep, precision)
@@ -1500,28 +1666,51 @@ def wave_forward(self: CudaBackend, x, u, V, b, h_0, activation, last, keep, pre
 
 # %% ../../nbs/04_kernels_wave.ipynb #1316d858
 @patch
-def wave_backward(self: CudaBackend, gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x):
+def wave_backward(
+    self: CudaBackend, gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x
+):
     (R, c, n, F), (_, T, B, _) = V.shape, x.shape
     fused = F <= self.fused_features
 
     def run():
-        p = self.plan(x.device, n, c, F * fused, activation, precision, not last, R * B, emit=int(need_x or not fused))
-        deltas = _new("the gradients of every drive", R, R, T, B, c, n, like=u) if p.emit else None
-        g = run_backward(p, _aligned(gy), _aligned(u), x if fused else None, kept, T, B, deltas=deltas)
+        p = self.plan(
+            x.device,
+            n,
+            c,
+            F * fused,
+            activation,
+            precision,
+            not last,
+            R * B,
+            emit=int(need_x or not fused),
+        )
+        deltas = (
+            _new("the gradients of every drive", R, R, T, B, c, n, like=u) if p.emit else None
+        )
+        g = run_backward(
+            p, _aligned(gy), _aligned(u), x if fused else None, kept, T, B, deltas=deltas
+        )
         if not fused:
-            g["V"], g["b"] = torch.einsum("rtbcn,rtbf->rcnf", deltas, x.expand(R, -1, -1, -1)), deltas.sum((1, 2))
+            g["V"], g["b"] = (
+                torch.einsum("rtbcn,rtbf->rcnf", deltas, x.expand(R, -1, -1, -1)),
+                deltas.sum((1, 2)),
+            )
         dx = torch.einsum("rtbcn,rcnf->rtbf", deltas, V) if need_x else x.new_empty(0)
         return dx, g["u"], g["V"], g["b"], g["h_0"]
 
     def instead(torch_):  # what it kept is not what we kept: once more from the start
         again = torch_.wave_forward(x, u, V, b, h_0, activation, last, True, precision)
-        return torch_.wave_backward(gy, x, u, V, b, h_0, *again, activation, last, precision, need_x)
+        return torch_.wave_backward(
+            gy, x, u, V, b, h_0, *again, activation, last, precision, need_x
+        )
 
     return self._or_torch(run, instead, (c, n, activation, precision))
 
 # %% ../../nbs/04_kernels_wave.ipynb #20715107
 @patch
-def rows_plan(self: CudaBackend, device, n, c, rows, R, B, activation, precision, states) -> Plan:
+def rows_plan(
+    self: CudaBackend, device, n, c, rows, R, B, activation, precision, states
+) -> Plan:
     "Row sums on the chip if they fit there, else deltas in memory, those of two samples added up if possible."
     make = functools.partial(self.plan, device, n, c, 0, activation, precision, states)
     p = make(R * B, rows=rows)
@@ -1534,23 +1723,51 @@ def rows_plan(self: CudaBackend, device, n, c, rows, R, B, activation, precision
 
 
 @patch
-def rows_forward(self: CudaBackend, index, order, offsets, table, u, h_0, activation, last, keep, precision):
+def rows_forward(
+    self: CudaBackend, index, order, offsets, table, u, h_0, activation, last, keep, precision
+):
     (R, rows, c, n), (_, T, B) = table.shape, index.shape
     words = self.kept_shape("rows", R, T, B, c, n, 3, 0, activation, last, precision)[0][-1]
 
     def run():
         mt = self.rows_plan(u.device, n, c, rows, R, B, activation, precision, not last).mt
         p = self.plan(u.device, n, c, 0, activation, precision, not last, keep=keep, mt=mt)
-        return run_forward(p, _aligned(u), _aligned(table), None, _aligned(h_0), index.contiguous(), T, B, words)
+        return run_forward(
+            p,
+            _aligned(u),
+            _aligned(table),
+            None,
+            _aligned(h_0),
+            index.contiguous(),
+            T,
+            B,
+            words,
+        )
 
     def instead(torch_):
-        return torch_.rows_forward(index, order, offsets, table, u, h_0, activation, last, keep, precision)
+        return torch_.rows_forward(
+            index, order, offsets, table, u, h_0, activation, last, keep, precision
+        )
 
     return self._or_torch(run, instead, (c, n, activation, precision))
 
 # %% ../../nbs/04_kernels_wave.ipynb #3a093e9f
 @patch
-def rows_backward(self: CudaBackend, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision):
+def rows_backward(
+    self: CudaBackend,
+    gy,
+    index,
+    order,
+    offsets,
+    table,
+    u,
+    h_0,
+    y,
+    kept,
+    activation,
+    last,
+    precision,
+):
     (R, rows, c, n), (_, T, B) = table.shape, index.shape
 
     def run():
@@ -1562,13 +1779,19 @@ def rows_backward(self: CudaBackend, gy, index, order, offsets, table, u, h_0, y
         place, dtable = place_rows(index, sorted_[1]), torch.empty_like(table)
         wait = torch.bfloat16 if p.precision == "fast" else torch.float32
         deltas = _new("the gradients of every drive", R, R, T, B, c, n, like=u, dtype=wait)
-        g = run_backward(p, _aligned(gy), _aligned(u), index, kept, T, B, place, deltas, dtable)
+        g = run_backward(
+            p, _aligned(gy), _aligned(u), index, kept, T, B, place, deltas, dtable
+        )
         sum_rows(p, deltas, place, *sorted_, dtable)
         return dtable, g["u"], g["h_0"]
 
     def instead(torch_):
-        again = torch_.rows_forward(index, order, offsets, table, u, h_0, activation, last, True, precision)
-        return torch_.rows_backward(gy, index, order, offsets, table, u, h_0, *again, activation, last, precision)
+        again = torch_.rows_forward(
+            index, order, offsets, table, u, h_0, activation, last, True, precision
+        )
+        return torch_.rows_backward(
+            gy, index, order, offsets, table, u, h_0, *again, activation, last, precision
+        )
 
     return self._or_torch(run, instead, (c, n, activation, precision))
 

@@ -30,7 +30,9 @@ class WidePlan:
     m: int  # units
     units: int  # units of the tile in a lane; 4 times as many in the block
     samples: int  # samples of the tile in a lane, 4 or 8; 8 times as many in the block
-    pieces: int = 8  # pieces of 4 summands that a warp has in shared memory or on their way to it
+    pieces: int = (
+        8  # pieces of 4 summands that a warp has in shared memory or on their way to it
+    )
     outer_terms: int = 2  # bf16 terms in the sum for dU
     outer_stages: int = 3  # rounds of that sum in shared memory or on their way, 34 KB each
 
@@ -68,7 +70,9 @@ class WidePlan:
         }
 
 # %% ../../nbs/04_kernels_wide.ipynb #3a593d89
-TILES = tuple((units, samples) for units in (8, 9, 12, 16) for samples in (4, 8))  # of a lane; what was measured
+TILES = tuple(
+    (units, samples) for units in (8, 9, 12, 16) for samples in (4, 8)
+)  # of a lane; what was measured
 
 
 def wide_plan_for(
@@ -82,7 +86,9 @@ def wide_plan_for(
 
     def busiest(plan):
         across, along, _ = plan.grid(B, R)
-        return -(-across * along * R // processors) * (plan.units * plan.samples + 4 * (plan.units + plan.samples))
+        return -(-across * along * R // processors) * (
+            plan.units * plan.samples + 4 * (plan.units + plan.samples)
+        )
 
     plans = (WidePlan(m, *tile) for tile in TILES)
     return fit_outer(min((plan for plan in plans if plan.shared <= limit), key=busiest), limit)
@@ -254,10 +260,18 @@ def scan_forward(plan, drive, U, h_0, activation, states, end):
     "Launch the forward scan: drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m] (either may be None), in place."
     R, T, B, m = drive.shape
     module = load_module(SOURCE, plan.macros(activation, False), drive.device, "wide scan")
-    w, (now, after), drive = _matrix(plan, U.mT), _states(plan, B, h_0, drive), drive.contiguous()
+    w, (now, after), drive = (
+        _matrix(plan, U.mT),
+        _states(plan, B, h_0, drive),
+        drive.contiguous(),
+    )
     for t in range(T):
         final = t == T - 1
-        results = None if final else after, None if states is None else states[:, t], end if final else None
+        results = (
+            None if final else after,
+            None if states is None else states[:, t],
+            end if final else None,
+        )
         args = [w, drive[:, t], None, now, *results, B, now.shape[-1], T * B * m, T * B * m]
         module.launch("wide_step", plan.grid(B, R), (256,), plan.shared, args)
         now, after = after, now
@@ -266,8 +280,15 @@ def scan_forward(plan, drive, U, h_0, activation, states, end):
 def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
     "Launch the backward scan: dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` [R, T, B, m] and `dh_0` [R, B, m], in place."
     R, T, B, m = ddrive.shape
-    module = load_module(SOURCE, plan.macros(activation, True), ddrive.device, "wide scan backward")
-    w, (now, after), gy, states = _matrix(plan, U), _states(plan, B, None, ddrive), gy.contiguous(), states.contiguous()
+    module = load_module(
+        SOURCE, plan.macros(activation, True), ddrive.device, "wide scan backward"
+    )
+    w, (now, after), gy, states = (
+        _matrix(plan, U),
+        _states(plan, B, None, ddrive),
+        gy.contiguous(),
+        states.contiguous(),
+    )
     for t in range(T - 1, -2, -1):
         if t >= 0:
             outside = gy[:, t] if not last else gy if t == T - 1 else None
@@ -292,10 +313,17 @@ class WideBackend(DenseBackend):
 
     def _plan(self, m, B, R, precision, device):
         gpu = torch.cuda.get_device_properties(device)
-        return self.plan(m, B, R, gpu.multi_processor_count, shared_limit(gpu.major, gpu.minor))
+        return self.plan(
+            m, B, R, gpu.multi_processor_count, shared_limit(gpu.major, gpu.minor)
+        )
 
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision):
-        if kind != "dense" or device.type != "cuda" or dtype != torch.float32 or (device, n, precision) in self.broken:
+        if (
+            kind != "dense"
+            or device.type != "cuda"
+            or dtype != torch.float32
+            or (device, n, precision) in self.broken
+        ):
             return False
         major, _ = torch.cuda.get_device_capability(device)
         return major >= 8 and plan_for(n, 1, 1, precision, clusters=major >= 9) is None

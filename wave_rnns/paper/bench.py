@@ -44,12 +44,34 @@ from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from torch import Tensor, nn
 
-from ..core import RecordError, atomic_write, environment, from_json, read_small, to_json
-from .experiments import EXPERIMENTS, answer, checked_device, results_root, rhythm_of, usage_error
+from wave_rnns.core import (
+    RecordError,
+    atomic_write,
+    environment,
+    from_json,
+    read_small,
+    to_json,
+)
+from wave_rnns.paper.experiments import (
+    EXPERIMENTS,
+    answer,
+    checked_device,
+    results_root,
+    rhythm_of,
+    usage_error,
+)
 from ..kernels.wave import load_module
 from .models import ModelConfig
 from .reports import markdown, short_commit
-from ..scan import Rows, backend_for, dense_loop, dense_scan, rows, wave_loop, wave_scan
+from wave_rnns.scan import (
+    Rows,
+    backend_for,
+    dense_loop,
+    dense_scan,
+    rows,
+    wave_loop,
+    wave_scan,
+)
 from .tasks import ImageTask, have_data, make_task, pool_images
 from .training import Population, RunSettings, code_hash
 
@@ -61,8 +83,17 @@ def rounded(x: float, digits: int = 4) -> float:
 
 def spread(values: list[float]) -> dict:
     "Median and quartiles of some measurements, and how many there were."
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": rounded(median), "low": rounded(low), "high": rounded(high), "repeats": len(values)}
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else values * 3
+    )
+    return {
+        "median": rounded(median),
+        "low": rounded(low),
+        "high": rounded(high),
+        "repeats": len(values),
+    }
 
 # %% ../../nbs/26_speed.ipynb #a0553992
 def in_rounds(
@@ -78,7 +109,9 @@ def in_rounds(
     for work in pair[: 0 if warm else 2]:
         work()
     start = time.perf_counter()
-    while len(laps[0]) < least or (len(laps[0]) < most and time.perf_counter() - start < seconds):
+    while len(laps[0]) < least or (
+        len(laps[0]) < most and time.perf_counter() - start < seconds
+    ):
         for work, lap in zip(pair, laps, strict=True):
             begun = time.perf_counter()
             work()
@@ -212,7 +245,9 @@ SHAPES = {  # the paper's models on its tasks; T = 510 for copy is the longest t
 }
 
 # %% ../../nbs/26_speed.ipynb #5502cd6f
-def weights(shape: Shape, generator: torch.Generator, damping: float = 0.98, mixing: float = 0.03) -> dict[str, Tensor]:
+def weights(
+    shape: Shape, generator: torch.Generator, damping: float = 0.98, mixing: float = 0.03
+) -> dict[str, Tensor]:
     "R sets of weights: u [R, c, c, 3] (dense: U [R, n, n]), V [R, *state, F], b [R, *state]."
 
     def normal(*size):
@@ -221,8 +256,16 @@ def weights(shape: Shape, generator: torch.Generator, damping: float = 0.98, mix
     V, b, c = 0.1 * normal(*shape.state, shape.F), 0.01 * normal(*shape.state), shape.c
     if not c:
         eye = torch.eye(shape.n, device=generator.device)
-        return {"U": damping * eye + mixing * shape.n**-0.5 * normal(shape.n, shape.n), "V": V, "b": b}
-    u, courant, ring = mixing * (3 * c) ** -0.5 * normal(c, c, 3), torch.linspace(1, 0.5, c), torch.arange(c)
+        return {
+            "U": damping * eye + mixing * shape.n**-0.5 * normal(shape.n, shape.n),
+            "V": V,
+            "b": b,
+        }
+    u, courant, ring = (
+        mixing * (3 * c) ** -0.5 * normal(c, c, 3),
+        torch.linspace(1, 0.5, c),
+        torch.arange(c),
+    )
     courant = courant.to(u.device)
     u[:, ring, ring, 1] += damping * (1 - courant)
     u[:, ring, ring, 2] += damping * courant
@@ -230,17 +273,21 @@ def weights(shape: Shape, generator: torch.Generator, damping: float = 0.98, mix
 
 # %% ../../nbs/26_speed.ipynb #1803f2a4
 def problem(
-    shape: Shape,
-    device: torch.device,
-    seed: int = 0,
+    shape: Shape, device: torch.device, seed: int = 0
 ) -> tuple[Tensor | Rows, dict[str, Tensor]]:  # x with R in front, weights
     "Input and weights, the same at every call on one device."
     g, (R, T, B) = torch.Generator(device).manual_seed(seed), (shape.R, shape.T, shape.B)
     if shape.drive == "tokens":
-        return torch.randint(0, shape.F, (R, T, B), generator=g, device=device), weights(shape, g)
+        return torch.randint(0, shape.F, (R, T, B), generator=g, device=device), weights(
+            shape, g
+        )
     if shape.drive == "features":
         return torch.rand(R, T, B, shape.F, generator=g, device=device), weights(shape, g)
-    own, t, b = min(32, T), torch.arange(T, device=device)[:, None], torch.arange(B, device=device)
+    own, t, b = (
+        min(32, T),
+        torch.arange(T, device=device)[:, None],
+        torch.arange(B, device=device),
+    )
     index = torch.where(t < own, T - own + own * b + t, t - own)
     table = torch.rand(R, T - own + own * B, shape.F, generator=g, device=device)
     return rows(table[0], index)._replace(table=table), weights(shape, g)
@@ -274,7 +321,10 @@ def scan_way(precision: str) -> Callable:
         if shape.R == 1:
             x, leaves = of_first_run(x), {k: leaf(v[0]) for k, v in w.items()}
             return lambda: scan(x, *leaves.values()), leaves
-        leaves, runs = {k: leaf(v) for k, v in w.items()}, Rows(0, None, None, None) if isinstance(x, Rows) else 0
+        leaves, runs = (
+            {k: leaf(v) for k, v in w.items()},
+            Rows(0, None, None, None) if isinstance(x, Rows) else 0,
+        )
         return lambda: torch.func.vmap(scan, (runs, 0, 0, 0))(x, *leaves.values()), leaves
 
     return build
@@ -295,13 +345,23 @@ def loop_way(compile: bool = False) -> Callable:
     "A Python loop over the steps; each step as written, or compiled by torch.compile."
 
     def build(shape, x, w):
-        x, step, own = as_features(of_first_run(x), shape.F), dense_step, {k: v[0] for k, v in w.items()}
+        x, step, own = (
+            as_features(of_first_run(x), shape.F),
+            dense_step,
+            {k: v[0] for k, v in w.items()},
+        )
         if shape.c:  # V and b as a linear layer has them, [c*n, F] and [c*n]
             step = wave_step
-            own |= {"V": own["V"].flatten(0, 1), "b": own["b"].flatten(), "u_bias": own["b"].new_zeros(shape.c)}
+            own |= {
+                "V": own["V"].flatten(0, 1),
+                "b": own["b"].flatten(),
+                "u_bias": own["b"].new_zeros(shape.c),
+            }
         leaves = {k: leaf(v) for k, v in own.items()}
         if compile:
-            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a step is a few small kernels
+            os.environ.setdefault(
+                "TORCHINDUCTOR_COMPILE_THREADS", "1"
+            )  # a step is a few small kernels
             step = torch.compile(step, dynamic=False, fullgraph=True)
 
         def forward():
@@ -321,8 +381,15 @@ def library_way(kind: str) -> Callable:
 
     def build(shape, x, w):
         x = as_features(of_first_run(x), shape.F)
-        layer = getattr(nn, kind)(shape.F, shape.n, **({"nonlinearity": "relu"} if kind == "RNN" else {})).to(x.device)
-        leaves = {"U": layer.weight_hh_l0, "V": layer.weight_ih_l0, "b": layer.bias_ih_l0, "b_hh": layer.bias_hh_l0}
+        layer = getattr(nn, kind)(
+            shape.F, shape.n, **({"nonlinearity": "relu"} if kind == "RNN" else {})
+        ).to(x.device)
+        leaves = {
+            "U": layer.weight_hh_l0,
+            "V": layer.weight_ih_l0,
+            "b": layer.bias_ih_l0,
+            "b_hh": layer.bias_hh_l0,
+        }
         if kind == "RNN":
             with torch.no_grad():
                 for name in "UVb":
@@ -353,7 +420,9 @@ class Way:
 
 # %% ../../nbs/26_speed.ipynb #3de0e286
 OURS = Way("our scan, faithful", scan_way("faithful"), graph=True, precision="faithful")
-FAST = Way("our scan, fast", scan_way("fast"), graph=True, bounds=(1e-2, 5e-2), precision="fast")
+FAST = Way(
+    "our scan, fast", scan_way("fast"), graph=True, bounds=(1e-2, 5e-2), precision="fast"
+)
 LOOP = Way("the loop, eager", loop_way())
 COMPILED = Way("the loop, its step by torch.compile", loop_way(compile=True))
 LIBRARY = Way("nn.RNN", library_way("RNN"), graph=True, kind="dense")
@@ -367,7 +436,10 @@ RIVALS = [
     Way("nn.LSTM (n units)", library_way("LSTM"), graph=True, same=False),
     Way("nn.GRU (n units)", library_way("GRU"), graph=True, same=False),
     *(replace(way, name=f"{way.name}, one of 4 runs", runs=4) for way in (OURS, FAST)),
-    *(replace(way, name=f"{way.name}, one of 16 runs", runs=16, kind="dense") for way in (OURS, FAST)),
+    *(
+        replace(way, name=f"{way.name}, one of 16 runs", runs=16, kind="dense")
+        for way in (OURS, FAST)
+    ),
     replace(COMPILED, name="the loop, its step by torch.compile, in a CUDA graph", graph=True),
     COMPILED,
 ]
@@ -394,7 +466,11 @@ SAMPLES = 4  # of the batch, that are checked
 def relative(a: Tensor, exact: Tensor) -> float:
     "Equation (2); infinite if anything is not finite."
     a = a.detach().double().reshape(exact.shape)
-    return rounded(((a - exact).norm() / exact.norm()).item(), 3) if a.isfinite().all() else math.inf
+    return (
+        rounded(((a - exact).norm() / exact.norm()).item(), 3)
+        if a.isfinite().all()
+        else math.inf
+    )
 
 
 @functools.cache
@@ -403,12 +479,19 @@ def reference(shape: Shape, device: torch.device) -> dict:
     x, w = problem(shape, device)
     x = as_features(of_first_run(x), shape.F)[:, :SAMPLES].double()
     leaves = {k: leaf(v[0].double()) for k, v in w.items()}
-    states = (wave_loop if shape.c else dense_loop)(x, *leaves.values(), activation=shape.activation)
+    states = (wave_loop if shape.c else dense_loop)(
+        x, *leaves.values(), activation=shape.activation
+    )
     y = states[-1] if shape.last else states
     g = torch.Generator(device).manual_seed(1)
     gy = torch.randn(y.shape, generator=g, device=device) * y.numel() ** -0.5
     grads = torch.autograd.grad(y, list(leaves.values()), gy.double())
-    return {"states": states.detach(), "y": y.detach(), "gy": gy, "grads": dict(zip(leaves, grads, strict=True))}
+    return {
+        "states": states.detach(),
+        "y": y.detach(),
+        "gy": gy,
+        "grads": dict(zip(leaves, grads, strict=True)),
+    }
 
 # %% ../../nbs/26_speed.ipynb #904830ff
 class Trial:
@@ -449,13 +532,21 @@ def check(self: Trial) -> dict:
 def flips(precision: str, shape: Shape, device: torch.device) -> int:
     "Rectifiers that are open in our scan and shut in the double loop, or the other way round."
     x, w = problem(shape, device)
-    x, scan = as_features(of_first_run(x), shape.F)[:, :SAMPLES].contiguous(), wave_scan if shape.c else dense_scan
+    x, scan = (
+        as_features(of_first_run(x), shape.F)[:, :SAMPLES].contiguous(),
+        wave_scan if shape.c else dense_scan,
+    )
     with torch.no_grad():
-        states = scan(x, *(v[0] for v in w.values()), activation=shape.activation, precision=precision)
+        states = scan(
+            x, *(v[0] for v in w.values()), activation=shape.activation, precision=precision
+        )
     return int(((states > 0) != (reference(shape, device)["states"] > 0)).sum())
 
 # %% ../../nbs/26_speed.ipynb #3f3fae99
-PRODUCTS = {"faithful": 15, "fast": 7}  # of bfloat16 terms: forward 6 | 3, backward 6 | 3, gradient of u 3 | 1
+PRODUCTS = {
+    "faithful": 15,
+    "fast": 7,
+}  # of bfloat16 terms: forward 6 | 3, backward 6 | 3, gradient of u 3 | 1
 KEPT = {"faithful": 4, "fast": 2}  # bytes of a state kept for backward
 
 
@@ -504,7 +595,10 @@ def mma_rate(device: torch.device, steps: int = 20_000) -> float:
     numbers = torch.randn(threads, 12, device=device).bfloat16()
     out = torch.empty(blocks * threads, device=device)
     module = load_module(MMA_SOURCE, {}, device, "products")
-    ms = times(lambda: module.launch("products", (blocks,), (threads,), 0, numbers, out, steps), device)
+    ms = times(
+        lambda: module.launch("products", (blocks,), (threads,), 0, numbers, out, steps),
+        device,
+    )
     return blocks * threads / 32 * 8 * steps / (1e-3 * statistics.median(ms))
 
 
@@ -539,7 +633,9 @@ def attempt(work: Callable[[], dict], name: str, clock: Clock | None = None) -> 
             torch.cuda.empty_cache()
 
 # %% ../../nbs/26_speed.ipynb #b0dd0098
-def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, checked: bool = True) -> dict:
+def measure(
+    way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, checked: bool = True
+) -> dict:
     "One side of a comparison: name, times, peak memory, errors."
     with tf32(way.tf32):
         trial = Trial(way, replace(shape, R=shape.R * way.runs), device)
@@ -554,42 +650,69 @@ def measure(way: Way, shape: Shape, device: torch.device, seconds: float = 0.5, 
         if way.precision:
             side["backend"] = backend_of(trial.shape, way.precision, device)
         trial.fill()
-        return side | {"ms": spread([ms / way.runs for ms in times(trial.work, device, seconds)])}
+        return side | {
+            "ms": spread([ms / way.runs for ms in times(trial.work, device, seconds)])
+        }
 
 # %% ../../nbs/26_speed.ipynb #78d4bfc2
 def backend_of(shape: Shape, precision: str, device: torch.device) -> str:
     "The class of the backend that computes this shape."
     own = min(32, shape.T)
-    size = {"features": shape.F, "tokens": shape.F, "rows": shape.T - own + own * shape.B}[shape.drive]
+    size = {"features": shape.F, "tokens": shape.F, "rows": shape.T - own + own * shape.B}[
+        shape.drive
+    ]
     kind, c, k, size = (
-        ("wave" if shape.drive == "features" else "rows", shape.c, 3, size) if shape.c else ("dense", 1, 0, 0)
+        ("wave" if shape.drive == "features" else "rows", shape.c, 3, size)
+        if shape.c
+        else ("dense", 1, 0, 0)
     )
-    return type(backend_for(kind, device, torch.float32, c, shape.n, k, size, shape.activation, precision)).__name__
+    return type(
+        backend_for(
+            kind, device, torch.float32, c, shape.n, k, size, shape.activation, precision
+        )
+    ).__name__
 
 # %% ../../nbs/26_speed.ipynb #2a9ff1c9
-def compare(name: str, shape: Shape, ours: dict, other: dict, laps: tuple | None = None) -> dict:
+def compare(
+    name: str, shape: Shape, ours: dict, other: dict, laps: tuple | None = None
+) -> dict:
     "A row: both sides, and how many times as long the other takes. `laps`: times of both, round by round."
     row = {"shape": name, "sizes": asdict(shape), "ours": ours, "other": other, "ratio": None}
     if laps is not None:
         row["ratio"] = spread([b / a for a, b in zip(*laps, strict=True)])
     elif "ms" in ours and "ms" in other:
         a, b = ours["ms"], other["ms"]
-        pairs = {"median": ("median", "median"), "low": ("low", "high"), "high": ("high", "low")}
+        pairs = {
+            "median": ("median", "median"),
+            "low": ("low", "high"),
+            "high": ("high", "low"),
+        }
         row["ratio"] = {k: rounded(b[p] / a[q]) for k, (p, q) in pairs.items()}
     return row
 
 # %% ../../nbs/26_speed.ipynb #e4567b0d
-def rivals(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None) -> Iterator[dict]:
+def rivals(
+    device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None
+) -> Iterator[dict]:
     "Rows of ours against every rival."
     shapes, ours = SHAPES if shapes is None else shapes, {}
-    for chosen in (RIVALS[:-2], RIVALS[-2:]):  # the last two compile, and share what is compiled
+    for chosen in (
+        RIVALS[:-2],
+        RIVALS[-2:],
+    ):  # the last two compile, and share what is compiled
         for name, shape in shapes.items():
             torch.compiler.reset()
             if name not in ours:
-                ours[name] = attempt(lambda shape=shape: measure(OURS, shape, device), OURS.name, clock)
+                ours[name] = attempt(
+                    lambda shape=shape: measure(OURS, shape, device), OURS.name, clock
+                )
             for way in chosen:
                 if way.fits(shape):
-                    other = attempt(lambda way=way, shape=shape: measure(way, shape, device), way.name, clock)
+                    other = attempt(
+                        lambda way=way, shape=shape: measure(way, shape, device),
+                        way.name,
+                        clock,
+                    )
                     yield compare(name, shape, ours[name], other)
     for name, shape in shapes.items():
         if not shape.c:
@@ -608,9 +731,13 @@ def flash_way(shape: Shape, x: Tensor | Rows, w: dict[str, Tensor]) -> tuple[Cal
     backend = "cuda_fused" if x.is_cuda else "vanilla"
 
     def forward():
-        drive = F.linear(x, leaves["V"]).bfloat16().transpose(0, 1)[:, :, None, None]  # [B, T, gates, heads, n]
+        drive = (
+            F.linear(x, leaves["V"]).bfloat16().transpose(0, 1)[:, :, None, None]
+        )  # [B, T, gates, heads, n]
         U, b = (leaves[k].bfloat16()[None, None] for k in "Ub")
-        states = flashrnn(drive.contiguous(), U, b, function="elman", backend=backend)[0][0, :, :, 0]
+        states = flashrnn(drive.contiguous(), U, b, function="elman", backend=backend)[0][
+            0, :, :, 0
+        ]
         return (states[:, -1] if shape.last else states.transpose(0, 1)).float()
 
     return forward, leaves
@@ -624,13 +751,18 @@ def flash_rnn(name: str, shape: Shape, device: torch.device, clock: Clock) -> di
     elif not importable("flashrnn"):
         other = {"name": FLASH, "skipped": "not installed here (pip install flashrnn)"}
     else:
-        other = attempt(lambda: in_process("flash_side", asdict(shape), str(device), seconds=clock.left()), FLASH)
+        other = attempt(
+            lambda: in_process("flash_side", asdict(shape), str(device), seconds=clock.left()),
+            FLASH,
+        )
     return compare(f"{name}, tanh", shape, ours, other)
 
 
 def flash_side(sizes: dict, device: str) -> dict:
     "What the process of FlashRNN measures."
-    return measure(Way(FLASH, flash_way, bounds=(1e-2, 5e-2)), Shape(**sizes), torch.device(device))
+    return measure(
+        Way(FLASH, flash_way, bounds=(1e-2, 5e-2)), Shape(**sizes), torch.device(device)
+    )
 
 # %% ../../nbs/26_speed.ipynb #ece77ac7
 def importable(module: str) -> bool:
@@ -644,11 +776,16 @@ def in_process(function: str, *args, seconds: float = 120) -> dict:
     "The result of a function of this module, called in a fresh Python with arguments in JSON. Raises RuntimeError with its last words."
     call = "import sys, json; from wave_rnns.paper import bench, core; print(core.to_json(getattr(bench, sys.argv[1])(*json.loads(sys.argv[2]))))"
     here = str(Path(wave_rnns.__file__).resolve().parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
+    }
     command = [sys.executable, "-c", call, function, to_json(args)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+        raise RuntimeError(
+            (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/26_speed.ipynb #6aacbb74
@@ -668,17 +805,30 @@ def sweep_points(shape: Shape, sweeps: dict = SWEEPS) -> list[tuple[str, int, Sh
 
 # %% ../../nbs/26_speed.ipynb #1dfab25b
 def scaling(
-    device: torch.device, clock: Clock, rates: dict, shape: Shape = SHAPES["sMNIST"], sweeps: dict = SWEEPS
+    device: torch.device,
+    clock: Clock,
+    rates: dict,
+    shape: Shape = SHAPES["sMNIST"],
+    sweeps: dict = SWEEPS,
 ) -> Iterator[dict]:
     "Rows of time, peak memory and floor."
     sides = {}  # the middle belongs to every sweep and is measured once
     for way in (OURS, FAST):
         for letter, value, point in sweep_points(shape, sweeps):
             if (way.name, point) not in sides:
-                work = lambda way=way, point=point: measure(way, point, device, 0.2, checked=False)  # noqa: E731
+                work = lambda way=way, point=point: measure(
+                    way, point, device, 0.2, checked=False
+                )  # noqa: E731
                 sides[way.name, point] = attempt(work, way.name, clock)
-            row = {"sweep": letter, "value": value, "sizes": asdict(point), "precision": way.precision}
-            yield row | {"floor": floor_ms(point, way.precision, rates)} | sides[way.name, point]
+            row = {
+                "sweep": letter,
+                "value": value,
+                "sizes": asdict(point),
+                "precision": way.precision,
+            }
+            yield (
+                row | {"floor": floor_ms(point, way.precision, rates)} | sides[way.name, point]
+            )
 
 # %% ../../nbs/26_speed.ipynb #f2e01524
 TRAINED = (
@@ -701,7 +851,9 @@ def stand_in(task) -> bool:
 
     def some(count):
         images = torch.randint(0, 256, (count, *size), dtype=torch.uint8)
-        return task.encode(pool_images(images, task.options["pool"])), torch.randint(0, 10, (count,), dtype=torch.uint8)
+        return task.encode(pool_images(images, task.options["pool"])), torch.randint(
+            0, 10, (count,), dtype=torch.uint8
+        )
 
     task.sets = {"train": some(task.n_train), "valid": some(3000), "test": some(1000)}
     return True
@@ -729,7 +881,10 @@ def train_side(name: str, R: int, precision: str, device: torch.device, **option
     random, rhythm = stand_in(task), rhythm_of(e, task)
     peak = memory_meter(device)
     population = Population(
-        task, replace(e.model, precision=precision), [RunSettings(seed, e.lr, e.clip) for seed in range(R)], device
+        task,
+        replace(e.model, precision=precision),
+        [RunSettings(seed, e.lr, e.clip) for seed in range(R)],
+        device,
     )
     task.prepare_epoch(population.seeds, 0)
     step = population.step_function(graph=device.type == "cuda")
@@ -762,7 +917,9 @@ def training(
 ) -> Iterator[dict]:
     "Rows of a training step against its layer: few runs first, all experiments in each precision."
     peaks = {}
-    plan = [("faithful", name) for name in names] + [("fast", name) for name in names if "wrnn" in name]
+    plan = [("faithful", name) for name in names] + [
+        ("fast", name) for name in names if "wrnn" in name
+    ]
     for R in runs:
         for precision, name in plan:
             known = peaks.setdefault((name, precision), {})
@@ -773,13 +930,21 @@ def training(
 
 # %% ../../nbs/26_speed.ipynb #e0470741
 def training_row(
-    name: str, R: int, precision: str, device: torch.device, clock: Clock, known: dict[int, int], **options
+    name: str,
+    R: int,
+    precision: str,
+    device: torch.device,
+    clock: Clock,
+    known: dict[int, int],
+    **options,
 ) -> dict:
     "A step beside its layer. Runs that will not fit in memory, by what fewer needed, are not tried."
     row = {"experiment": name, "R": R, "precision": precision, "name": name}
     need, have = needed(known, R), memory(device)
     if have and need > 0.9 * have:
-        return row | {"skipped": f"{R} runs would need about {need / 2**30:.0f} GiB of {have / 2**30:.0f}"}
+        return row | {
+            "skipped": f"{R} runs would need about {need / 2**30:.0f} GiB of {have / 2**30:.0f}"
+        }
     side = attempt(lambda: train_side(name, R, precision, device, **options), name, clock)
     if "ms" not in side:
         return row | side
@@ -800,7 +965,9 @@ def needed(peaks: dict[int, int], R: int) -> float:
 
 def memory(device: torch.device) -> int:
     "Bytes of a GPU; 0 for a CPU."
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    )
 
 # %% ../../nbs/26_speed.ipynb #ad684a84
 CPU_SHAPES = {
@@ -809,13 +976,26 @@ CPU_SHAPES = {
     "sMNIST iRNN": Shape(784, 128, 256, 0, 1),
     "sMNIST": Shape(784, 128, 256, 16, 1),
 }
-ON_CPU = {way.name: way for way in (replace(OURS, name="our scan"), LOOP, replace(LIBRARY, name="nn.RNN"), COMPILED)}
+ON_CPU = {
+    way.name: way
+    for way in (
+        replace(OURS, name="our scan"),
+        LOOP,
+        replace(LIBRARY, name="nn.RNN"),
+        COMPILED,
+    )
+}
 
 # %% ../../nbs/26_speed.ipynb #925b0026
-def on_cpu(device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None) -> Iterator[dict]:
+def on_cpu(
+    device: torch.device, clock: Clock, shapes: dict[str, Shape] | None = None
+) -> Iterator[dict]:
     "Rows of ours against the others, in rounds; the largest shape late, the compiler last."
     shapes, (ours, *others) = CPU_SHAPES if shapes is None else shapes, ON_CPU.values()
-    *small, large = sorted(shapes, key=lambda name: shapes[name].T * shapes[name].B * math.prod(shapes[name].state))
+    *small, large = sorted(
+        shapes,
+        key=lambda name: shapes[name].T * shapes[name].B * math.prod(shapes[name].state),
+    )
 
     def against(names, ways):
         for name in names:
@@ -846,18 +1026,27 @@ def cpu_row(name: str, shape: Shape, ours: Way, way: Way, seconds: float = 5) ->
     for t in trials:
         t.fill()
     laps = in_rounds(*(t.work for t in trials), seconds, warm=True)
-    return compare(name, shape, *({**side, "ms": spread(lap)} for side, lap in zip(sides, laps, strict=True)), laps)
+    return compare(
+        name,
+        shape,
+        *({**side, "ms": spread(lap)} for side, lap in zip(sides, laps, strict=True)),
+        laps,
+    )
 
 # %% ../../nbs/26_speed.ipynb #388f9510
 def peak_rss() -> int:
     "The most memory this process ever had, in bytes."
-    with contextlib.suppress(OSError):  # Linux; what getrusage says there is the parent's, if the parent was larger
+    with contextlib.suppress(
+        OSError
+    ):  # Linux; what getrusage says there is the parent's, if the parent was larger
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return 1024 * int(found[1])
     import resource  # not on Windows: then the row says so
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak_of_process(name: str, sizes: dict) -> dict:
@@ -875,7 +1064,11 @@ def peaks_on_cpu(name: str, shape: Shape, clock: Clock) -> dict:
         attempt(lambda way=way: in_process("peak_of_process", way, asdict(shape)), way, clock)
         for way in list(ON_CPU)[:2]
     )
-    ratio = rounded(loop["peak_bytes"] / ours["peak_bytes"]) if "peak_bytes" in ours and "peak_bytes" in loop else None
+    ratio = (
+        rounded(loop["peak_bytes"] / ours["peak_bytes"])
+        if "peak_bytes" in ours and "peak_bytes" in loop
+        else None
+    )
     return compare(name, shape, ours, loop) | {"memory_ratio": ratio}
 
 # %% ../../nbs/26_speed.ipynb #448de397
@@ -905,10 +1098,19 @@ def machine(device: torch.device) -> dict:
         "code": code_hash(),
     }
     if device.type == "cpu":
-        return facts | {"device": "cpu", "machine": f"{facts['processor']}, {facts['threads']} threads"}
+        return facts | {
+            "device": "cpu",
+            "machine": f"{facts['processor']}, {facts['threads']} threads",
+        }
     properties = torch.cuda.get_device_properties(device)
-    facts |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
-    return facts | {"machine": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+    facts |= {
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+    return facts | {
+        "machine": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+    }
 
 
 def file_name(machine: str) -> str:
@@ -929,17 +1131,42 @@ def cases(sections: list[str]) -> list[Case]:
     some, both = [], (OURS, FAST)
     if "rivals" in sections:
         ours = [way for way in RIVALS if way.runs > 1]
-        some += [Case(way.name, s, "check") for s in SHAPES.values() for way in (*both, COMPILED)]
-        some += [Case(way.name, replace(s, R=way.runs), "step") for s in SHAPES.values() for way in ours if way.fits(s)]
-        some += [Case(FAST.name, replace(s, activation="tanh"), "step") for s in SHAPES.values() if not s.c]
+        some += [
+            Case(way.name, s, "check") for s in SHAPES.values() for way in (*both, COMPILED)
+        ]
+        some += [
+            Case(way.name, replace(s, R=way.runs), "step")
+            for s in SHAPES.values()
+            for way in ours
+            if way.fits(s)
+        ]
+        some += [
+            Case(FAST.name, replace(s, activation="tanh"), "step")
+            for s in SHAPES.values()
+            if not s.c
+        ]
     if "scaling" in sections:
-        some += [Case(way.name, s, "step") for _, _, s in sweep_points(SHAPES["sMNIST"]) for way in both]
+        some += [
+            Case(way.name, s, "step")
+            for _, _, s in sweep_points(SHAPES["sMNIST"])
+            for way in both
+        ]
     for e in map(EXPERIMENTS.__getitem__, TRAINED if "training" in sections else ()):
         task = make_task(e.task, **e.task_options)
         for R in RUNS:
-            shape, ways = shape_of(task, e.model, R), both if e.model.kind == "wrnn" else (OURS,)
+            shape, ways = (
+                shape_of(task, e.model, R),
+                both if e.model.kind == "wrnn" else (OURS,),
+            )
             some += [Case(way.name, shape, "step") for way in ways]
-            some += [Case(way.name, replace(shape, B=shape.B if task.every_step else 1000), "evaluate") for way in ways]
+            some += [
+                Case(
+                    way.name,
+                    replace(shape, B=shape.B if task.every_step else 1000),
+                    "evaluate",
+                )
+                for way in ways
+            ]
     return list(dict.fromkeys(c._replace(shape=replace(c.shape, T=2)) for c in some))
 
 # %% ../../nbs/26_speed.ipynb #e64a536c
@@ -960,7 +1187,9 @@ def compile_case(case: Case, device: str) -> None:
 def precompile(some: list[Case], device: torch.device) -> float:
     "Fill the caches with many processes; returns the seconds it took."
     begun = time.monotonic()
-    with ProcessPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 2)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        max(1, min(12, (os.cpu_count() or 2) - 2)), mp_context=get_context("spawn")
+    ) as pool:
         list(pool.map(compile_case, some, [str(device)] * len(some)))
     return time.monotonic() - begun
 
@@ -984,7 +1213,9 @@ def run_bench(
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sections": {},
     }
-    say(f"{record['environment']['machine']}: {', '.join(sections)}; about {minutes:g} minutes")
+    say(
+        f"{record['environment']['machine']}: {', '.join(sections)}; about {minutes:g} minutes"
+    )
     if device.type == "cuda" and set(sections) != {"cpu"}:
         record |= preparation(device, sections)
     begun, total, spent = time.monotonic(), sum(SECTIONS[s] for s in sections), 0.0
@@ -1010,13 +1241,17 @@ def preparation(device: torch.device, sections: list[str]) -> dict:
     }
 
 
-def section_rows(section: str, device: torch.device, clock: Clock, rates: dict | None) -> Iterator[dict]:
+def section_rows(
+    section: str, device: torch.device, clock: Clock, rates: dict | None
+) -> Iterator[dict]:
     "The rows of a section, by its name."
     with tf32(False):
         if section == "scaling":
             yield from scaling(device, clock, rates)
         else:
-            yield from {"rivals": rivals, "training": training, "cpu": on_cpu}[section](device, clock)
+            yield from {"rivals": rivals, "training": training, "cpu": on_cpu}[section](
+                device, clock
+            )
 
 
 def save(record: dict, out: Path) -> None:
@@ -1066,7 +1301,9 @@ def chosen_sections(text: str | None, device: torch.device) -> list[str]:
             f"--sections {text}: unknown {', '.join(map(repr, unknown))}; choose among {', '.join(SECTIONS)}"
         )
     if not gpu and set(names) - {"cpu"}:
-        raise usage_error(f"--sections {text}: on a CPU there is only 'cpu'; the others time GPU kernels")
+        raise usage_error(
+            f"--sections {text}: on a CPU there is only 'cpu'; the others time GPU kernels"
+        )
     return list(dict.fromkeys(names))
 
 # %% ../../nbs/26_speed.ipynb #f83d6f71
@@ -1086,10 +1323,12 @@ def wrnn_bench(
     device: Param("cpu, cuda or cuda:1; default: a GPU where there is one", str) = None,
     out: Param("file of the record; default: nbs/results/speed/MACHINE.json", str) = None,
     sections: Param(
-        "which, separated by commas: rivals, scaling, training (GPU), cpu; default: all the device has", str
+        "which, separated by commas: rivals, scaling, training (GPU), cpu; default: all the device has",
+        str,
     ) = None,
     minutes: Param(
-        "time for the measurements; 0: 6 for a GPU, 2 for a CPU. What does not fit is skipped, and said so", float
+        "time for the measurements; 0: 6 for a GPU, 2 for a CPU. What does not fit is skipped, and said so",
+        float,
     ) = 0.0,
 ):
     """Measure the speed of this machine: ours against other ways to do the same work, checked against a loop in double precision.
@@ -1098,7 +1337,9 @@ def wrnn_bench(
     where = checked_device(device)
     names = chosen_sections(sections, where)
     if minutes < 0:
-        raise usage_error(f"--minutes {minutes:g}: expected a positive number, or 0 for the default")
+        raise usage_error(
+            f"--minutes {minutes:g}: expected a positive number, or 0 for the default"
+        )
     minutes = minutes or 6.0 * (set(names) != {"cpu"}) + 2.0 * ("cpu" in names)
     where = torch.device("cpu") if names == ["cpu"] else where
     path = bench_path(out, where)
@@ -1117,7 +1358,11 @@ def read_speed(folder: Path | None = None) -> list[dict]:
             record = from_json(read_small(path))
             sections = record["sections"].values()
             assert record["kind"] == "speed" and isinstance(record["started"], str)
-            assert all(isinstance(row, dict) for section in sections for row in section.get("rows", []))
+            assert all(
+                isinstance(row, dict)
+                for section in sections
+                for row in section.get("rows", [])
+            )
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
             raise RecordError(
                 f"{path} is not a record of speed ({type(e).__name__}): restore it with git checkout, or remove it"
@@ -1138,7 +1383,10 @@ def source(record: dict) -> str:
     "Where a table comes from, in one line."
     if not record:
         return "*Nothing of this has been committed: a dash for every number. `wrnn_bench` measures it.*"
-    e, loads = record["environment"], [s["load"] for s in record["sections"].values() if s.get("load")]
+    e, loads = (
+        record["environment"],
+        [s["load"] for s in record["sections"].values() if s.get("load")],
+    )
     busy = f", load at most {max(loads):g}" if e["device"] == "cpu" and loads else ""
     versions = f"torch {e['torch']}" + (f", CUDA {e['cuda']}" if e["device"] != "cpu" else "")
     return f"*{e['machine']}, {versions}, {record['started'][:10]}{busy}, commit {short_commit(e, 'not known')}, code {e['code'][:8]}.*"
@@ -1149,7 +1397,11 @@ def cell(side: dict | None, ratio: dict | None = None) -> str:
     if not side or "ms" not in side:
         return "failed" if side and "failed" in side else "–"
     times_ours = f" ({ratio['median']:.3g})" if ratio else ""
-    return time_text(side["ms"]["median"]) + times_ours + ("" if side.get("equal", True) else ", not equal")
+    return (
+        time_text(side["ms"]["median"])
+        + times_ours
+        + ("" if side.get("equal", True) else ", not equal")
+    )
 
 # %% ../../nbs/26_speed.ipynb #4b8f018b
 def gib(side: dict | None, ratio: dict | None = None) -> str:
@@ -1166,10 +1418,13 @@ def rivals_table(rows: list[dict], show: Callable = cell, rates: dict | None = N
             line = lines.setdefault(row[side]["name"], {})
             if side == "other" or "ms" in row[side]:
                 line[row["shape"]] = show(row[side], row["ratio"] if side == "other" else None)
-    table = [[name, *(line.get(shape, "–") for shape in shapes)] for name, line in lines.items()]
+    table = [
+        [name, *(line.get(shape, "–") for shape in shapes)] for name, line in lines.items()
+    ]
     for precision in PRODUCTS if rates else ():
         floors = [
-            time_text(floor_ms(Shape(**z), precision, rates)["floor"] if z["c"] else None) for z in shapes.values()
+            time_text(floor_ms(Shape(**z), precision, rates)["floor"] if z["c"] else None)
+            for z in shapes.values()
         ]
         table.append([f"*the floor, {precision}*", *floors])
     return markdown(["forward + backward", *shapes], table)
@@ -1221,5 +1476,7 @@ def training_table(rows: list[dict]) -> str:
         "all steps and validations",
     ]
     order = list(dict.fromkeys((row["experiment"], row["precision"]) for row in rows))
-    rows = sorted(rows, key=lambda row: (order.index((row["experiment"], row["precision"])), row["R"]))
+    rows = sorted(
+        rows, key=lambda row: (order.index((row["experiment"], row["precision"])), row["R"])
+    )
     return markdown(header, [training_line(row) for row in rows])

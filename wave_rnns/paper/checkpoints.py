@@ -26,12 +26,21 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core import CheckpointError, atomic_write, from_json, sha256, sync_folder, to_json
+from wave_rnns.core import (
+    CheckpointError,
+    atomic_write,
+    from_json,
+    sha256,
+    sync_folder,
+    to_json,
+)
 from .models import ModelConfig, build_model
 from .training import fit
 
 # %% ../../nbs/14_checkpoints.ipynb #b569a839
-HEADER_LIMIT = 2**26  # bytes of JSON we are ready to parse; the histories of hundreds of runs need a tenth of it
+HEADER_LIMIT = (
+    2**26
+)  # bytes of JSON we are ready to parse; the histories of hundreds of runs need a tenth of it
 
 
 def pack(
@@ -61,16 +70,31 @@ def read_header(
         raise ValueError(reason)
     length = int.from_bytes(start[:8], "little")
     if length > size - 8:
-        raise ValueError(f"is cut off: its table of contents needs {length + 8} bytes, the file has {size}")
+        raise ValueError(
+            f"is cut off: its table of contents needs {length + 8} bytes, the file has {size}"
+        )
     if length > HEADER_LIMIT:
-        raise ValueError(f"has a table of contents of {length} bytes; more than {HEADER_LIMIT} are not read")
+        raise ValueError(
+            f"has a table of contents of {length} bytes; more than {HEADER_LIMIT} are not read"
+        )
     header = from_json(start[8:] + file.read(length - 1))
     try:
-        end = 8 + length + max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
+        end = (
+            8
+            + length
+            + max(
+                (int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"),
+                default=0,
+            )
+        )
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ValueError("has a table of contents that lists no tensors") from e
     if size != end:
-        raise ValueError(f"is cut off: {size} of {end} bytes" if size < end else f"has {size - end} bytes too many")
+        raise ValueError(
+            f"is cut off: {size} of {end} bytes"
+            if size < end
+            else f"has {size - end} bytes too many"
+        )
     return header
 
 
@@ -84,7 +108,9 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], dict]:
         return safetensors.torch.load(data), meta
     except Exception as e:  # whatever a parser says about bytes that it does not understand
         raise (
-            e if type(e) is ValueError else ValueError(f"is no safetensors file of ours ({type(e).__name__}: {e})")
+            e
+            if type(e) is ValueError
+            else ValueError(f"is no safetensors file of ours ({type(e).__name__}: {e})")
         ) from e
 
 # %% ../../nbs/14_checkpoints.ipynb #0fe8f31a
@@ -101,7 +127,10 @@ def hashes_of(path: Path) -> list[str]:
 def write_hashes(path: Path, hashes: list[str]) -> None:
     "Replace the list beside a file; `sha256sum -c` understands it."
     names = (path.name, previous(path).name, previous(path).name)
-    atomic_write(f"{path}.sha256", "".join(f"{h}  {name}\n" for h, name in zip(hashes, names, strict=False)))
+    atomic_write(
+        f"{path}.sha256",
+        "".join(f"{h}  {name}\n" for h, name in zip(hashes, names, strict=False)),
+    )
 
 
 def previous(path: Path) -> Path:
@@ -151,7 +180,8 @@ def trusted_hash(path: Path, hashes: list[str]) -> list[str]:
 
 
 def save_checkpoint(
-    path: str | Path,  # x.safetensors; beside it x.previous.safetensors and x.safetensors.sha256
+    path: str
+    | Path,  # x.safetensors; beside it x.previous.safetensors and x.safetensors.sha256
     tensors: dict[str, Tensor],
     meta: dict,  # plain data; floats that are not finite become None
 ) -> Path:
@@ -192,7 +222,10 @@ def load_checkpoint(
             problems.append(str(e))
             continue
         if problems:
-            warnings.warn(f"{problems[0]}. The checkpoint before it, {candidate.name}, is used", stacklevel=2)
+            warnings.warn(
+                f"{problems[0]}. The checkpoint before it, {candidate.name}, is used",
+                stacklevel=2,
+            )
         return {k: t.to(device) for k, t in tensors.items()}, meta
     raise CheckpointError(problems[0] if not previous(path).exists() else "; ".join(problems))
 
@@ -209,7 +242,11 @@ class CheckpointFile:
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
         "The newest checkpoint that can be trusted; None where none was ever completed."
-        return load_checkpoint(self.path) if self.path.exists() or previous(self.path).exists() else None
+        return (
+            load_checkpoint(self.path)
+            if self.path.exists() or previous(self.path).exists()
+            else None
+        )
 
     def remove(self) -> None:
         "Delete it with all that lies beside it, once the result is safe elsewhere."
@@ -253,7 +290,13 @@ def resumable_fit(
     with listen_for() as asked_to_stop:
         place = CheckpointFile(checkpoint)
         return fit(
-            task, model, runs, checkpoint=place, checkpoint_every=checkpoint_every, interrupt=asked_to_stop, **options
+            task,
+            model,
+            runs,
+            checkpoint=place,
+            checkpoint_every=checkpoint_every,
+            interrupt=asked_to_stop,
+            **options,
         )
 
 # %% ../../nbs/14_checkpoints.ipynb #0814a215
@@ -264,7 +307,8 @@ def save_weights(
     folder: str | Path,
     weights: dict[str, Tensor],  # a state_dict, for instance `RunResult.weights`
     config: ModelConfig,  # of the model they belong to
-    about: dict | None = None,  # anything worth knowing, plain data: task, seed, accuracy, license
+    about: dict
+    | None = None,  # anything worth knowing, plain data: task, seed, accuracy, license
 ) -> Path:
     "A folder with model.safetensors, its sha256, and config.json. Raises CheckpointError where the weights are not that model's."
     folder, model = Path(folder), build_empty(config)
@@ -274,13 +318,15 @@ def save_weights(
     write_hashes(path, [sha256(data), *hashes_of(path)[:1]])
     atomic_write(path, data)
     write_hashes(path, [sha256(data)])
-    atomic_write(folder / "config.json", to_json({"format": 1, "model": config, "about": about or {}}, indent=1) + "\n")
+    atomic_write(
+        folder / "config.json",
+        to_json({"format": 1, "model": config, "about": about or {}}, indent=1) + "\n",
+    )
     return folder
 
 
 def load_weights(
-    folder: str | Path,
-    device="cpu",
+    folder: str | Path, device="cpu"
 ) -> torch.nn.Module:  # with `.config` (ModelConfig) and `.about` (dict)
     "The model that `save_weights` stored. Raises CheckpointError that names the file and what is wrong with it."
     folder = Path(folder)
@@ -291,7 +337,9 @@ def load_weights(
         check_sizes(config, sum(t.numel() for t in weights.values()))
         model = build_empty(config)
     except Exception as e:  # sizes that no tensor can have
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built ({e})") from e
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes no model that can be built ({e})"
+        ) from e
     check_weights(model, weights, str(path))
     model.load_state_dict(weights, assign=True)
     model.config, model.about = config, about
@@ -302,7 +350,9 @@ def check_sizes(config: ModelConfig, numbers: int) -> None:
     "Raise ValueError where a size of the config is larger than all weights together: no such model was stored."
     for f in fields(config):
         if f.type is int and getattr(config, f.name) > numbers:
-            raise ValueError(f"{f.name} is {getattr(config, f.name)}, but there are {numbers} weights in all")
+            raise ValueError(
+                f"{f.name} is {getattr(config, f.name)}, but there are {numbers} weights in all"
+            )
 
 
 def build_empty(config: ModelConfig) -> torch.nn.Module:
@@ -313,14 +363,18 @@ def build_empty(config: ModelConfig) -> torch.nn.Module:
 
 def check_weights(model: torch.nn.Module, weights: dict[str, Tensor], where: str) -> None:
     "Raise CheckpointError unless the weights are floating-point tensors of exactly this model's names and shapes."
-    expected, found = ({k: list(t.shape) for k, t in w.items()} for w in (model.state_dict(), weights))
+    expected, found = (
+        {k: list(t.shape) for k, t in w.items()} for w in (model.state_dict(), weights)
+    )
     for k in sorted({*expected, *found}):
         if expected.get(k) != found.get(k):
             raise CheckpointError(
                 f"{where}: weight {k!r} is {found.get(k, 'absent')}, the model has {expected.get(k, 'no such weight')}"
             )
         if not weights[k].is_floating_point():
-            raise CheckpointError(f"{where}: weight {k!r} has type {weights[k].dtype}; expected floating-point numbers")
+            raise CheckpointError(
+                f"{where}: weight {k!r} has type {weights[k].dtype}; expected floating-point numbers"
+            )
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict]:
@@ -330,12 +384,18 @@ def read_config(path: Path) -> tuple[ModelConfig, dict]:
             content = json.loads(f.read(CONFIG_LIMIT))
         known = {f.name: f.type for f in fields(ModelConfig)}
         if content.get("format") != 1:
-            raise CheckpointError(f"{path}: format {content.get('format')!r} is not known; this version reads format 1")
+            raise CheckpointError(
+                f"{path}: format {content.get('format')!r} is not known; this version reads format 1"
+            )
         for key, value in content["model"].items():
             if key not in known:
-                raise CheckpointError(f"{path}: unknown key {key!r}; the model has {', '.join(known)}")
+                raise CheckpointError(
+                    f"{path}: unknown key {key!r}; the model has {', '.join(known)}"
+                )
             if known[key] in (int, str, bool) and type(value) is not known[key]:
-                raise CheckpointError(f"{path}: {key} must be {known[key].__name__}, got {value!r}")
+                raise CheckpointError(
+                    f"{path}: {key} must be {known[key].__name__}, got {value!r}"
+                )
         return ModelConfig(**content["model"]), dict(content.get("about", {}))
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror}") from e

@@ -24,7 +24,9 @@ class Act:
     "One task of the demo and the models that face it: names of experiments, changes to them, and a limit in seconds for each."
 
     title: str
-    experiments: dict[str, str]  # what the reader calls the model -> name of a declared experiment
+    experiments: dict[
+        str, str
+    ]  # what the reader calls the model -> name of a declared experiment
     seconds: dict[str, float]  # the same names -> most seconds of training
     changes: dict  # fields of the experiments that are replaced
     enough: tuple = ()  # (column of the curve, value that ends training)
@@ -37,8 +39,20 @@ def acts(device: str) -> list[Act]:
     pair = lambda task: {"wRNN": f"{demo}{task}_wrnn", "iRNN": f"{demo}{task}_irnn"}  # noqa: E731
     generated = dict(steps=3000, eval_every=250, log_every=25)
     return [
-        Act("Copy, T = 30", pair("copy30"), {"wRNN": 45, "iRNN": 30}, generated, ("accuracy", 0.9999)),
-        Act("Adding, T = 100", pair("adding100"), {"wRNN": 40, "iRNN": 25}, generated, ("mse", 2e-4)),
+        Act(
+            "Copy, T = 30",
+            pair("copy30"),
+            {"wRNN": 45, "iRNN": 30},
+            generated,
+            ("accuracy", 0.9999),
+        ),
+        Act(
+            "Adding, T = 100",
+            pair("adding100"),
+            {"wRNN": 40, "iRNN": 25},
+            generated,
+            ("mse", 2e-4),
+        ),
         Act(
             "Pixel MNIST",
             {"wRNN": f"{demo}smnist_wrnn"},
@@ -113,7 +127,9 @@ def draw_states(show: dict, device="cpu"):
         fig, axs = plt.subplots(1, len(show), figsize=(8, 3.0), squeeze=False)
         for ax, (name, (task, config, result)) in zip(axs[0], show.items(), strict=True):
             h = states_of(task, config, result, device)
-            ax.imshow(h.T, aspect="auto", origin="lower", cmap="magma", interpolation="nearest")
+            ax.imshow(
+                h.T, aspect="auto", origin="lower", cmap="magma", interpolation="nearest"
+            )
             ax.set(xlabel="time $t$", ylabel="neuron $x$", title=titles[name][0])
             ax.title.set_color(titles[name][1])
     return fig
@@ -140,8 +156,21 @@ def draw_spectra(show: dict, device="cpu"):
         for ax, (name, (task, config, result)) in zip(axs[0], show.items(), strict=True):
             power = spectrum(states_of(task, config, result, device))
             decades = torch.log10(power / power.max().clamp_min(1e-30) + 1e-6)
-            ax.imshow(decades, extent=(-0.5, 0.5, -0.5, 0.5), origin="lower", aspect="auto", cmap="viridis")
-            ax.plot([-0.5, 0.5], [-0.5, 0.5], ":", color="white", lw=1, label="1 neuron a step, to lower $x$")
+            ax.imshow(
+                decades,
+                extent=(-0.5, 0.5, -0.5, 0.5),
+                origin="lower",
+                aspect="auto",
+                cmap="viridis",
+            )
+            ax.plot(
+                [-0.5, 0.5],
+                [-0.5, 0.5],
+                ":",
+                color="white",
+                lw=1,
+                label="1 neuron a step, to lower $x$",
+            )
             ax.set(xlabel="$f_t$ (cycles per step)", title=f"{name}: log power")
             ax.title.set_color(colors[name])
         axs[0, 0].set_ylabel("$f_x$ (cycles per neuron)")
@@ -170,7 +199,9 @@ def draw_recall(show: dict, device="cpu"):
     with plot_style():
         fig, axs = plt.subplots(len(rows), 1, figsize=(8, 0.62 * len(rows) + 0.5), sharex=True)
         for ax, row, name in zip(axs, rows, names, strict=True):
-            ax.imshow(row[None], aspect="auto", cmap="tab10", vmin=0, vmax=9, interpolation="nearest")
+            ax.imshow(
+                row[None], aspect="auto", cmap="tab10", vmin=0, vmax=9, interpolation="nearest"
+            )
             ax.set_yticks([])
             ax.set_ylabel(name, rotation=0, ha="right", va="center")
             ax.axvline(len(row) - 10.5, color="black", lw=1)
@@ -190,9 +221,17 @@ def draw_curves(shows: dict):
         for ax, (title, show) in zip(axs[0], shows.items(), strict=True):
             for name, (task, _, result) in show.items():
                 column = "mse" if task.metric == "mse" else "accuracy"
-                points = [(row["step"], row[column]) for row in result.curve if row.get(column) is not None]
+                points = [
+                    (row["step"], row[column])
+                    for row in result.curve
+                    if row.get(column) is not None
+                ]
                 ax.plot(*zip(*points, strict=True), color=colors[name], label=name)
-            ax.set(title=title, xlabel="training step", ylabel="MSE" if column == "mse" else "accuracy")
+            ax.set(
+                title=title,
+                xlabel="training step",
+                ylabel="MSE" if column == "mse" else "accuracy",
+            )
             ax.set_yscale("log" if column == "mse" else "linear")
             if column == "mse":
                 ax.axhline(task.baseline, color="grey", ls=":", label="always 1")
@@ -208,9 +247,25 @@ def table(shows: dict) -> list[list[str]]:
             test = r.test_best or r.test_final
             column = "mse" if task.metric == "mse" else "accuracy"
             value = test[column]
-            shown = "not finite" if value is None else f"MSE {value:.2g}" if column == "mse" else f"{value:.1%}"
+            shown = (
+                "not finite"
+                if value is None
+                else f"MSE {value:.2g}"
+                if column == "mse"
+                else f"{value:.1%}"
+            )
             trivial = f"MSE {task.baseline:.3f}" if column == "mse" else TRIVIAL[task.name]
-            out.append([title, name, f"{r.n_params:,}", f"{r.steps:,}", f"{r.seconds:.0f}", shown, trivial])
+            out.append(
+                [
+                    title,
+                    name,
+                    f"{r.n_params:,}",
+                    f"{r.steps:,}",
+                    f"{r.seconds:.0f}",
+                    shown,
+                    trivial,
+                ]
+            )
     return out
 
 
@@ -220,7 +275,10 @@ TRIVIAL = {"copy": "12.5% (one of 8 tokens)", "smnist": "10% (one of 10 digits)"
 def as_text(rows: list[list[str]]) -> str:
     "A table for the terminal."
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 # %% ../../nbs/19_demo.ipynb #06f3866d
@@ -297,8 +355,12 @@ def draw_digit(shown, device="cpu"):
         fig, axs = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1, 2.6))
         axs[0].imshow(x[:, 0, 0].view(side, side).cpu(), cmap="gray_r")
         axs[0].set(title=f"a {y.item()}, read as {answer}", xticks=[], yticks=[])
-        axs[1].imshow(h.T, aspect="auto", origin="lower", cmap="magma", interpolation="nearest")
-        axs[1].set(title="wRNN: the busiest ring", xlabel="time $t$ (pixel)", ylabel="neuron $x$")
+        axs[1].imshow(
+            h.T, aspect="auto", origin="lower", cmap="magma", interpolation="nearest"
+        )
+        axs[1].set(
+            title="wRNN: the busiest ring", xlabel="time $t$ (pixel)", ylabel="neuron $x$"
+        )
         axs[1].title.set_color(WAVE)
     return fig
 
@@ -328,7 +390,10 @@ def run_demo(out: Path, device: str = "", mnist: bool = True, quick: float = 1.0
                 continue
             try:
                 for name in act.experiments:
-                    print(f"\n{act.title}: training the {name} (at most {act.seconds[name] * quick:.0f} s)", flush=True)
+                    print(
+                        f"\n{act.title}: training the {name} (at most {act.seconds[name] * quick:.0f} s)",
+                        flush=True,
+                    )
                     task, config, result = perform(act, name, device, quick)
                     shows.setdefault(act.title, {})[name] = task, config, result
                     print("   " + verdict(task, result), flush=True)
@@ -341,7 +406,9 @@ def run_demo(out: Path, device: str = "", mnist: bool = True, quick: float = 1.0
     except (WaveRNNError, OSError) as e:
         print(f"wrnn_demo: {e}", flush=True)
         return 1
-    print(f"\n{as_text(rows)}\n\nPictures: {(out / 'index.html').resolve()}   ({time.time() - start:.0f} s in all)")
+    print(
+        f"\n{as_text(rows)}\n\nPictures: {(out / 'index.html').resolve()}   ({time.time() - start:.0f} s in all)"
+    )
     return 0
 
 

@@ -39,14 +39,18 @@ import wave_rnns
 class Experiment:
     "A task, a model and how it is trained, as pure data. Raises ConfigError for numbers that cannot be meant."
 
-    name: str  # lower case, digits, underscores (and V, T): also its address on the command line
+    name: (
+        str  # lower case, digits, underscores (and V, T): also its address on the command line
+    )
     task: str  # 'copy', 'adding', 'smnist', 'psmnist', 'nscifar10'
     task_options: dict  # handed to make_task: T, batch_size, permutation, noise ...
     model: "ModelConfig"  # noqa: F821 - a string, so that this module stays light
     lr: float  # learning rate of Adam
     clip: float = 0.0  # a run's gradient is scaled down to this norm; 0 is off
     drop_factor: float = 1.0  # the learning rate is divided by this ...
-    drop_every: int = 0  # ... after each so many epochs (steps for generated tasks); 0 is never
+    drop_every: int = (
+        0  # ... after each so many epochs (steps for generated tasks); 0 is never
+    )
     steps: int = 0  # length of training in steps, or
     epochs: int = 0  # in epochs: exactly one of the two
     eval_every: int = 0  # steps between looks at the validation set; 0 is once an epoch
@@ -57,7 +61,9 @@ class Experiment:
     def __post_init__(self):
         for name in ("lr", "clip", "drop_factor"):
             with contextlib.suppress(OverflowError):  # an integer of 400 digits: refused below
-                object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one experiment
+                object.__setattr__(
+                    self, name, float(getattr(self, name))
+                )  # 1 and 1.0 are one experiment
         object.__setattr__(self, "seeds", tuple(self.seeds))
         check_numbers(self)
 
@@ -71,10 +77,22 @@ def check_numbers(e: Experiment) -> None:
 
     counts = ("drop_every", "steps", "epochs", "eval_every", "log_every")
     wrong = [
-        (not re.fullmatch(r"[A-Za-z0-9_]{1,64}", e.name), "name", "must be letters, digits and underscores"),
-        (not re.fullmatch(r"[a-z0-9_]{1,64}", e.task), "task", "must be lower-case letters, digits and underscores"),
+        (
+            not re.fullmatch(r"[A-Za-z0-9_]{1,64}", e.name),
+            "name",
+            "must be letters, digits and underscores",
+        ),
+        (
+            not re.fullmatch(r"[a-z0-9_]{1,64}", e.task),
+            "task",
+            "must be lower-case letters, digits and underscores",
+        ),
         (not 0 < e.lr <= LARGEST, "lr", f"must be positive, at most {LARGEST:g}"),
-        (not 0 <= e.clip <= LARGEST, "clip", f"must be a norm, or 0 for off, at most {LARGEST:g}"),
+        (
+            not 0 <= e.clip <= LARGEST,
+            "clip",
+            f"must be a norm, or 0 for off, at most {LARGEST:g}",
+        ),
         (
             not 1 <= e.drop_factor <= LARGEST,
             "drop_factor",
@@ -86,15 +104,32 @@ def check_numbers(e: Experiment) -> None:
             "steps",
             f"or epochs must be given, not both and not neither (epochs={e.epochs})",
         ),
-        (e.steps > 0 and not e.eval_every, "eval_every", "must be given where the length is in steps"),
-        (not all(type(s) is int and 0 <= s < 2**63 for s in e.seeds), "seeds", "must be whole numbers from 0 up"),
+        (
+            e.steps > 0 and not e.eval_every,
+            "eval_every",
+            "must be given where the length is in steps",
+        ),
+        (
+            not all(type(s) is int and 0 <= s < 2**63 for s in e.seeds),
+            "seeds",
+            "must be whole numbers from 0 up",
+        ),
     ]
     for is_wrong, name, rule in wrong:
         if is_wrong:
-            raise ConfigError(f"experiment {e.name!r}: {name} {rule}, got {getattr(e, name)!r}")
+            raise ConfigError(
+                f"experiment {e.name!r}: {name} {rule}, got {getattr(e, name)!r}"
+            )
 
 # %% ../../nbs/16_experiments.ipynb #a6b0b13d
-KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple": (list, tuple), "dict": (dict,)}
+KINDS = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "tuple": (list, tuple),
+    "dict": (dict,),
+}
 
 
 def check_fields(
@@ -106,18 +141,30 @@ def check_fields(
     from wave_rnns.core import ConfigError
 
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected an object of named settings, got {type(values).__name__}")
+        raise ConfigError(
+            f"{where}: expected an object of named settings, got {type(values).__name__}"
+        )
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(known)}"
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?"
+                if near
+                else f"known are {', '.join(known)}"
+            )
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
         kind = getattr(known[key].type, "__name__", known[key].type).split("[")[0]
         kinds = KINDS.get(kind)
-        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        if kinds and (
+            not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        ):
             raise ConfigError(f"{where}: {key} must be {kind}, got {value!r}")
-    missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    missing = [
+        n
+        for n, f in known.items()
+        if n not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
     return values
@@ -133,22 +180,30 @@ def from_config(config: dict) -> Experiment:
     from wave_rnns.paper.models import ModelConfig
 
     model = (
-        ModelConfig(**check_fields(ModelConfig, config.get("model", {}), "model")) if isinstance(config, dict) else None
+        ModelConfig(**check_fields(ModelConfig, config.get("model", {}), "model"))
+        if isinstance(config, dict)
+        else None
     )
     return Experiment(**{**check_fields(Experiment, config, "experiment"), "model": model})
 
 # %% ../../nbs/16_experiments.ipynb #dbf1618a
-RECIPE = (
-    1  # raise when the same configuration would give other results; every run of the old recipe is then to do again
-)
-WORDS = ("name", "source", "seeds")  # fields that describe an experiment and do not change what a run of it does
+RECIPE = 1  # raise when the same configuration would give other results; every run of the old recipe is then to do again
+WORDS = (
+    "name",
+    "source",
+    "seeds",
+)  # fields that describe an experiment and do not change what a run of it does
 
 
 def decisive(thing) -> dict:
     "The fields of a dataclass that are not at their default, except for words; nested ones too."
     kept = {f.name: getattr(thing, f.name) for f in fields(thing) if f.name not in WORDS}
     default = {f.name: f.default for f in fields(thing)}
-    return {k: decisive(v) if hasattr(v, "__dataclass_fields__") else v for k, v in kept.items() if v != default[k]}
+    return {
+        k: decisive(v) if hasattr(v, "__dataclass_fields__") else v
+        for k, v in kept.items()
+        if v != default[k]
+    }
 
 
 def run_key(
@@ -168,7 +223,9 @@ def run_key(
 def merge(config: dict, differences: dict) -> dict:
     "A copy of `config` with the differences put in; dictionaries inside are merged, everything else is replaced."
     nested = {
-        k: {**config[k], **v} for k, v in differences.items() if isinstance(v, dict) and isinstance(config.get(k), dict)
+        k: {**config[k], **v}
+        for k, v in differences.items()
+        if isinstance(v, dict) and isinstance(config.get(k), dict)
     }
     return {**config, **differences, **nested}
 
@@ -193,7 +250,11 @@ class Registry(Mapping):
 
         if not isinstance(name, str) or name not in self.declared:
             near = difflib.get_close_matches(str(name), self.declared, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`wrnn_train --list` shows all"
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else "`wrnn_train --list` shows all"
+            )
             raise ConfigError(f"no experiment is called {name!r}; {hint}")
         return from_config(self.config(name))
 
@@ -214,12 +275,35 @@ BEST = "preprint, appendix B: best of the authors' search"
 
 # Copy: Section 3 "Copy Task", Figures 3 and 4, Table 4 -------------------------------------------------------------------
 COPY_BEST = {  # T: learning rate, clip, and how U starts
-    "wrnn": {0: (1e-3, 1.0), 10: (1e-3, 0.0), 30: (1e-3, 0.0), 80: (1e-3, 1.0), 480: (1e-4, 1.0)},
-    "irnn": {0: (1e-3, 10.0, "random"), 10: (1e-3, 1.0), 30: (1e-4, 1.0), 80: (1e-4, 1.0), 480: (1e-4, 10.0)},
-    "irnn625": {0: (1e-3, 1.0, "random"), 10: (1e-4, 10.0), 30: (1e-4, 1.0), 80: (1e-4, 1.0), 480: (1e-4, 1.0)},
+    "wrnn": {
+        0: (1e-3, 1.0),
+        10: (1e-3, 0.0),
+        30: (1e-3, 0.0),
+        80: (1e-3, 1.0),
+        480: (1e-4, 1.0),
+    },
+    "irnn": {
+        0: (1e-3, 10.0, "random"),
+        10: (1e-3, 1.0),
+        30: (1e-4, 1.0),
+        80: (1e-4, 1.0),
+        480: (1e-4, 10.0),
+    },
+    "irnn625": {
+        0: (1e-3, 1.0, "random"),
+        10: (1e-4, 10.0),
+        30: (1e-4, 1.0),
+        80: (1e-4, 1.0),
+        480: (1e-4, 1.0),
+    },
 }
-IRNN = dict(kind="irnn", c=1)  # U starts as the identity, V is normal with std 0.001: both are the family's defaults
-IMAGE_IRNN = {**IRNN, "V_init": "uniform"}  # authors' code: on the image tasks V keeps the framework's start
+IRNN = dict(
+    kind="irnn", c=1
+)  # U starts as the identity, V is normal with std 0.001: both are the family's defaults
+IMAGE_IRNN = {
+    **IRNN,
+    "V_init": "uniform",
+}  # authors' code: on the image tasks V keeps the framework's start
 COPY_MODELS = {"wrnn": {}, "irnn": IRNN, "irnn625": {**IRNN, "n": 625}}
 declare(
     "copy30_base",
@@ -235,30 +319,64 @@ for family, settings in COPY_BEST.items():
         model = {**COPY_MODELS[family], **({"U_init": U_init[0]} if U_init else {})}
         seeds = FINAL_SEEDS if family != "irnn625" else FINAL_SEEDS[:2]
         declare(
-            f"copy{T}_{family}", "copy30_base", BEST, model=model, task_options={"T": T}, lr=lr, clip=clip, seeds=seeds
+            f"copy{T}_{family}",
+            "copy30_base",
+            BEST,
+            model=model,
+            task_options={"T": T},
+            lr=lr,
+            clip=clip,
+            seeds=seeds,
         )
 
 # The rows of Table 4 start elsewhere. The authors chose lr and clip of each by a search; so does notebook 17, from these.
 ABLATIONS = {
     "wrnn_no_V": (dict(V_init="normal"), "'- V-init'; authors' code: else normal, std 0.001"),
-    "wrnn_no_u": (dict(u_init="random"), "'- u-shift-init', read as the framework's random kernel"),
+    "wrnn_no_u": (
+        dict(u_init="random"),
+        "'- u-shift-init', read as the framework's random kernel",
+    ),
     "wrnn_identity": (dict(u_init="identity"), "'- u-shift-init' read as the identity"),
     "wrnn_no_both": (dict(u_init="random", V_init="normal"), "'- both'"),
     "irnn_identity": (IRNN, "'iRNN', U starts as the identity"),
     "irnn_random": ({**IRNN, "U_init": "random"}, "'iRNN', U starts at random"),
-    "irnn_sigma": ({**IRNN, "U_init": "sigma"}, "'+ Sigma-init': U starts as the shift matrix"),
-    "irnn_sigma_V": ({**IRNN, "U_init": "sigma", "V_init": "sparse"}, "'+ Sigma-init + V-init'"),
+    "irnn_sigma": (
+        {**IRNN, "U_init": "sigma"},
+        "'+ Sigma-init': U starts as the shift matrix",
+    ),
+    "irnn_sigma_V": (
+        {**IRNN, "U_init": "sigma", "V_init": "sparse"},
+        "'+ Sigma-init + V-init'",
+    ),
 }
 for T in (0, 10, 30, 80):
     for row, (model, source) in ABLATIONS.items():
-        declare(f"copy{T}_{row}", "copy30_base", f"paper, Table 4, {source}", model=model, task_options={"T": T})
+        declare(
+            f"copy{T}_{row}",
+            "copy30_base",
+            f"paper, Table 4, {source}",
+            model=model,
+            task_options={"T": T},
+        )
 declare("copy80_irnn_rerun", "copy80_irnn_identity", "rerun: lr 1e-3, clip 1", seeds=(0, 1))
 
 # %% ../../nbs/16_experiments.ipynb #da473660
 # Adding: Section 3 "Adding Task", Table 1, Figure 5 ----------------------------------------------------------------------
 ADDING_BEST = {  # T: learning rate, clip
-    "wrnn": {100: (1e-3, 100.0), 200: (1e-4, 100.0), 400: (1e-4, 1.0), 700: (1e-4, 100.0), 1000: (1e-4, 10.0)},
-    "irnn": {100: (1e-3, 1000.0), 200: (1e-3, 100.0), 400: (1e-3, 10.0), 700: (1e-4, 100.0), 1000: (1e-3, 1.0)},
+    "wrnn": {
+        100: (1e-3, 100.0),
+        200: (1e-4, 100.0),
+        400: (1e-4, 1.0),
+        700: (1e-4, 100.0),
+        1000: (1e-4, 10.0),
+    },
+    "irnn": {
+        100: (1e-3, 1000.0),
+        200: (1e-3, 100.0),
+        400: (1e-3, 10.0),
+        700: (1e-4, 100.0),
+        1000: (1e-3, 1.0),
+    },
 }
 declare(
     "adding_base",
@@ -288,7 +406,13 @@ for T in (
     1000,
 ):  # what we ran before the appendix was found: at T = 1000 one Adam step of 1e-3 makes a state explode
     for family, model in (("wrnn", {}), ("irnn", IRNN)):
-        declare(f"adding{T}_{family}_lr3", "adding_base", "ours: lr 1e-3, clip 1", model=model, task_options={"T": T})
+        declare(
+            f"adding{T}_{family}_lr3",
+            "adding_base",
+            "ours: lr 1e-3, clip 1",
+            model=model,
+            task_options={"T": T},
+        )
 for family, model in (("wrnn", {}), ("irnn", IRNN)):
     declare(
         f"adding1000_{family}_rerun",
@@ -317,7 +441,10 @@ declare(
     model=FAST,
 )
 declare(
-    "smnist_wrnn_mlp", "smnist_wrnn_fast", "paper, Table 2: 'wRNN + MLP' (420k parameters)", model=dict(readout="mlp")
+    "smnist_wrnn_mlp",
+    "smnist_wrnn_fast",
+    "paper, Table 2: 'wRNN + MLP' (420k parameters)",
+    model=dict(readout="mlp"),
 )
 declare(
     "smnist_irnn",
@@ -327,7 +454,12 @@ declare(
     clip=0.0,
 )
 declare(
-    "smnist_irnn_rerun", "smnist_irnn", "rerun: clip 1. Sweep files: 250 epochs", clip=1.0, epochs=250, seeds=(0, 1)
+    "smnist_irnn_rerun",
+    "smnist_irnn",
+    "rerun: clip 1. Sweep files: 250 epochs",
+    clip=1.0,
+    epochs=250,
+    seeds=(0, 1),
 )
 declare(
     "smnist_fc",
@@ -337,10 +469,10 @@ declare(
     seeds=(0, 1),
 )
 PSMNIST = dict(task="psmnist", task_options={"permutation": "torch12008"})
-UNSEEDED = (
-    "The permutation is unseeded in the authors' code: torch seed 12008 stands commented out there, and coRNN used it"
+UNSEEDED = "The permutation is unseeded in the authors' code: torch seed 12008 stands commented out there, and coRNN used it"
+declare(
+    "psmnist_wrnn", "smnist_wrnn_fast", f"{BEST}: clip 100. {UNSEEDED}", **PSMNIST, clip=100.0
 )
-declare("psmnist_wrnn", "smnist_wrnn_fast", f"{BEST}: clip 100. {UNSEEDED}", **PSMNIST, clip=100.0)
 declare(
     "psmnist_wrnn_mlp",
     "smnist_wrnn_mlp",
@@ -348,9 +480,21 @@ declare(
     **PSMNIST,
     clip=100.0,
 )
-declare("psmnist_irnn", "smnist_irnn", f"{BEST}: clip 1000, 250 epochs. {UNSEEDED}", **PSMNIST, clip=1000.0, epochs=250)
+declare(
+    "psmnist_irnn",
+    "smnist_irnn",
+    f"{BEST}: clip 1000, 250 epochs. {UNSEEDED}",
+    **PSMNIST,
+    clip=1000.0,
+    epochs=250,
+)
 declare("psmnist_wrnn_rerun", "smnist_wrnn", "rerun: clip 1", **PSMNIST, seeds=(0, 1))
-declare("psmnist_irnn_rerun", "smnist_irnn_rerun", "rerun: clip 1. Sweep files: 250 epochs", **PSMNIST)
+declare(
+    "psmnist_irnn_rerun",
+    "smnist_irnn_rerun",
+    "rerun: clip 1. Sweep files: 250 epochs",
+    **PSMNIST,
+)
 PERMUTATIONS = {
     "torch5544": "used by UnICORNN and LEM",
     "numpy92916": "used by scoRNN and expRNN",
@@ -394,7 +538,13 @@ declare(
     epochs=120,
     **RERUN,
 )
-declare("nscifar10_irnn_rerun", "nscifar10_irnn", "rerun: lr 1e-4, clip 1. Sweep files: 250 epochs", lr=1e-4, **RERUN)
+declare(
+    "nscifar10_irnn_rerun",
+    "nscifar10_irnn",
+    "rerun: lr 1e-4, clip 1. Sweep files: 250 epochs",
+    lr=1e-4,
+    **RERUN,
+)
 declare(  # as for adding: at 1e-4 Adam's first step makes a state of 1,000 steps explode
     "nscifar10_irnn_lr5",
     "nscifar10_irnn",
@@ -417,7 +567,15 @@ declare(
     "smnist_wrnn",
     "ours: all of pixel MNIST in a quarter of an hour on two CPU cores; two rings as long as the sequence, so that no pixel meets another on its way",
     model=dict(n=784, c=2),
-    **dict(lr=1e-3, drop_factor=3.0, drop_every=1, epochs=3, eval_every=267, log_every=89, seeds=(0,)),
+    **dict(
+        lr=1e-3,
+        drop_factor=3.0,
+        drop_every=1,
+        epochs=3,
+        eval_every=267,
+        log_every=89,
+        seeds=(0,),
+    ),
 )
 DEMO = dict(steps=1500, eval_every=100, log_every=25, seeds=(0,))
 declare(
@@ -429,7 +587,9 @@ declare(
     task_options={"batch_size": 64},
     **DEMO,
 )
-declare("demo_copy30_irnn", "demo_copy30_wrnn", "ours: demonstration", model={**IRNN, "n": 100})
+declare(
+    "demo_copy30_irnn", "demo_copy30_wrnn", "ours: demonstration", model={**IRNN, "n": 100}
+)
 declare(
     "demo_adding100_wrnn",
     "adding_base",
@@ -453,9 +613,11 @@ def sequence_length(experiment: Experiment) -> int:
     "Steps in one sequence, without building the task (which would load its data)."
     options = experiment.task_options
     side = 28 // options.get("pool", 1)
-    return {"copy": options.get("T", 0) + 20, "adding": options.get("T", 0), "nscifar10": 1000}.get(
-        experiment.task, side * side
-    )
+    return {
+        "copy": options.get("T", 0) + 20,
+        "adding": options.get("T", 0),
+        "nscifar10": 1000,
+    }.get(experiment.task, side * side)
 
 # %% ../../nbs/16_experiments.ipynb #b805c635
 def shipped_results() -> Path | None:
@@ -466,12 +628,16 @@ def shipped_results() -> Path | None:
 
 def results_root() -> Path:
     "Folder of records and tables: `$WAVE_RNNS_RESULTS`, else `nbs/results` of the checkout we run from, else `./results`."
-    return Path(os.environ.get("WAVE_RNNS_RESULTS") or shipped_results() or "results").expanduser()
+    return Path(
+        os.environ.get("WAVE_RNNS_RESULTS") or shipped_results() or "results"
+    ).expanduser()
 
 
 def is_name(task, key) -> bool:
     "Could a run of this task have this key?"
-    return bool(re.fullmatch(r"[a-z0-9_]{1,64}", str(task)) and re.fullmatch(r"[0-9a-f]{16}", str(key)))
+    return bool(
+        re.fullmatch(r"[a-z0-9_]{1,64}", str(task)) and re.fullmatch(r"[0-9a-f]{16}", str(key))
+    )
 
 
 def run_path(
@@ -504,7 +670,9 @@ def content_hash(record: dict) -> str:
     from wave_rnns.core import sha256
 
     body = {k: v for k, v in record.items() if k != "sha256"}
-    return sha256(json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+    return sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    )
 
 
 def read_record(path: Path) -> dict:
@@ -517,7 +685,9 @@ def read_record(path: Path) -> dict:
         if kinds != RECORD or record["status"] not in STATUSES:
             raise ValueError("this is not a run's record")
         metrics = [
-            v for name in ("valid_best", "valid_final", "test_best", "test_final") for v in record[name].values()
+            v
+            for name in ("valid_best", "valid_final", "test_best", "test_final")
+            for v in record[name].values()
         ]
         if not all(v is None or type(v) in (int, float) for v in metrics):
             raise ValueError("its metrics are not numbers")
@@ -537,8 +707,14 @@ def thin(rows: list[dict], best_step: int | None = None, most: int = CURVE_ROWS)
     "At most `most` rows: the first, the last, the one at `best_step`, then validated ones, then others, each spread evenly."
     if len(rows) <= most:
         return rows
-    kept = {0, len(rows) - 1, *(i for i, row in enumerate(rows) if row.get("step") == best_step)}
-    validated = [i for i, row in enumerate(rows) if any(name.startswith("valid_") for name in row)]
+    kept = {
+        0,
+        len(rows) - 1,
+        *(i for i, row in enumerate(rows) if row.get("step") == best_step),
+    }
+    validated = [
+        i for i, row in enumerate(rows) if any(name.startswith("valid_") for name in row)
+    ]
     for candidates in (validated, range(len(rows))):
         left = [i for i in candidates if i not in kept]
         n = min(most - len(kept), len(left))
@@ -555,12 +731,19 @@ def curve_text(rows: list[dict]) -> str:
             return ""
         return str(value) if isinstance(value, int) else f"{value:.6g}"
 
-    return "\n".join([",".join(names)] + [",".join(cell(row.get(n)) for n in names) for row in rows]) + "\n"
+    return (
+        "\n".join(
+            [",".join(names)] + [",".join(cell(row.get(n)) for n in names) for row in rows]
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/16_experiments.ipynb #5c65b3d9
 def read_curve(
     path: Path,
-) -> tuple[list[dict], int]:  # rows (numbers, None for an empty place) and bytes dropped at the end
+) -> tuple[
+    list[dict], int
+]:  # rows (numbers, None for an empty place) and bytes dropped at the end
     "A run's curve up to its last whole line. Raises RecordError for anything else that is not a table of numbers."
     from wave_rnns.core import RecordError, read_small
 
@@ -576,12 +759,17 @@ def read_curve(
             if len(cells) != len(names):
                 raise ValueError(f"line {number} has {len(cells)} places, not {len(names)}")
             rows.append(
-                {n: (int(v) if v.isdecimal() else float(v)) if v else None for n, v in zip(names, cells, strict=True)}
+                {
+                    n: (int(v) if v.isdecimal() else float(v)) if v else None
+                    for n, v in zip(names, cells, strict=True)
+                }
             )
     except ValueError as e:
         raise RecordError(f"{path}: {e}") from e
     if torn:
-        warnings.warn(f"{path}: the last line is torn, {len(torn)} bytes dropped", stacklevel=2)
+        warnings.warn(
+            f"{path}: the last line is torn, {len(torn)} bytes dropped", stacklevel=2
+        )
     return rows, len(torn)
 
 # %% ../../nbs/16_experiments.ipynb #34913692
@@ -606,7 +794,10 @@ def trusted_record(path: Path) -> dict | None:
         return None
     except RecordError as e:
         with contextlib.suppress(FileNotFoundError):  # somebody else was faster
-            warnings.warn(f"{e}; the run counts as not done, its file is now {set_aside(path).name}", stacklevel=2)
+            warnings.warn(
+                f"{e}; the run counts as not done, its file is now {set_aside(path).name}",
+                stacklevel=2,
+            )
         return None
 
 
@@ -617,7 +808,11 @@ def read_records(results: Path | None = None) -> list[dict]:
     for stranger in [p for p in paths if not is_name(p.parent.name, p.stem)]:
         warnings.warn(f"{stranger} has not the name of a record: skipped", stacklevel=2)
         paths.remove(stranger)
-    return [r for p in paths if (r := trusted_record(run_path(results, p.parent.name, p.stem))) is not None]
+    return [
+        r
+        for p in paths
+        if (r := trusted_record(run_path(results, p.parent.name, p.stem))) is not None
+    ]
 
 # %% ../../nbs/16_experiments.ipynb #73635101
 SOLVED = {"adding": ("loss", 0.05)}  # task -> (column of the curve, threshold), Table 1
@@ -628,7 +823,11 @@ def solved_step(task: str, curve: list[dict]) -> dict | None:
     if task not in SOLVED:
         return None
     column, threshold = SOLVED[task]
-    steps = [row["step"] for row in curve if row.get(column) is not None and row[column] <= threshold]
+    steps = [
+        row["step"]
+        for row in curve
+        if row.get(column) is not None and row[column] <= threshold
+    ]
     return {"column": column, "threshold": threshold, "step": steps[0] if steps else None}
 
 # %% ../../nbs/16_experiments.ipynb #00970743
@@ -682,20 +881,19 @@ def make_record(
     return {**record, "sha256": content_hash(record)}
 
 # %% ../../nbs/16_experiments.ipynb #bd6e54f6
-def write_record(
-    results: Path,
-    record: dict,
-    curve: list[dict],
-) -> Path:
+def write_record(results: Path, record: dict, curve: list[dict]) -> Path:
     "Write a run's curve, then its record, each in one step: where the record is, the curve is whole. Returns the record's path."
     from wave_rnns.core import atomic_write
 
     path = run_path(results, record["config"]["task"], record["key"])
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(
-        run_path(results, record["config"]["task"], record["key"], ".csv"), curve_text(thin(curve, record["best_step"]))
+        run_path(results, record["config"]["task"], record["key"], ".csv"),
+        curve_text(thin(curve, record["best_step"])),
     )
-    return atomic_write(path, json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return atomic_write(
+        path, json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    )
 
 
 def write_weights(results: Path, run: Run, weights: dict) -> Path:
@@ -717,7 +915,10 @@ def record_of(results: Path, run: Run) -> dict | None:
     record = trusted_record(run.path(results))
     if record is None:
         return None
-    then, now = ({k: v for k, v in c.items() if k not in WORDS} for c in (record["config"], to_config(run.experiment)))
+    then, now = (
+        {k: v for k, v in c.items() if k not in WORDS}
+        for c in (record["config"], to_config(run.experiment))
+    )
     changed = [
         f"{k}: {then[k]!r} then, {now.get(k)!r} now"
         for k in then
@@ -730,7 +931,12 @@ def record_of(results: Path, run: Run) -> dict | None:
     return record
 
 # %% ../../nbs/16_experiments.ipynb #80cf7511
-OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # what a run may choose for itself inside a population
+OWN_SETTINGS = (
+    "lr",
+    "clip",
+    "drop_factor",
+    "drop_every",
+)  # what a run may choose for itself inside a population
 
 
 def check_population(runs: list[Run]) -> None:
@@ -739,7 +945,10 @@ def check_population(runs: list[Run]) -> None:
 
     if not runs:
         raise ConfigError("no runs to train")
-    first, *others = ({k: v for k, v in decisive(r.experiment).items() if k not in OWN_SETTINGS} for r in runs)
+    first, *others = (
+        {k: v for k, v in decisive(r.experiment).items() if k not in OWN_SETTINGS}
+        for r in runs
+    )
     for run, other in zip(runs[1:], others, strict=True):
         if other != first:
             different = sorted(k for k in {*first, *other} if first.get(k) != other.get(k))
@@ -765,13 +974,20 @@ class Spaced:
     "A checkpoint that is written at most once in `seconds`, but always at the end, and when `now()` says so."
 
     def __init__(self, checkpoint, seconds: float, now):
-        self.checkpoint, self.seconds, self.now, self.last = checkpoint, seconds, now, time.monotonic()
+        self.checkpoint, self.seconds, self.now, self.last = (
+            checkpoint,
+            seconds,
+            now,
+            time.monotonic(),
+        )
 
     def load(self):
         return self.checkpoint.load()
 
     def save(self, tensors: dict, meta: dict) -> None:
-        over = meta["history"]["step"] == meta["facts"]["steps"] or not meta["history"]["running"]
+        over = (
+            meta["history"]["step"] == meta["facts"]["steps"] or not meta["history"]["running"]
+        )
         if over or self.now() or time.monotonic() - self.last >= self.seconds:
             self.checkpoint.save(tensors, meta)
             self.last = time.monotonic()
@@ -842,7 +1058,9 @@ def claimed(
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
                 if isinstance(lock, SoftFileLock):  # a lock that nobody takes back
-                    raise ConfigError(f"{folder} is on a file system without locks: put the results on another one")
+                    raise ConfigError(
+                        f"{folder} is on a file system without locks: put the results on another one"
+                    )
                 held.append((run, lock))
             if whole and not lock.is_locked:
                 break
@@ -876,7 +1094,9 @@ def train(
         with claimed(results, group) as ours:
             if missing := [run.key for run in group if run not in ours]:
                 name = group[0].experiment.name
-                raise WaveRNNError(f"another process is training {name} (run {', '.join(missing)}): wait for it")
+                raise WaveRNNError(
+                    f"another process is training {name} (run {', '.join(missing)}): wait for it"
+                )
             train_group(group, results, device, resume, **options)
     return [read_record(run.path(results)) for run in runs]
 
@@ -896,7 +1116,9 @@ def train_group(
         group, folder = left, population_folder(results, left)
     if left:
         folder.mkdir(parents=True, exist_ok=True)
-        for run, (record, curve, weights) in zip(group, fit_group(group, folder, device, **options), strict=True):
+        for run, (record, curve, weights) in zip(
+            group, fit_group(group, folder, device, **options), strict=True
+        ):
             if run in left:
                 write_weights(results, run, weights)
                 write_record(results, record, curve)
@@ -922,18 +1144,42 @@ def fit_group(
     e, device = runs[0].experiment, checked_device(device)
     task = make_task(e.task, **e.task_options)
     rhythm = rhythm_of(e, task)
-    settings = [RunSettings(run.seed, *(getattr(run.experiment, name) for name in OWN_SETTINGS)) for run in runs]
+    settings = [
+        RunSettings(run.seed, *(getattr(run.experiment, name) for name in OWN_SETTINGS))
+        for run in runs
+    ]
     atomic_write(folder / "runs.json", json.dumps([run.key for run in runs]))
     ask = Once(interrupt or (lambda: False))
-    checkpoint = Spaced(CheckpointFile(folder / "population.safetensors"), checkpoint_seconds, lambda: ask.said)
+    checkpoint = Spaced(
+        CheckpointFile(folder / "population.safetensors"), checkpoint_seconds, lambda: ask.said
+    )
     hundredth = rhythm["log_every"] * math.ceil(rhythm["steps"] / 100 / rhythm["log_every"])
-    often = {"checkpoint": checkpoint, "checkpoint_every": hundredth, "interrupt": ask, "watch": watch}
+    often = {
+        "checkpoint": checkpoint,
+        "checkpoint_every": hundredth,
+        "interrupt": ask,
+        "watch": watch,
+    }
     facts = {"recipe": RECIPE}
     try:
-        results = fit(task, e.model, settings, **rhythm, device=device, progress=progress, **often, about=facts)
+        results = fit(
+            task,
+            e.model,
+            settings,
+            **rhythm,
+            device=device,
+            progress=progress,
+            **often,
+            about=facts,
+        )
     except ResumeRefused as refused:
-        raise ResumeRefused(f"{refused} (the checkpoint is in {folder}; delete this folder to begin anew)") from None
-    records = [make_record(run, r, task, rhythm, len(runs), device.type) for run, r in zip(runs, results, strict=True)]
+        raise ResumeRefused(
+            f"{refused} (the checkpoint is in {folder}; delete this folder to begin anew)"
+        ) from None
+    records = [
+        make_record(run, r, task, rhythm, len(runs), device.type)
+        for run, r in zip(runs, results, strict=True)
+    ]
     return [(record, r.curve, r.weights) for record, r in zip(records, results, strict=True)]
 
 # %% ../../nbs/16_experiments.ipynb #05f21be6
@@ -942,10 +1188,16 @@ def rhythm_of(experiment: Experiment, task) -> dict:
     from wave_rnns.core import ConfigError
 
     if experiment.epochs and task.steps_per_epoch is None:
-        raise ConfigError(f"experiment {experiment.name!r}: {task.name} has no epochs, give its length in steps")
+        raise ConfigError(
+            f"experiment {experiment.name!r}: {task.name} has no epochs, give its length in steps"
+        )
     eval_every = experiment.eval_every or task.steps_per_epoch
     steps = experiment.steps or experiment.epochs * task.steps_per_epoch
-    return {"steps": steps, "eval_every": eval_every, "log_every": experiment.log_every or eval_every}
+    return {
+        "steps": steps,
+        "eval_every": eval_every,
+        "log_every": experiment.log_every or eval_every,
+    }
 
 
 def checked_device(name: str | None):
@@ -973,7 +1225,9 @@ def answer(work):
         if not is_cli(outer):
             return work(*args, **kwargs)
         name = Path(sys.argv[0]).name
-        warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"{name}: warning: {message}", file=sys.stderr
+        )
         try:
             work(*args, **kwargs)
             sys.stdout.flush()
@@ -991,7 +1245,9 @@ def answer(work):
             return getattr(e, "exit_code", 1)
         return 0
 
-    outer = SimpleNamespace(__wrapped__=command)  # `nbdev_test` is a command too: ask whether it is this one that runs
+    outer = SimpleNamespace(
+        __wrapped__=command
+    )  # `nbdev_test` is a command too: ask whether it is this one that runs
     return command
 
 
@@ -1011,7 +1267,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not low <= high < low + 10_000:
-            raise usage_error(f"--seeds {text}: expected whole numbers like 0,1 or a range like 0-4")
+            raise usage_error(
+                f"--seeds {text}: expected whole numbers like 0,1 or a range like 0-4"
+            )
         seeds += range(low, high + 1)
     return tuple(dict.fromkeys(seeds))
 
@@ -1061,7 +1319,11 @@ def line_of(record: dict) -> str:
         if metric.endswith("accuracy")
         else f"test {metric} {value:.3g}"
     )
-    end = f"diverged at step {record['diverged_step']:,}" if record["status"] == "diverged" else record["status"]
+    end = (
+        f"diverged at step {record['diverged_step']:,}"
+        if record["status"] == "diverged"
+        else record["status"]
+    )
     return f"{record['experiment']} seed {record['seed']}: {end}; {text} at step {record['best_step'] or 0:,} of {record['steps']:,}; {record['seconds']:,.0f} s"
 
 
@@ -1076,15 +1338,27 @@ def show_experiments() -> None:
 @answer
 def wrnn_train(
     experiment: Param(
-        "a declared name (--list), a pattern like 'copy80_*', or a JSON file", str, opt=False, nargs="?"
+        "a declared name (--list), a pattern like 'copy80_*', or a JSON file",
+        str,
+        opt=False,
+        nargs="?",
     ) = None,
-    seeds: Param("runs to train, like 0,1 or 0-4; default: those the experiment declares", str) = None,
+    seeds: Param(
+        "runs to train, like 0,1 or 0-4; default: those the experiment declares", str
+    ) = None,
     device: Param("cpu, cuda or cuda:1; default: a GPU where there is one", str) = None,
-    results: Param("folder for records and checkpoints; default: nbs/results of this checkout", str) = None,
+    results: Param(
+        "folder for records and checkpoints; default: nbs/results of this checkout", str
+    ) = None,
     resume: Param(
-        "skip what is done and go on from checkpoints; 'no' begins anew", bool_arg, nargs="?", const=True
+        "skip what is done and go on from checkpoints; 'no' begins anew",
+        bool_arg,
+        nargs="?",
+        const=True,
     ) = True,
-    together: Param("seeds trained in one loop; 0 is all (lower it if memory runs out)", int) = 0,
+    together: Param(
+        "seeds trained in one loop; 0 is all (lower it if memory runs out)", int
+    ) = 0,
     list: Param("show what is declared, and stop", bool) = False,
 ):
     """Train the runs of an experiment, and write one record for each.
@@ -1094,14 +1368,26 @@ def wrnn_train(
     if list:
         return show_experiments()
     if experiment is None:
-        raise usage_error("which experiment? wrnn_train --list shows all, wrnn_train --help explains")
+        raise usage_error(
+            "which experiment? wrnn_train --list shows all, wrnn_train --help explains"
+        )
     from wave_rnns.paper.checkpoints import listen_for
 
-    folder, only = Path(results) if results else results_root(), parse_seeds(seeds) if seeds is not None else None
+    folder, only = (
+        Path(results) if results else results_root(),
+        parse_seeds(seeds) if seeds is not None else None,
+    )
     records = []
     with listen_for() as asked:
         for e in select(experiment):
-            new = train([Run(e, seed) for seed in only or e.seeds], folder, device, resume, together, interrupt=asked)
+            new = train(
+                [Run(e, seed) for seed in only or e.seeds],
+                folder,
+                device,
+                resume,
+                together,
+                interrupt=asked,
+            )
             records += new
             if is_cli(wrnn_train):
                 print("\n".join(map(line_of, new)), flush=True)
@@ -1117,14 +1403,19 @@ def todo(
     "What is declared and not done, and what is done."
     runs = [Run(e, seed) for e in select(pattern) for seed in e.seeds]
     done = {run.key for run in runs if record_of(results, run) is not None}
-    return [run for run in runs if run.key not in done], [run for run in runs if run.key in done]
+    return [run for run in runs if run.key not in done], [
+        run for run in runs if run.key in done
+    ]
 
 
 @call_parse
 @answer
 def wrnn_todo(
     experiment: Param(
-        "only these: a declared name, a pattern like 'copy80_*', or a JSON file", str, opt=False, nargs="?"
+        "only these: a declared name, a pattern like 'copy80_*', or a JSON file",
+        str,
+        opt=False,
+        nargs="?",
     ) = "*",
     results: Param("folder of the records; default: nbs/results of this checkout", str) = None,
 ):

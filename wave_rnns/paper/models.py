@@ -42,7 +42,9 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ConfigError(f"unknown model kind {self.kind!r}: choose one of {', '.join(KINDS)}")
+            raise ConfigError(
+                f"unknown model kind {self.kind!r}: choose one of {', '.join(KINDS)}"
+            )
         if self.readout not in ("linear", "mlp"):
             raise ConfigError(f"unknown readout {self.readout!r}: choose 'linear' or 'mlp'")
         for name in ("input_size", "output_size", "n", "c"):
@@ -124,10 +126,14 @@ def build_model(
                 if config.kind == "local"
                 else WaveRNN(config.input_size, config.n, precision=config.precision, **rings)
             )
-        W = (StepsLinear if config.every_step else nn.Linear)(layer.hidden_size, config.output_size)
+        W = (StepsLinear if config.every_step else nn.Linear)(
+            layer.hidden_size, config.output_size
+        )
         if config.readout == "mlp":
             W = nn.Sequential(
-                nn.Linear(layer.hidden_size, MLP_READOUT), nn.ReLU(), nn.Linear(MLP_READOUT, config.output_size)
+                nn.Linear(layer.hidden_size, MLP_READOUT),
+                nn.ReLU(),
+                nn.Linear(MLP_READOUT, config.output_size),
             )
         return SequenceModel(layer, W, config.every_step)
 
@@ -140,4 +146,8 @@ def count_parameters(
     biases: bool = True,  # False: weights only, as some of the paper's counts are
 ) -> int:
     "Number of parameters."
-    return sum(p.numel() for name, p in module.named_parameters() if biases or name.split(".")[-1] not in BIASES)
+    return sum(
+        p.numel()
+        for name, p in module.named_parameters()
+        if biases or name.split(".")[-1] not in BIASES
+    )

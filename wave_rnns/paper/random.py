@@ -22,7 +22,10 @@ def signed64(word: int) -> int:
 GOLDEN = signed64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, made odd
 
 # %% ../../nbs/10_random.ipynb #542b73fc
-MIX_1, MIX_2 = signed64(0xBF58476D1CE4E5B9), signed64(0x94D049BB133111EB)  # SplitMix64's a_1 and a_2
+MIX_1, MIX_2 = (
+    signed64(0xBF58476D1CE4E5B9),
+    signed64(0x94D049BB133111EB),
+)  # SplitMix64's a_1 and a_2
 
 
 def splitmix(
@@ -37,24 +40,32 @@ def splitmix(
     return z.bitwise_right_shift_(64 - bits).bitwise_and_(2**bits - 1)
 
 # %% ../../nbs/10_random.ipynb #a85f4b10
-SEED_STRIDE, STREAM_STRIDE = signed64(0xD1342543DE82EF95), 0x2545F4914F6CDD1D  # odd and unrelated
+SEED_STRIDE, STREAM_STRIDE = (
+    signed64(0xD1342543DE82EF95),
+    0x2545F4914F6CDD1D,
+)  # odd and unrelated
 
 
 def counter_key(
     seed: torch.Tensor,  # int64 [R], one a run
-    step: int | torch.Tensor,  # an int, or a 0-dim int64 tensor where a CUDA graph counts the steps
+    step: int
+    | torch.Tensor,  # an int, or a 0-dim int64 tensor where a CUDA graph counts the steps
     stream: int,  # which use of randomness this is
 ) -> torch.Tensor:  # int64 [R]
     "Where each run starts to read at this step. Raises `ConfigError` for another type or shape."
     if seed.dtype != torch.int64 or seed.dim() != 1:
-        raise ConfigError(f"seed: expected an int64 tensor of shape [R], got {seed.dtype} of shape {list(seed.shape)}")
+        raise ConfigError(
+            f"seed: expected an int64 tensor of shape [R], got {seed.dtype} of shape {list(seed.shape)}"
+        )
     offset = stream * STREAM_STRIDE
     if not isinstance(step, torch.Tensor):
         offset = signed64(offset + step * GOLDEN)
     elif step.dtype == torch.int64 and step.dim() == 0:
         offset = step * GOLDEN + signed64(offset)
     else:
-        raise ConfigError(f"step: expected an int or a 0-dim int64 tensor, got {step.dtype} {list(step.shape)}")
+        raise ConfigError(
+            f"step: expected an int or a 0-dim int64 tensor, got {step.dtype} {list(step.shape)}"
+        )
     z = seed * SEED_STRIDE + offset
     return (z ^ (z >> 32 & 2**32 - 1)) * MIX_1
 
@@ -67,7 +78,9 @@ def counter_bits(
     bits: int = 32,  # length of a word, 1 to 63
 ) -> torch.Tensor:  # int64 [R, *shape] in [0, 2^bits)
     "Random words, a pure function of (seed, stream, step, position): the same on every device, no state anywhere."
-    return splitmix(counter_key(seed, step, stream), math.prod(shape), bits).view(len(seed), *shape)
+    return splitmix(counter_key(seed, step, stream), math.prod(shape), bits).view(
+        len(seed), *shape
+    )
 
 
 def counter_uniform(
@@ -91,7 +104,12 @@ def counter_integers(
     "Integers in [low, high): a 32-bit word scaled by the span, so a value's chance is off by less than 2^-32."
     if not 0 < high - low <= 2**31:
         raise ConfigError(f"high - low: expected 1 to 2^31, got {high - low}")
-    return counter_bits(seed, step, shape, stream).mul_(high - low).bitwise_right_shift_(32).add_(low)
+    return (
+        counter_bits(seed, step, shape, stream)
+        .mul_(high - low)
+        .bitwise_right_shift_(32)
+        .add_(low)
+    )
 
 
 def counter_permutation(

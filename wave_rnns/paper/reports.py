@@ -63,7 +63,9 @@ class Outcome:
     values: tuple = ()  # one per run that has the number
     seeds: tuple = ()  # the same runs' seeds
     diverged: int = 0  # runs without a number because they diverged
-    without: int = 0  # other runs without a number, for instance adding runs that never solved the task
+    without: int = (
+        0  # other runs without a number, for instance adding runs that never solved the task
+    )
     paper: float | None = None  # what the paper prints
 
     @property
@@ -90,7 +92,9 @@ class Outcome:
     def __format__(self, spec) -> str:
         if not self.n:
             return "–"
-        return show(self.mean, self.measure) + (f" ± {show(self.half, self.measure)}" if self.n > 1 else "")
+        return show(self.mean, self.measure) + (
+            f" ± {show(self.half, self.measure)}" if self.n > 1 else ""
+        )
 
     __str__ = functools.partialmethod(__format__, "")
 
@@ -108,14 +112,22 @@ def show(value: float | None, measure: str = "", sign: bool = False) -> str:
     if measure in ("parameters", "solved_step"):
         return f"{plus}{value:,.0f}".replace("-", "−")
     mantissa, _, exponent = f"{value:.1e}".partition("e")
-    text = f"{value:.3g}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{mantissa}e{int(exponent)}"
+    text = (
+        f"{value:.3g}"
+        if 0.01 <= abs(value) < 1000 or value == 0
+        else f"{mantissa}e{int(exponent)}"
+    )
     return plus + (text.replace("-", "−", 1) if value < 0 else text)
 
 
 def as_printed(value: float | None, measure: str = "") -> str:
     "A number of the paper with the digits that the paper prints: 97.6, 4e-6, 68,000."
     if value is None or not 0 < abs(value) < 0.01:
-        return f"{value:.1f}" if value is not None and PERCENT.search(measure) else show(value, measure)
+        return (
+            f"{value:.1f}"
+            if value is not None and PERCENT.search(measure)
+            else show(value, measure)
+        )
     mantissa, _, exponent = f"{value:.0e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -133,7 +145,9 @@ def measured(record: dict, measure: str) -> float | None:
 def records_of(experiment: Experiment | str, records: list[dict]) -> list[dict]:
     "The records of an experiment's runs at today's recipe, by seed."
     e = EXPERIMENTS[experiment] if isinstance(experiment, str) else experiment
-    return sorted((r for r in records if r["key"] == run_key(e, r["seed"])), key=lambda r: r["seed"])
+    return sorted(
+        (r for r in records if r["key"] == run_key(e, r["seed"])), key=lambda r: r["seed"]
+    )
 
 
 def outcome(
@@ -149,7 +163,9 @@ def outcome(
     known = [(r["seed"], v) for r in finished if (v := measured(r, measure)) is not None]
     seeds, values = zip(*known, strict=True) if known else ((), ())
     printed = paper_number(name, measure, paper)
-    return Outcome(measure, values, seeds, len(found) - len(finished), len(finished) - len(known), printed)
+    return Outcome(
+        measure, values, seeds, len(found) - len(finished), len(finished) - len(known), printed
+    )
 
 # %% ../../nbs/18_reports.ipynb #d771e6ee
 def paper_numbers(results: Path | None = None) -> list[dict]:
@@ -159,17 +175,24 @@ def paper_numbers(results: Path | None = None) -> list[dict]:
     folders = [Path(f) for f in (results, shipped_results(), results_root()) if f is not None]
     path = next((f / "paper.json" for f in folders if (f / "paper.json").exists()), None)
     if path is None:
-        raise RecordError(f"no paper.json in {', '.join(map(str, folders))}: run inside a clone of the repository")
+        raise RecordError(
+            f"no paper.json in {', '.join(map(str, folders))}: run inside a clone of the repository"
+        )
     try:
         return from_json(read_small(path))["numbers"]
     except (ValueError, KeyError, TypeError) as e:
         raise RecordError(f"{path} cannot be read ({e}): restore it with git checkout") from e
 
 
-def paper_number(experiment: str, measure: str, paper: list[dict], origin: str = "paper") -> float | None:
+def paper_number(
+    experiment: str, measure: str, paper: list[dict], origin: str = "paper"
+) -> float | None:
     "The number the paper prints for one of our experiments, or None."
     key = (experiment, measure, origin)
-    return next((p["value"] for p in paper if (p["experiment"], p["measure"], p["origin"]) == key), None)
+    return next(
+        (p["value"] for p in paper if (p["experiment"], p["measure"], p["origin"]) == key),
+        None,
+    )
 
 # %% ../../nbs/18_reports.ipynb #05dec78f
 def markdown(
@@ -178,7 +201,13 @@ def markdown(
 ) -> str:
     "A Markdown table; the first column is flush left, the others right."
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |"
+            for line in lines
+        )
+        + "\n"
+    )
 
 
 def runs_cell(*outcomes: Outcome) -> str:
@@ -202,13 +231,38 @@ def table_1(records: list[dict], paper: list[dict]) -> str:
     rows = []
     for family, label in (("irnn", "iRNN n=100"), ("wrnn", "wRNN n=100, c=27")):
         for T in (100, 200, 400, 700, 1000):
-            mse, solved = (outcome(f"adding{T}_{family}", m, records, paper) for m in ("mse", "solved_step"))
-            printed = "not solved" if solved.paper is None else as_printed(solved.paper, "solved_step")
+            mse, solved = (
+                outcome(f"adding{T}_{family}", m, records, paper)
+                for m in ("mse", "solved_step")
+            )
+            printed = (
+                "not solved"
+                if solved.paper is None
+                else as_printed(solved.paper, "solved_step")
+            )
             difference = show(mse.difference, "mse", sign=True)
             rows.append(
-                [label, T, as_printed(mse.paper), mse, difference, printed, solved_cell(solved), runs_cell(mse)]
+                [
+                    label,
+                    T,
+                    as_printed(mse.paper),
+                    mse,
+                    difference,
+                    printed,
+                    solved_cell(solved),
+                    runs_cell(mse),
+                ]
             )
-    header = ["model", "T", "paper MSE", "our MSE", "ours − paper", "paper: steps to solve", "ours", "runs"]
+    header = [
+        "model",
+        "T",
+        "paper MSE",
+        "our MSE",
+        "ours − paper",
+        "paper: steps to solve",
+        "ours",
+        "runs",
+    ]
     return "# Table 1: adding\n\n" + markdown(header, rows)
 
 
@@ -231,35 +285,89 @@ def table_4(records: list[dict], paper: list[dict]) -> str:
         for T in (0, 10, 30, 80):
             name = f"copy{T}_{row}"
             scaled, entropy, recall = (
-                outcome(name, m, records, paper) for m in ("paper_scale", "cross_entropy", "accuracy")
+                outcome(name, m, records, paper)
+                for m in ("paper_scale", "cross_entropy", "accuracy")
             )
             difference = show(scaled.difference, "", sign=True)
-            rows.append([label, T, as_printed(scaled.paper), scaled, difference, entropy, recall, runs_cell(scaled)])
-    header = ["model", "T", "paper", "ours, same scale", "ours − paper", "cross-entropy per token", "recall %", "runs"]
+            rows.append(
+                [
+                    label,
+                    T,
+                    as_printed(scaled.paper),
+                    scaled,
+                    difference,
+                    entropy,
+                    recall,
+                    runs_cell(scaled),
+                ]
+            )
+    header = [
+        "model",
+        "T",
+        "paper",
+        "ours, same scale",
+        "ours − paper",
+        "cross-entropy per token",
+        "recall %",
+        "runs",
+    ]
     return "# Table 4: copy, ablation of the initialisation\n\n" + markdown(header, rows)
 
 # %% ../../nbs/18_reports.ipynb #530acecc
-def accuracy_rows(task: str, table: str, ours: dict[str, str], records: list[dict], paper: list[dict]) -> list[list]:
+def accuracy_rows(
+    task: str, table: str, ours: dict[str, str], records: list[dict], paper: list[dict]
+) -> list[list]:
     "One line a model: first ours (experiment -> label), then what the paper cites."
     rows = []
     for name, label in ours.items():
         o, parameters = (outcome(name, m, records, paper) for m in ("accuracy", "parameters"))
-        rerun = next((p for p in paper if (p["experiment"], p["origin"]) == (name, "rerun")), None)
+        rerun = next(
+            (p for p in paper if (p["experiment"], p["origin"]) == (name, "rerun")), None
+        )
         rerun = f"{rerun['value']:.2f} ± {rerun['spread']:.2f}" if rerun else "–"
         printed = [
             as_printed(parameters.paper, "parameters"),
             show(parameters.mean, "parameters"),
             as_printed(o.paper, "accuracy"),
         ]
-        rows.append([label, *printed, o, show(o.difference, "accuracy", sign=True), runs_cell(o), rerun])
+        rows.append(
+            [
+                label,
+                *printed,
+                o,
+                show(o.difference, "accuracy", sign=True),
+                runs_cell(o),
+                rerun,
+            ]
+        )
     for p in paper:
         if (p["task"], p["origin"], p["experiment"]) == (task, "rerun", None):
-            rows.append([f"{p['model']} (the rerun's own)", *"––––––", f"{p['value']:.2f} ± {p['spread']:.2f}"])
-    cited = [p for p in paper if (p["table"], p["task"], p["origin"]) == (table, task, "cited")]
-    count = {p["model"]: as_printed(p["value"], "parameters") for p in cited if p["measure"] == "parameters"}
+            rows.append(
+                [
+                    f"{p['model']} (the rerun's own)",
+                    *"––––––",
+                    f"{p['value']:.2f} ± {p['spread']:.2f}",
+                ]
+            )
+    cited = [
+        p for p in paper if (p["table"], p["task"], p["origin"]) == (table, task, "cited")
+    ]
+    count = {
+        p["model"]: as_printed(p["value"], "parameters")
+        for p in cited
+        if p["measure"] == "parameters"
+    }
     for p in cited:
         if p["measure"] == "accuracy":
-            rows.append([p["model"] + " (cited)", count[p["model"]], "–", as_printed(p["value"], "accuracy"), *"––––"])
+            rows.append(
+                [
+                    p["model"] + " (cited)",
+                    count[p["model"]],
+                    "–",
+                    as_printed(p["value"], "accuracy"),
+                    *"––––",
+                ]
+            )
     return rows
 
 
@@ -279,23 +387,35 @@ def table_2(records: list[dict], paper: list[dict]) -> str:
     "Table 2, pixel MNIST in order and permuted, and what the choice of the permutation does."
     parts = ["# Table 2: sequential MNIST\n"]
     for task in ("smnist", "psmnist"):
-        ours = {f"{task}_irnn": "iRNN n=256", f"{task}_wrnn": "wRNN n=256, c=16", f"{task}_wrnn_mlp": "wRNN + MLP"}
+        ours = {
+            f"{task}_irnn": "iRNN n=256",
+            f"{task}_wrnn": "wRNN n=256, c=16",
+            f"{task}_wrnn_mlp": "wRNN + MLP",
+        }
         extra = (
-            {"smnist_fc": "all pixels at once: 784-256-10", "smnist_cpu": "wRNN n=784, c=2, on a CPU"}
+            {
+                "smnist_fc": "all pixels at once: 784-256-10",
+                "smnist_cpu": "wRNN n=784, c=2, on a CPU",
+            }
             if task == "smnist"
             else {}
         )
         rows = accuracy_rows(task, "Table 2", {**ours, **extra}, records, paper)
         parts.append(
-            f"## {'psMNIST, permutation torch12008' if task == 'psmnist' else 'sMNIST'}\n\n" + markdown(ACCURACY, rows)
+            f"## {'psMNIST, permutation torch12008' if task == 'psmnist' else 'sMNIST'}\n\n"
+            + markdown(ACCURACY, rows)
         )
     rows = []
     for permutation in ("torch12008", "torch5544", "numpy92916", "bitreversal"):
         suffix = "" if permutation == "torch12008" else f"_{permutation}"
-        o = [outcome(f"psmnist_{family}{suffix}", "accuracy", records) for family in ("wrnn", "irnn")]
+        o = [
+            outcome(f"psmnist_{family}{suffix}", "accuracy", records)
+            for family in ("wrnn", "irnn")
+        ]
         rows.append([permutation, o[0], runs_cell(o[0]), o[1], runs_cell(o[1])])
     parts.append(
-        "## psMNIST: four permutations\n\n" + markdown(["permutation", "wRNN %", "runs", "iRNN %", "runs"], rows)
+        "## psMNIST: four permutations\n\n"
+        + markdown(["permutation", "wRNN %", "runs", "iRNN %", "runs"], rows)
     )
     return "\n".join(parts)
 
@@ -322,8 +442,19 @@ def selection_table(names: list[str], records: list[dict]) -> str:
                 Outcome("accuracy", tuple(100 * r[when]["accuracy"] for r in found))
                 for when in ("test_best", "test_final")
             )
-            rows.append([name, chosen, last, show(chosen.mean - last.mean, "accuracy", sign=True), len(found)])
-    return markdown(["experiment", "chosen by validation %", "last step %", "difference", "runs"], rows or [["–"] * 5])
+            rows.append(
+                [
+                    name,
+                    chosen,
+                    last,
+                    show(chosen.mean - last.mean, "accuracy", sign=True),
+                    len(found),
+                ]
+            )
+    return markdown(
+        ["experiment", "chosen by validation %", "last step %", "difference", "runs"],
+        rows or [["–"] * 5],
+    )
 
 
 def without_title(table: str) -> str:
@@ -351,8 +482,12 @@ def summary_table(records: list[dict], paper: list[dict]) -> str:
     "One line a task: the wRNN and the iRNN, the paper's numbers and ours."
     rows = []
     for task, measure in SUMMARY.items():
-        wave, bump = (outcome(f"{task}_{family}", measure, records, paper) for family in ("wrnn", "irnn"))
-        cells = [x for o in (wave, bump) for x in (as_printed(o.paper, measure), o, runs_cell(o))]
+        wave, bump = (
+            outcome(f"{task}_{family}", measure, records, paper) for family in ("wrnn", "irnn")
+        )
+        cells = [
+            x for o in (wave, bump) for x in (as_printed(o.paper, measure), o, runs_cell(o))
+        ]
         rows.append([TASK_LABELS[task], *cells])
     header = ["task", "wRNN, paper", "wRNN, ours", "runs", "iRNN, paper", "iRNN, ours", "runs"]
     return "# Summary\n\n" + markdown(header, rows)
@@ -367,9 +502,18 @@ def short_commit(environment: dict, unknown: str = "–") -> str:
 def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
     "Every record: what ran, how it ended, on what."
     rows = []
-    for r in sorted(records, key=lambda r: (r["config"].get("task", ""), r["experiment"], r["seed"], r["key"])):
-        metric, environment, together = r.get("metric", ""), r.get("environment", {}), r.get("together", 1)
-        end = r["status"] + (f" at {r['diverged_step']:,}" if r.get("diverged_step") is not None else "")
+    for r in sorted(
+        records,
+        key=lambda r: (r["config"].get("task", ""), r["experiment"], r["seed"], r["key"]),
+    ):
+        metric, environment, together = (
+            r.get("metric", ""),
+            r.get("environment", {}),
+            r.get("together", 1),
+        )
+        end = r["status"] + (
+            f" at {r['diverged_step']:,}" if r.get("diverged_step") is not None else ""
+        )
         seconds = (
             "–"
             if r.get("seconds") is None
@@ -389,8 +533,19 @@ def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
                 r["key"],
             ]
         )
-    header = ["experiment", "seed", "ended", "test, at the chosen step", "seconds", "machine", "commit", "key"]
-    return "# All runs\n\n" + (markdown(header, rows) if rows else "No run has left a record yet.\n")
+    header = [
+        "experiment",
+        "seed",
+        "ended",
+        "test, at the chosen step",
+        "seconds",
+        "machine",
+        "commit",
+        "key",
+    ]
+    return "# All runs\n\n" + (
+        markdown(header, rows) if rows else "No run has left a record yet.\n"
+    )
 
 
 TABLES = {
@@ -408,14 +563,18 @@ def curves_of(
     column: str,  # of the curve files: 'loss', 'valid_accuracy', ...
     records: list[dict],
     results: Path,
-) -> dict[int, list[tuple[float, float]]]:  # seed -> (step, value) where there is a value; accuracies in %
+) -> dict[
+    int, list[tuple[float, float]]
+]:  # seed -> (step, value) where there is a value; accuracies in %
     "Each run's curve, diverged runs too."
     curves = {}
     for r in records_of(experiment, records):
         path = run_path(results, r["config"]["task"], r["key"], ".csv")
         rows = read_curve(path)[0] if path.exists() else []
         scale = 100 if PERCENT.search(column) else 1
-        curves[r["seed"]] = [(row["step"], scale * row[column]) for row in rows if row.get(column) is not None]
+        curves[r["seed"]] = [
+            (row["step"], scale * row[column]) for row in rows if row.get(column) is not None
+        ]
     return curves
 
 
@@ -451,14 +610,30 @@ def draw_curves(
     for label, (experiment, color) in experiments.items():
         curves = curves_of(experiment, column, records, results)
         for curve in curves.values():
-            ax.plot(*zip(*curve, strict=True) if curve else ((), ()), color=color, lw=0.7, alpha=0.5)
-        steps, mean, low, high = zip(*points, strict=True) if (points := band(curves, log)) else ((), (), (), ())
-        ax.plot(steps, mean, color=color, lw=1.8, label=f"{label} ({len(curves)} run{'s' * (len(curves) != 1)})")
+            ax.plot(
+                *zip(*curve, strict=True) if curve else ((), ()),
+                color=color,
+                lw=0.7,
+                alpha=0.5,
+            )
+        steps, mean, low, high = (
+            zip(*points, strict=True) if (points := band(curves, log)) else ((), (), (), ())
+        )
+        ax.plot(
+            steps,
+            mean,
+            color=color,
+            lw=1.8,
+            label=f"{label} ({len(curves)} run{'s' * (len(curves) != 1)})",
+        )
         ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
         name = experiment if isinstance(experiment, str) else experiment.name
         if (printed := paper_number(name, measure, paper)) is not None:
             ax.axhline(printed, color=color, ls="--", lw=1)
-    ax.set(xlabel="step", ylabel=column.replace("_", " ") + (" %" if PERCENT.search(column) else ""))
+    ax.set(
+        xlabel="step",
+        ylabel=column.replace("_", " ") + (" %" if PERCENT.search(column) else ""),
+    )
     if log:
         ax.set_yscale("log")
     if experiments:
@@ -507,7 +682,11 @@ def finding(
 ) -> str | None:
     "The first sentence whose condition the records meet; None where there is nothing to judge. Raises AssertionError where no sentence fits."
     if any(o.n == 0 for o in outcomes):
-        return f"{about}: no number, every run diverged." if any(o.diverged for o in outcomes if o.n == 0) else None
+        return (
+            f"{about}: no number, every run diverged."
+            if any(o.diverged for o in outcomes if o.n == 0)
+            else None
+        )
     for sentence, holds in cases.items():
         if holds(*outcomes):
             return verdict(sentence, holds, *outcomes)
@@ -545,5 +724,7 @@ def wrnn_tables(
     folder = Path(results) if results else results_root()
     written = write_tables(folder)
     if is_cli(wrnn_tables):
-        print(f"{len(read_records(folder))} records -> {', '.join(p.name for p in written)} in {folder / 'tables'}")
+        print(
+            f"{len(read_records(folder))} records -> {', '.join(p.name for p in written)} in {folder / 'tables'}"
+        )
     return written

@@ -74,7 +74,9 @@ class Grid:
 
     name: str  # letters, digits, underscores
     experiments: tuple  # of Experiment: what is varied
-    axes: dict = field(default_factory=dict)  # setting -> values: {'lr': [1e-3, 1e-4], 'model.n': [100, 625]}
+    axes: dict = field(
+        default_factory=dict
+    )  # setting -> values: {'lr': [1e-3, 1e-4], 'model.n': [100, 625]}
     seeds: tuple = (0,)
     together: int = 64  # runs in one training loop, at most
     source: str = ""  # where the values come from
@@ -82,13 +84,27 @@ class Grid:
     def __post_init__(self):
         from wave_rnns.core import ConfigError
 
-        if not all(isinstance(values, (list, tuple)) and values for values in self.axes.values()):
-            raise ConfigError(f"grid {self.name!r}: axes are lists of values, got {self.axes!r}")
+        if not all(
+            isinstance(values, (list, tuple)) and values for values in self.axes.values()
+        ):
+            raise ConfigError(
+                f"grid {self.name!r}: axes are lists of values, got {self.axes!r}"
+            )
         object.__setattr__(self, "seeds", tuple(self.seeds))
-        size = math.prod(map(len, self.axes.values())) * len(self.experiments) * len(self.seeds)
+        size = (
+            math.prod(map(len, self.axes.values())) * len(self.experiments) * len(self.seeds)
+        )
         wrong = [
-            (size > MOST_RUNS, "axes", f"make {size:,} runs; more than {MOST_RUNS:,} in one grid are a slip"),
-            (not re.fullmatch(r"[A-Za-z0-9_]{1,64}", self.name), "name", "must be letters, digits and underscores"),
+            (
+                size > MOST_RUNS,
+                "axes",
+                f"make {size:,} runs; more than {MOST_RUNS:,} in one grid are a slip",
+            ),
+            (
+                not re.fullmatch(r"[A-Za-z0-9_]{1,64}", self.name),
+                "name",
+                "must be letters, digits and underscores",
+            ),
             (not self.experiments, "experiments", "must name at least one"),
             (
                 any(axis in WORDS for axis in self.axes),
@@ -110,23 +126,42 @@ class Grid:
         ]
         for is_wrong, name, rule in wrong:
             if is_wrong:
-                raise ConfigError(f"grid {self.name!r}: {name} {rule}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"grid {self.name!r}: {name} {rule}, got {getattr(self, name)!r}"
+                )
         self.points()  # raises for a setting that does not exist
 
     def points(self) -> list[tuple[Experiment, dict, Experiment]]:
         "Every combination: what is varied, the settings, and the experiment that comes of it."
-        combinations = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
-        tried = [k for k, values in self.axes.items() if len(values) > 1]  # what never changes is in the grid's name
+        combinations = [
+            dict(zip(self.axes, values, strict=True))
+            for values in itertools.product(*self.axes.values())
+        ]
+        tried = [
+            k for k, values in self.axes.items() if len(values) > 1
+        ]  # what never changes is in the grid's name
         first = [self.name] * (len(tried) < len(self.axes))
         return [
-            (e, settings, varied(e, settings, point_name([*first, e.name], {k: settings[k] for k in tried})))
+            (
+                e,
+                settings,
+                varied(
+                    e, settings, point_name([*first, e.name], {k: settings[k] for k in tried})
+                ),
+            )
             for e in self.experiments
             for settings in combinations
         ]
 
     def runs(self) -> list[Run]:
         "Equation (1), none twice."
-        return list({(r := Run(point, seed)).key: r for *_, point in self.points() for seed in self.seeds}.values())
+        return list(
+            {
+                (r := Run(point, seed)).key: r
+                for *_, point in self.points()
+                for seed in self.seeds
+            }.values()
+        )
 
 # %% ../../nbs/17_sweeps.ipynb #daedc415
 def is_setting(value) -> bool:
@@ -157,7 +192,9 @@ def varied(
 def point_name(names: list[str], settings: dict) -> str:
     "['smnist_wrnn'] with {'lr': 0.001, 'clip': 1} -> 'smnist_wrnn_lr0_001_clip1'."
     values = [
-        f"{path.split('.')[-1]}{v:g}" if type(v) in (int, float) else f"{path.split('.')[-1]}_{v}"
+        f"{path.split('.')[-1]}{v:g}"
+        if type(v) in (int, float)
+        else f"{path.split('.')[-1]}_{v}"
         for path, v in settings.items()
     ]
     return re.sub(r"[^A-Za-z0-9]+", "_", "_".join([*names, *values]))[:64]
@@ -168,7 +205,13 @@ GRIDS: dict[str, dict] = {}
 
 def declare_grid(name: str, experiments: list[str], axes: dict, source: str, **more) -> None:
     "Declare a grid; `experiments` are names or patterns of notebook 16."
-    GRIDS[name] = {"name": name, "experiments": experiments, "axes": axes, "source": source, **more}
+    GRIDS[name] = {
+        "name": name,
+        "experiments": experiments,
+        "axes": axes,
+        "source": source,
+        **more,
+    }
 
 
 SWEPT = "authors' sweep files"
@@ -178,26 +221,44 @@ declare_grid("copy_wrnn", [f"copy{T}_wrnn" for T in COPY], CLIPS, SWEPT)
 declare_grid(
     "copy_irnn",
     [f"copy{T}_irnn" for T in COPY],
-    {**CLIPS, "model.n": [100, 625], "model.U_init": ["identity", "random"], "model.activation": ["relu", "tanh"]},
+    {
+        **CLIPS,
+        "model.n": [100, 625],
+        "model.U_init": ["identity", "random"],
+        "model.activation": ["relu", "tanh"],
+    },
     SWEPT,
 )
 MANY_CLIPS = {"clip": [0, 1, 10, 100, 1000]}
-declare_grid("adding_wrnn", [f"adding{T}_wrnn" for T in ADDING], {**CLIPS, **MANY_CLIPS}, SWEPT)
-declare_grid("adding_irnn", [f"adding{T}_irnn" for T in ADDING], {**CLIPS, **MANY_CLIPS}, SWEPT)
+declare_grid(
+    "adding_wrnn", [f"adding{T}_wrnn" for T in ADDING], {**CLIPS, **MANY_CLIPS}, SWEPT
+)
+declare_grid(
+    "adding_irnn", [f"adding{T}_irnn" for T in ADDING], {**CLIPS, **MANY_CLIPS}, SWEPT
+)
 IMAGES = {"lr": [1e-3, 1e-4, 1e-5]}
 SCHEDULES = {"drop_factor": [10 / 3, 10], "drop_every": [40, 100]}
 for task in ("smnist", "psmnist"):
     for model in ("wrnn", "irnn"):
-        declare_grid(f"{task}_{model}", [f"{task}_{model}"], {**IMAGES, **MANY_CLIPS, **SCHEDULES}, SWEPT)
+        declare_grid(
+            f"{task}_{model}",
+            [f"{task}_{model}"],
+            {**IMAGES, **MANY_CLIPS, **SCHEDULES},
+            SWEPT,
+        )
 declare_grid("nscifar10_wrnn", ["nscifar10_wrnn"], {**IMAGES, "model.n": [144, 256]}, SWEPT)
-declare_grid("nscifar10_irnn", ["nscifar10_irnn"], {**IMAGES, "model.n": [144, 256, 529, 1024]}, SWEPT)
+declare_grid(
+    "nscifar10_irnn", ["nscifar10_irnn"], {**IMAGES, "model.n": [144, 256, 529, 1024]}, SWEPT
+)
 
 # %% ../../nbs/17_sweeps.ipynb #0f4ec735
 def grid_from(config: dict, where: str = "grid", folder: Path = Path()) -> Grid:
     "A grid from plain data. Raises ConfigError for an unknown key, a missing one, or an experiment that does not exist."
     from wave_rnns.core import ConfigError
 
-    check_fields(Grid, {**config, "experiments": ()} if isinstance(config, dict) else config, where)
+    check_fields(
+        Grid, {**config, "experiments": ()} if isinstance(config, dict) else config, where
+    )
     named = config.get("experiments")
     if not isinstance(named, list) or not all(isinstance(e, (str, dict)) for e in named):
         raise ConfigError(
@@ -206,7 +267,9 @@ def grid_from(config: dict, where: str = "grid", folder: Path = Path()) -> Grid:
     found = []
     for e in named:
         file = isinstance(e, str) and e.endswith(".json")
-        found += [from_config(e)] if isinstance(e, dict) else select(str(folder / e) if file else e)
+        found += (
+            [from_config(e)] if isinstance(e, dict) else select(str(folder / e) if file else e)
+        )
     return Grid(**{**config, "experiments": tuple(found)})
 
 
@@ -228,7 +291,9 @@ def find_grid(text: str) -> Grid:
         path = Path(text)
         config = expect_object(path, "with name, experiments and axes")
         if "experiments" in config:
-            return grid_from({"name": re.sub(r"\W+", "_", path.stem)[:64], **config}, str(path), path.parent)
+            return grid_from(
+                {"name": re.sub(r"\W+", "_", path.stem)[:64], **config}, str(path), path.parent
+            )
     try:
         experiments = select(text)
     except ConfigError as e:
@@ -242,14 +307,18 @@ class Ended(NamedTuple):
 
     status: str  # done, stopped or diverged
     metric: str  # what validation looks at
-    score: float | None  # what it said of the chosen weights; None if the run diverged or was never validated
+    score: (
+        float | None
+    )  # what it said of the chosen weights; None if the run diverged or was never validated
     sign: int  # 1 where more is better, -1 where less is
 
     @classmethod
     def of(cls, record: dict) -> "Ended":
         status, metric = sys.intern(record["status"]), sys.intern(record["metric"])
         score = None if status == "diverged" else record["valid_best"].get(metric)
-        return cls(status, metric, score, 1 if record["selection"].startswith("highest") else -1)
+        return cls(
+            status, metric, score, 1 if record["selection"].startswith("highest") else -1
+        )
 
 
 class Board:
@@ -261,7 +330,11 @@ class Board:
         results: Path,
         most: int = 64,  # runs in a population
     ):
-        self.runs, self.results, self.most = {run.key: run for run in runs}, Path(results), most
+        self.runs, self.results, self.most = (
+            {run.key: run for run in runs},
+            Path(results),
+            most,
+        )
         self.tasks = sorted({run.experiment.task for run in runs})
         self.records: dict[str, Ended] = {}  # in the order in which they were seen
         self.populations = [[run.key for run in group] for group in populations(runs, most)]
@@ -277,7 +350,9 @@ class Board:
                         and key not in self.records
                         and (record := record_of(self.results, self.runs[key]))
                     ):
-                        self.records[self.runs[key].key] = Ended.of(record)  # the run's own string, not one more
+                        self.records[self.runs[key].key] = Ended.of(
+                            record
+                        )  # the run's own string, not one more
         return self
 
     def left(self) -> list[Run]:
@@ -288,7 +363,9 @@ class Board:
         "What is worth claiming: populations that somebody began and left, then fresh ones."
         begun = half_finished(self.results, list(self.runs.values()))
         # What failed and is larger than is wanted now was asked to be split: not to go on, but to begin anew.
-        begun = [g for g in begun if len(g) <= self.most or failure(self.results, g, None) is None]
+        begun = [
+            g for g in begun if len(g) <= self.most or failure(self.results, g, None) is None
+        ]
         taken = {run.key for group in begun for run in group} | self.records.keys()
         fresh = [[self.runs[k] for k in keys if k not in taken] for keys in self.populations]
         return begun + [group for group in fresh if group]
@@ -300,14 +377,19 @@ def populations(runs: list[Run], most: int) -> list[list[Run]]:
     for run in runs:
         shared = {k: v for k, v in decisive(run.experiment).items() if k not in OWN_SETTINGS}
         families.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
-    return [members[i : i + most] for members in families.values() for i in range(0, len(members), most)]
+    return [
+        members[i : i + most]
+        for members in families.values()
+        for i in range(0, len(members), most)
+    ]
 
 # %% ../../nbs/17_sweeps.ipynb #b17b2ac6
 def work(
     grid: Grid,
     results: Path,
     device: str | None = None,  # 'cpu', 'cuda:1'; None: a GPU where there is one
-    interrupt: Callable[[], bool] | None = None,  # asked after each step: True saves, and raises Interrupted
+    interrupt: Callable[[], bool]
+    | None = None,  # asked after each step: True saves, and raises Interrupted
     session: str = "",  # a name of this sweep, shared by its workers; one of its own if empty
     most: int = 0,  # runs in a population; 0: as the grid says
     checkpoint_seconds: float = 60,  # a kill costs so much, or a hundredth of the training
@@ -320,7 +402,9 @@ def work(
     allow_files(board.most + 256)  # a claim is an open file
     with pulse:
         tidy(board)
-        while (number := attempt(board, session, pulse, device, checkpoint_seconds)) is not None:
+        while (
+            number := attempt(board, session, pulse, device, checkpoint_seconds)
+        ) is not None:
             trained += number
             if pulse.asked():
                 raise Interrupted("stopped between two populations: start again to go on")
@@ -329,20 +413,32 @@ def work(
     return trained
 
 
-def attempt(board: Board, session: str, pulse: "Pulse", device: str | None, checkpoint_seconds: float) -> int | None:
+def attempt(
+    board: Board, session: str, pulse: "Pulse", device: str | None, checkpoint_seconds: float
+) -> int | None:
     "Claim one population and train it: how many runs were trained, or None where nothing is to be had."
-    groups = [group for group in board.look().groups() if failure(board.results, group, session) is None]
+    groups = [
+        group
+        for group in board.look().groups()
+        if failure(board.results, group, session) is None
+    ]
     for whole in (True, False) if groups else ():
         if not whole:  # what others hold in part, once whoever is just claiming is through
             time.sleep(0.5)
         for group in groups:
             with claimed(board.results, group, whole) as ours:
                 if ours:
-                    return train_claimed(ours, board.results, session, pulse, device, checkpoint_seconds)
+                    return train_claimed(
+                        ours, board.results, session, pulse, device, checkpoint_seconds
+                    )
     return None
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no space, no quota, or a disk that has turned read-only
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+)  # no space, no quota, or a disk that has turned read-only
 
 
 def train_claimed(group, results, session, pulse, device, checkpoint_seconds) -> int:
@@ -357,12 +453,20 @@ def train_claimed(group, results, session, pulse, device, checkpoint_seconds) ->
         group = [run for run in group if record_of(results, run) is None]
         folder = population_folder(results, group)
     pulse.begin(group)
-    options = {"device": device, "interrupt": pulse, "watch": pulse.watch, "checkpoint_seconds": checkpoint_seconds}
+    options = {
+        "device": device,
+        "interrupt": pulse,
+        "watch": pulse.watch,
+        "checkpoint_seconds": checkpoint_seconds,
+    }
     begun = time.monotonic()
     try:
         trained = train_group(group, results, progress=False, **options)
         if trained:
-            print(f"{clock()} {label(trained)}: trained in {duration(time.monotonic() - begun)}", flush=True)
+            print(
+                f"{clock()} {label(trained)}: trained in {duration(time.monotonic() - begun)}",
+                flush=True,
+            )
         return len(trained)
     except Interrupted:
         raise
@@ -371,8 +475,15 @@ def train_claimed(group, results, session, pulse, device, checkpoint_seconds) ->
             raise  # nothing can be written down: the worker ends, and `sweep` says why
         if isinstance(e, torch.AcceleratorError):
             raise  # this process can do nothing more on its GPU: let a fresh one, or another GPU, try
-        if isinstance(e, CheckpointError) and not isinstance(e, ResumeRefused) and is_readable(folder):
-            print(f"{clock()} {e}; set aside as {set_aside(folder).name}, its runs begin anew", flush=True)
+        if (
+            isinstance(e, CheckpointError)
+            and not isinstance(e, ResumeRefused)
+            and is_readable(folder)
+        ):
+            print(
+                f"{clock()} {e}; set aside as {set_aside(folder).name}, its runs begin anew",
+                flush=True,
+            )
         else:
             note_failure(results, group, session, e)
         return 0
@@ -381,7 +492,9 @@ def train_claimed(group, results, session, pulse, device, checkpoint_seconds) ->
 def is_readable(folder: Path) -> bool:
     "Can the files in a folder be read at all, or has a disk gone away for the moment?"
     try:
-        return all(path.read_bytes() is not None for path in folder.iterdir() if path.is_file())
+        return all(
+            path.read_bytes() is not None for path in folder.iterdir() if path.is_file()
+        )
     except OSError:
         return False
 
@@ -410,7 +523,10 @@ def note_failure(results: Path, group: list[Run], session: str, error: Exception
     "Write down why a population failed, where whoever begins it next will find it."
     from wave_rnns.core import atomic_write, to_json
 
-    folder, reason = population_folder(results, group), " ".join(str(error).split()) or type(error).__name__
+    folder, reason = (
+        population_folder(results, group),
+        " ".join(str(error).split()) or type(error).__name__,
+    )
     text = "".join(traceback.format_exception(error))
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "runs.json", json.dumps([run.key for run in group]))
@@ -432,8 +548,15 @@ def note_failure(results: Path, group: list[Run], session: str, error: Exception
 def failure(results: Path, group: list[Run], session: str | None) -> dict | None:
     "Why this population failed in this session (None: in any); None if it did not."
     note = small_json(population_folder(results, group) / "failed.json")
-    sessions, known = note.get("sessions"), isinstance(note.get("error"), str) and type(note.get("time")) is float
-    return note if known and isinstance(sessions, list) and (session is None or session in sessions) else None
+    sessions, known = (
+        note.get("sessions"),
+        isinstance(note.get("error"), str) and type(note.get("time")) is float,
+    )
+    return (
+        note
+        if known and isinstance(sessions, list) and (session is None or session in sessions)
+        else None
+    )
 
 
 def small_json(path: Path) -> dict:
@@ -482,7 +605,9 @@ def duration(seconds: float) -> str:
 class Pulse:
     "What a worker is doing, for others to see; also the question of `train_group` whether to stop."
 
-    def __init__(self, results: Path, asked: Callable[[], bool] | None = None, every: float = 2.0):
+    def __init__(
+        self, results: Path, asked: Callable[[], bool] | None = None, every: float = 2.0
+    ):
         self.path = pulse_path(results, worker_name())
         self.asked, self.every, self.last = asked or (lambda: False), every, time.monotonic()
         self.now: dict = {}
@@ -490,7 +615,11 @@ class Pulse:
 
     def begin(self, group: list[Run]) -> None:
         "A population is claimed. Said at once: should it kill us, this tells who it was."
-        about = {"worker": worker_name(), "runs": [run.key for run in group], "label": label(group)}
+        about = {
+            "worker": worker_name(),
+            "runs": [run.key for run in group],
+            "label": label(group),
+        }
         self.now, self.training = {**about, "step": 0, "steps": 0, "line": ""}, lambda: None
         self.write()
 
@@ -524,7 +653,15 @@ class Pulse:
 # %% ../../nbs/17_sweeps.ipynb #9af86e27
 def is_pulse(note: dict) -> bool:
     "Does this look like what `Pulse` writes?"
-    kinds = {"worker": str, "label": str, "line": str, "runs": list, "step": int, "steps": int, "time": float}
+    kinds = {
+        "worker": str,
+        "label": str,
+        "line": str,
+        "runs": list,
+        "step": int,
+        "steps": int,
+        "time": float,
+    }
     return all(type(note.get(name)) is kind for name, kind in kinds.items()) and all(
         type(k) is str for k in note["runs"]
     )
@@ -533,7 +670,10 @@ def is_pulse(note: dict) -> bool:
 def tidy(board: Board) -> None:
     "Remove what killed processes left behind: nothing that a run without a record, or a living worker, could need."
     folder, keys = board.results / "checkpoints", board.look().records.keys()
-    done, orphans = [board.runs[key] for key in keys], [p for p in folder.glob("[0-9a-f]" * 16) if not listed(p)]
+    done, orphans = (
+        [board.runs[key] for key in keys],
+        [p for p in folder.glob("[0-9a-f]" * 16) if not listed(p)],
+    )
     for group in half_finished(board.results, done):
         with claimed(board.results, group, whole=True) as ours:
             if ours:
@@ -541,7 +681,9 @@ def tidy(board: Board) -> None:
     for key in keys & {path.stem for path in (folder / "claims").glob("*.lock")}:
         with claimed(board.results, [board.runs[key]]):
             pass  # letting go of a run that has a record removes its lock
-    if not any((folder / "claims").glob("*.lock")):  # a claim comes before a folder: whoever made these is dead
+    if not any(
+        (folder / "claims").glob("*.lock")
+    ):  # a claim comes before a folder: whoever made these is dead
         for path in orphans:
             if not listed(path):  # without its list of runs, nobody can go on with it
                 discard(path)
@@ -551,9 +693,13 @@ def tidy(board: Board) -> None:
         for path in (board.results / "runs" / task).glob(".*.tmp")
         if path.name[1:17] in keys
     ]
-    rubbish += (folder / "workers").glob(".*.tmp")  # a living worker whose file this was writes the next one
+    rubbish += (folder / "workers").glob(
+        ".*.tmp"
+    )  # a living worker whose file this was writes the next one
     notes = {path: small_json(path) for path in (folder / "workers").glob("*.json")}
-    rubbish += [path for path, note in notes.items() if not is_pulse(note) or set(note["runs"]) <= keys]
+    rubbish += [
+        path for path, note in notes.items() if not is_pulse(note) or set(note["runs"]) <= keys
+    ]
     for path in rubbish:
         path.unlink(missing_ok=True)
     for path in folder.glob("trash-*"):
@@ -605,18 +751,32 @@ def overview(board: Board, session: str | None = None) -> Overview:
         ended[r.status] = ended.get(r.status, 0) + 1
     notes = [small_json(path) for path in pulse_path(board.results, "x").parent.glob("*.json")]
     pulses, running = sorted((n for n in notes if is_pulse(n)), key=lambda n: -n["time"]), []
-    again = {key: n["time"] for n in reversed(pulses) if silence(n) <= SILENT for key in n["runs"]}
+    again = {
+        key: n["time"] for n in reversed(pulses) if silence(n) <= SILENT for key in n["runs"]
+    }
     seen, failed = set(records), {}
     for group in half_finished(board.results, list(board.runs.values())):
         if note := failure(board.results, group, session):
             failed |= {
-                r.key: note["error"] for r in group if r.key not in records and again.get(r.key, 0.0) <= note["time"]
+                r.key: note["error"]
+                for r in group
+                if r.key not in records and again.get(r.key, 0.0) <= note["time"]
             }
     for note in pulses:
-        if any(key in board.runs for key in note["runs"]) and not (seen | failed.keys()) & set(note["runs"]):
-            seen |= set(note["runs"])  # the latest counts; what others said of these runs is of the past
+        if any(key in board.runs for key in note["runs"]) and not (seen | failed.keys()) & set(
+            note["runs"]
+        ):
+            seen |= set(
+                note["runs"]
+            )  # the latest counts; what others said of these runs is of the past
             running.append(note)
-    return Overview(len(board.runs), ended, sorted(running, key=lambda n: n["worker"]), failed, best_so_far(board))
+    return Overview(
+        len(board.runs),
+        ended,
+        sorted(running, key=lambda n: n["worker"]),
+        failed,
+        best_so_far(board),
+    )
 
 
 SILENT = 60.0  # seconds without a sign of life: stopped, or in one very long step
@@ -633,14 +793,21 @@ def best_so_far(board: Board) -> str:
     if not scored:
         return ""
     *_, metric = (ended.metric for ended in scored.values())
-    key = max((k for k in scored if scored[k].metric == metric), key=lambda k: scored[k].sign * scored[k].score)
+    key = max(
+        (k for k in scored if scored[k].metric == metric),
+        key=lambda k: scored[k].sign * scored[k].score,
+    )
     run = board.runs[key]
     return f"best {shown(scored[key].score, metric)}: {run.experiment.name} seed {run.seed}"
 
 
 def shown(value: float, metric: str) -> str:
     "'validation accuracy 97.31 %'."
-    return f"validation {metric} {value:.2%}" if metric.endswith("accuracy") else f"validation {metric} {value:.3g}"
+    return (
+        f"validation {metric} {value:.2%}"
+        if metric.endswith("accuracy")
+        else f"validation {metric} {value:.3g}"
+    )
 
 # %% ../../nbs/17_sweeps.ipynb #7cf9efbf
 def ranking(grid: Grid, board: Board) -> list[dict]:
@@ -650,12 +817,24 @@ def ranking(grid: Grid, board: Board) -> list[dict]:
         ended = [r for seed in grid.seeds if (r := board.records.get(Run(point, seed).key))]
         scores = [r.score for r in ended if r.score is not None]
         row = {"base": base.name, "point": point, "settings": settings, "runs": len(ended)}
-        row |= {"score": sum(scores) / len(scores) if scores else None, "metric": ended[0].metric if ended else ""}
-        row |= {"diverged": sum(r.status == "diverged" for r in ended), "sign": ended[0].sign if ended else 1}
+        row |= {
+            "score": sum(scores) / len(scores) if scores else None,
+            "metric": ended[0].metric if ended else "",
+        }
+        row |= {
+            "diverged": sum(r.status == "diverged" for r in ended),
+            "sign": ended[0].sign if ended else 1,
+        }
         rows.append(row)
     order = [e.name for e in grid.experiments]
     return sorted(
-        rows, key=lambda r: (order.index(r["base"]), r["score"] is None, r["diverged"], -r["sign"] * (r["score"] or 0))
+        rows,
+        key=lambda r: (
+            order.index(r["base"]),
+            r["score"] is None,
+            r["diverged"],
+            -r["sign"] * (r["score"] or 0),
+        ),
     )
 
 
@@ -681,7 +860,9 @@ def ranking_text(grid: Grid, board: Board, most: int = 5) -> str:
             ]
             value = "no score" if row["score"] is None else shown(row["score"], row["metric"])
             bad = f", {row['diverged']} diverged" if row["diverged"] else ""
-            lines.append(f"{row['base']:20} {', '.join(varying) or 'as declared':45} {value} ({row['runs']} runs{bad})")
+            lines.append(
+                f"{row['base']:20} {', '.join(varying) or 'as declared':45} {value} ({row['runs']} runs{bad})"
+            )
     return "\n".join(lines)
 
 # %% ../../nbs/17_sweeps.ipynb #8cf62422
@@ -698,7 +879,11 @@ class View:
         text = now.line() + (f"; {left}" if (left := self.time_left(now)) and not last else "")
         if self.watched:
             self.draw(now, text)
-        elif self.progress and text != self.said and (last or time.monotonic() - self.last > self.every):
+        elif (
+            self.progress
+            and text != self.said
+            and (last or time.monotonic() - self.last > self.every)
+        ):
             self.say(f"{now.over} of {now.total}: {text}")
             self.said, self.last = text, time.monotonic()
 
@@ -707,24 +892,38 @@ class View:
 
         while len(self.bars) < 1 + len(now.running):
             form = "{desc}: {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
-            more = {"leave": False, "bar_format": f"  {form}"} if self.bars else {"bar_format": form}
-            self.bars.append(progress(total=now.total, position=len(self.bars), desc=self.name, **more))
+            more = (
+                {"leave": False, "bar_format": f"  {form}"}
+                if self.bars
+                else {"bar_format": form}
+            )
+            self.bars.append(
+                progress(total=now.total, position=len(self.bars), desc=self.name, **more)
+            )
         self.bars[0].n = now.over
         self.bars[0].set_postfix_str(text)
         for bar, worker in itertools.zip_longest(self.bars[1:], now.running, fillvalue={}):
             silent = silence(worker) if worker else 0.0
             bar.total, bar.n = worker.get("steps", 1) or 1, worker.get("step", 0)
             bar.set_description_str(worker.get("label", "idle"))
-            bar.set_postfix_str(f"silent for {silent:.0f} s" if silent > SILENT else worker.get("line", ""))
+            bar.set_postfix_str(
+                f"silent for {silent:.0f} s" if silent > SILENT else worker.get("line", "")
+            )
 
     def time_left(self, now: Overview) -> str:
         "From the runs, and parts of runs, that ended since the first look."
-        parts = sum(len(w["runs"]) * min(1, w["step"] / w["steps"]) for w in now.running if w["steps"])
+        parts = sum(
+            len(w["runs"]) * min(1, w["step"] / w["steps"]) for w in now.running if w["steps"]
+        )
         amount, moment = now.over + parts, time.monotonic()
         self.start = self.start or (amount, moment)
         gained, seconds = amount - self.start[0], moment - self.start[1]
         rest = now.total - len(now.failed) - amount
-        return f"about {duration(seconds * rest / gained)} left" if gained > 0 and seconds > 2 and rest > 0 else ""
+        return (
+            f"about {duration(seconds * rest / gained)} left"
+            if gained > 0 and seconds > 2 and rest > 0
+            else ""
+        )
 
     def say(self, text: str) -> None:
         "A line for those who read later."
@@ -751,7 +950,12 @@ class Crew:
     def start(self, number: int) -> None:
         "One more; it reads its order from standard input, and writes to a log."
         package = str(Path(wave_rnns.__file__).resolve().parent.parent)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)}
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                p for p in (package, os.environ.get("PYTHONPATH")) if p
+            ),
+        }
         with self.log(number).open("ab") as log:
             worker = subprocess.Popen(
                 [sys.executable, "-P", "-c", WORKER],
@@ -762,8 +966,12 @@ class Crew:
                 start_new_session=True,
             )
         self.workers[number] = worker
-        with contextlib.suppress(BrokenPipeError):  # it died before it could read: `gone` will tell
-            worker.stdin.write(json.dumps({**self.order, "number": number, "parent": os.getpid()}).encode())
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it died before it could read: `gone` will tell
+            worker.stdin.write(
+                json.dumps({**self.order, "number": number, "parent": os.getpid()}).encode()
+            )
             worker.stdin.close()
 
     def log(self, number: int) -> Path:
@@ -777,18 +985,35 @@ class Crew:
 
     def gone(self) -> list[tuple[str, str | None]]:
         "Name of each worker that ended since the last call, and how, if it was not because nothing was left."
-        ended = [(k, worker, code) for k, worker in self.workers.items() if (code := worker.poll()) is not None]
+        ended = [
+            (k, worker, code)
+            for k, worker in self.workers.items()
+            if (code := worker.poll()) is not None
+        ]
         for number, *_ in ended:
             del self.workers[number]
-        return [(worker_name(worker.pid), self.ending(number, code)) for number, worker, code in ended]
+        return [
+            (worker_name(worker.pid), self.ending(number, code))
+            for number, worker, code in ended
+        ]
 
     def ending(self, number: int, code: int) -> str | None:
         "How a worker ended, in words; None if all was well."
-        lines = self.log(number).read_text(errors="replace")[-4000:].strip().splitlines() or ["it said nothing"]
+        lines = self.log(number).read_text(errors="replace")[-4000:].strip().splitlines() or [
+            "it said nothing"
+        ]
         said = f"worker {number} ended with code {code} ({lines[-1]}; log: {self.log(number)})"
-        return f"worker {number} was killed by signal {-code}" if code < 0 else said if code else None
+        return (
+            f"worker {number} was killed by signal {-code}"
+            if code < 0
+            else said
+            if code
+            else None
+        )
 
-    def stop(self, seconds: float = 300.0) -> list[str]:  # what went wrong: nothing, if all of them have saved
+    def stop(
+        self, seconds: float = 300.0
+    ) -> list[str]:  # what went wrong: nothing, if all of them have saved
         "Ask all to save and end; who does not within that time is killed, and will be resumed from an older checkpoint."
         from wave_rnns.paper.training import Interrupted
 
@@ -803,7 +1028,11 @@ class Crew:
                 worker.kill()
                 worker.wait()
         codes = {number: worker.poll() for number, worker in self.workers.items()}
-        ends = [self.ending(number, code) for number, code in codes.items() if code != Interrupted.exit_code]
+        ends = [
+            self.ending(number, code)
+            for number, code in codes.items()
+            if code != Interrupted.exit_code
+        ]
         self.workers.clear()
         return [end for end in ends if end]
 
@@ -816,7 +1045,12 @@ class Crew:
         )  # a second Ctrl-C: whoever presses it does not want to wait
 
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # USR: a cluster's time limit is near
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # USR: a cluster's time limit is near
 
 
 def use_threads(number: int) -> None:
@@ -873,7 +1107,9 @@ class Deaths:
         if self.count[place] < DEATHS:
             return
         if not group:
-            raise WaveRNNError(f"{DEATHS} workers died in a row before they began anything; the last: {how}")
+            raise WaveRNNError(
+                f"{DEATHS} workers died in a row before they began anything; the last: {how}"
+            )
         with claimed(self.board.results, group, whole=True) as ours:
             if ours:
                 reason = f"{DEATHS} workers died at it with no checkpoint in between; the last: {how}"
@@ -884,13 +1120,16 @@ def has_space(results: Path) -> None:
     "Can anything be written at all? Raises OSError: the likely reason for the death of a worker that could not even say so."
     from wave_rnns.core import atomic_write
 
-    atomic_write(results / "logs" / f"space-{os.getpid()}", bytes(2**16)).unlink(missing_ok=True)
+    atomic_write(results / "logs" / f"space-{os.getpid()}", bytes(2**16)).unlink(
+        missing_ok=True
+    )
 
 # %% ../../nbs/17_sweeps.ipynb #4a672b08
 def sweep(
     grid: Grid,
     results: Path | None = None,  # results_root() if None
-    device: str | None = None,  # 'cpu', 'cuda', 'cuda:1'; None: GPUs where there are some, one worker after the other
+    device: str
+    | None = None,  # 'cpu', 'cuda', 'cuda:1'; None: GPUs where there are some, one worker after the other
     workers: int = 0,  # processes; 0: one a GPU, or one for two CPU cores
     progress: bool = True,  # show what is going on
     checkpoint_seconds: float = 60.0,
@@ -916,7 +1155,9 @@ def sweep(
             if not now.open and not crew.workers:
                 break
             if asked():
-                view.say("stopping: the workers save what they have; Ctrl-C again does not wait for them")
+                view.say(
+                    "stopping: the workers save what they have; Ctrl-C again does not wait for them"
+                )
                 raise stopped(crew.stop(), overview(board, order["session"]))
             if now.open and time.monotonic() - last > (30 if crew.workers else 5):
                 crew.fill(min(order["workers"], len(crew.workers) + idle_runs(now)))
@@ -926,13 +1167,17 @@ def sweep(
     return now
 
 
-def order_of(grid: Grid, results: Path, device: str | None, workers: int, checkpoint_seconds: float) -> dict:
+def order_of(
+    grid: Grid, results: Path, device: str | None, workers: int, checkpoint_seconds: float
+) -> dict:
     "What every worker is told. Raises ConfigError for a device that is not here, before anything is begun."
     from wave_rnns.paper.experiments import checked_device
 
     checked_device(device)
     workers = workers or usual_workers(device)
-    most = min(grid.together, math.ceil(len(grid.runs()) / (2 * workers)))  # two populations a worker: others may join
+    most = min(
+        grid.together, math.ceil(len(grid.runs()) / (2 * workers))
+    )  # two populations a worker: others may join
     told = {
         "grid": grid_config(grid),
         "results": str(results),
@@ -940,7 +1185,11 @@ def order_of(grid: Grid, results: Path, device: str | None, workers: int, checkp
         "session": new_session(),
         "most": most,
     }
-    return told | {"checkpoint_seconds": checkpoint_seconds, "workers": workers, "threads": max(1, cores() // workers)}
+    return told | {
+        "checkpoint_seconds": checkpoint_seconds,
+        "workers": workers,
+        "threads": max(1, cores() // workers),
+    }
 
 
 def idle_runs(now: Overview) -> int:
@@ -952,13 +1201,23 @@ def stopped(bad: list[str], now: Overview) -> Exception:
     "What a sweep that was asked to stop has to say."
     from wave_rnns.paper.training import Interrupted
 
-    saved = f"{'; '.join(bad)}: what it trained goes on from an older checkpoint" if bad else "everything is saved"
-    return Interrupted(f"stopped with {now.over} of {now.total} runs done; {saved}; the same command goes on")
+    saved = (
+        f"{'; '.join(bad)}: what it trained goes on from an older checkpoint"
+        if bad
+        else "everything is saved"
+    )
+    return Interrupted(
+        f"stopped with {now.over} of {now.total} runs done; {saved}; the same command goes on"
+    )
 
 
 def cores() -> int:
     "Processor cores that this process may use: of a cluster's node rarely all."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def usual_workers(device: str | None) -> int:
@@ -981,7 +1240,8 @@ def submit(
     gpus: int = 0,  # for each worker
     cpus: int = 1,  # for each worker
     device: str | None = None,
-    extra: dict[str, str] | None = None,  # other options of sbatch: {'account': 'physics', 'mem': '8G'}
+    extra: dict[str, str]
+    | None = None,  # other options of sbatch: {'account': 'physics', 'mem': '8G'}
 ) -> list[str]:  # the ids of the jobs
     "Hand workers to Slurm. Raises ConfigError where submitit or Slurm is missing, and with what sbatch says when it refuses."
     from wave_rnns.core import ConfigError
@@ -994,7 +1254,9 @@ def submit(
     grid = replace(grid, together=min(grid.together, math.ceil(len(grid.runs()) / workers)))
     check_words(results, partition=partition, **extra)
     (results / "slurm").mkdir(parents=True, exist_ok=True)
-    (results / "slurm").chmod(0o700)  # submitit leaves pickles there, and a job runs what it finds in them
+    (results / "slurm").chmod(
+        0o700
+    )  # submitit leaves pickles there, and a job runs what it finds in them
     executor = submitit.SlurmExecutor(results / "slurm")
     executor.update_parameters(
         job_name="wave_rnns", partition=partition, time=minutes, cpus_per_task=cpus, gpus_per_node=gpus or None,
@@ -1005,7 +1267,9 @@ def submit(
     try:
         jobs = executor.map_array(slurm_job, *([argument] * workers for argument in arguments))
     except submitit.core.utils.FailedJobError as e:
-        raise ConfigError(f"sbatch refused the jobs: {str(e).strip().splitlines()[-1]}") from None
+        raise ConfigError(
+            f"sbatch refused the jobs: {str(e).strip().splitlines()[-1]}"
+        ) from None
     return [job.job_id for job in jobs]
 
 
@@ -1018,7 +1282,9 @@ def need_slurm():
     except ImportError:
         raise ConfigError("--slurm needs submitit: pip install 'wave-rnns[slurm]'") from None
     if missing := [c for c in ("sbatch", "srun", "scontrol", "squeue") if not shutil.which(c)]:
-        raise ConfigError(f"--slurm: no {', '.join(missing)} on the PATH; run it on a login node of a Slurm cluster")
+        raise ConfigError(
+            f"--slurm: no {', '.join(missing)} on the PATH; run it on a login node of a Slurm cluster"
+        )
     return submitit
 
 
@@ -1028,7 +1294,9 @@ def check_words(results: Path, **options) -> None:
 
     # % and \ are patterns of sbatch; a line break in an option would start a line of shell.
     if re.search(r"[%\\\x00-\x1f]", str(results)):
-        raise ConfigError(f"--slurm: the results folder {str(results)!r} must not contain %, \\ or control characters")
+        raise ConfigError(
+            f"--slurm: the results folder {str(results)!r} must not contain %, \\ or control characters"
+        )
     for name, value in options.items():
         if not re.fullmatch(r"[a-z][a-z_-]*", name) or re.search(r"[\x00-\x1f]", str(value)):
             raise ConfigError(f"--slurm: {name!r}={value!r} is no option of sbatch")
@@ -1048,14 +1316,18 @@ def slurm_job(grid: str, results: str, device: str | None, session: str) -> None
             print(f"{e}\n{come_back()}", flush=True)
             raise SystemExit(e.exit_code) from None
     if failed := overview(Board(whole.runs(), Path(results)), session).failed:
-        raise SystemExit(f"{len(failed)} runs failed: {'; '.join(dict.fromkeys(failed.values()))}")
+        raise SystemExit(
+            f"{len(failed)} runs failed: {'; '.join(dict.fromkeys(failed.values()))}"
+        )
 
 
 def come_back() -> str:  # what was done, a line for the log
     "Requeue this job if it still counts as running: after scancel, preemption or `scontrol requeue` Slurm has decided already."
     # The plain id of one task of an array is the id of the whole array: requeued by that, all of them would stop.
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    job = (
+        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    )
     if slurm_says("squeue", "--noheader", "--format=%T", f"--jobs={job}") == "RUNNING":
         slurm_says("scontrol", "requeue", job)
         return f"Job {job} is requeued and goes on from its checkpoint"
@@ -1083,7 +1355,9 @@ def sbatch_options(text: str) -> dict[str, str]:
     "'account=physics mem=8G' -> {'account': 'physics', 'mem': '8G'}."
     pairs = [part.partition("=") for part in text.split()]
     if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
-        raise usage_error(f"--sbatch {text!r}: expected options like 'account=physics mem=8G', {bad[0]!r} has no value")
+        raise usage_error(
+            f"--sbatch {text!r}: expected options like 'account=physics mem=8G', {bad[0]!r} has no value"
+        )
     return {name.lstrip("-"): value for name, _, value in pairs}
 
 
@@ -1092,28 +1366,43 @@ def show_grids() -> None:
     for name in GRIDS:
         grid = find_grid(name)
         axes = " x ".join(f"{len(values)} {setting}" for setting, values in grid.axes.items())
-        print(f"{name:16} {len(grid.runs()):5} runs: {len(grid.experiments)} experiments x {axes}")
+        print(
+            f"{name:16} {len(grid.runs()):5} runs: {len(grid.experiments)} experiments x {axes}"
+        )
 
 
 @call_parse
 @answer
 def wrnn_sweep(
     grid: Param(
-        "a declared grid (--list), a JSON file, or experiments like 'copy80_*'", str, opt=False, nargs="?"
+        "a declared grid (--list), a JSON file, or experiments like 'copy80_*'",
+        str,
+        opt=False,
+        nargs="?",
     ) = None,
-    results: Param("folder for records and checkpoints; default: nbs/results of this checkout", str) = None,
-    workers: Param("processes (or Slurm jobs); 0: one a GPU, or one for two CPU cores", int) = 0,
+    results: Param(
+        "folder for records and checkpoints; default: nbs/results of this checkout", str
+    ) = None,
+    workers: Param(
+        "processes (or Slurm jobs); 0: one a GPU, or one for two CPU cores", int
+    ) = 0,
     device: Param("cpu, cuda or cuda:1; default: GPUs where there are some", str) = None,
     seeds: Param("other seeds than the grid's, like 0-4", str) = None,
     finals: Param(
-        "when the grid is done, train the best point of each experiment with these seeds, like 1-5", str
+        "when the grid is done, train the best point of each experiment with these seeds, like 1-5",
+        str,
     ) = None,
-    together: Param("runs in one training loop at most; 0: as the grid says (lower it if memory runs out)", int) = 0,
+    together: Param(
+        "runs in one training loop at most; 0: as the grid says (lower it if memory runs out)",
+        int,
+    ) = 0,
     show: Param("show what is done and the ranking so far, and stop", bool) = False,
     list: Param("show the declared grids, and stop", bool) = False,
     slurm: Param("hand the workers to Slurm (needs submitit), and stop", bool) = False,
     partition: Param("Slurm: the partition", str) = None,
-    minutes: Param("Slurm: time limit of a job; it is requeued if that is not enough", int) = 60,
+    minutes: Param(
+        "Slurm: time limit of a job; it is requeued if that is not enough", int
+    ) = 60,
     gpus: Param("Slurm: GPUs for each worker", int) = 0,
     cpus: Param("Slurm: CPU cores for each worker", int) = 1,
     sbatch: Param("Slurm: other options of sbatch, like 'account=physics mem=8G'", str) = "",
@@ -1126,44 +1415,69 @@ def wrnn_sweep(
     if list:
         return show_grids()
     if grid is None:
-        raise usage_error("which grid? wrnn_sweep --list shows all, wrnn_sweep --help explains")
+        raise usage_error(
+            "which grid? wrnn_sweep --list shows all, wrnn_sweep --help explains"
+        )
     if min(workers, together, minutes - 1, gpus, cpus - 1) < 0:
-        raise usage_error("--workers, --together and --gpus must not be negative, --minutes and --cpus at least 1")
-    options, final_seeds = sbatch_options(sbatch), parse_seeds(finals) if finals is not None else ()
+        raise usage_error(
+            "--workers, --together and --gpus must not be negative, --minutes and --cpus at least 1"
+        )
+    options, final_seeds = (
+        sbatch_options(sbatch),
+        parse_seeds(finals) if finals is not None else (),
+    )
     folder, chosen = Path(results) if results else results_root(), find_grid(grid)
     chosen = replace(
-        chosen, seeds=parse_seeds(seeds) if seeds is not None else chosen.seeds, together=together or chosen.together
+        chosen,
+        seeds=parse_seeds(seeds) if seeds is not None else chosen.seeds,
+        together=together or chosen.together,
     )
     if lucky := set(final_seeds) & set(chosen.seeds):
         warnings.warn(
-            f"--finals {finals}: seeds {', '.join(map(str, sorted(lucky)))} took part in the choice", stacklevel=1
+            f"--finals {finals}: seeds {', '.join(map(str, sorted(lucky)))} took part in the choice",
+            stacklevel=1,
         )
     if slurm and finals is not None:
         raise usage_error(
             "--finals needs the finished grid: start it without --slurm once --show says that all is done"
         )
     if slurm:
-        jobs = submit(chosen, folder, workers or 1, minutes, partition, gpus, cpus, device, options)
+        jobs = submit(
+            chosen, folder, workers or 1, minutes, partition, gpus, cpus, device, options
+        )
         each = f"{cpus} cores, {gpus or 'no'} GPU, {minutes} minutes each"
-        print(f"{len(jobs)} Slurm jobs ({each}): {jobs[0]} to {jobs[-1]}; logs in {folder / 'slurm'}")
+        print(
+            f"{len(jobs)} Slurm jobs ({each}): {jobs[0]} to {jobs[-1]}; logs in {folder / 'slurm'}"
+        )
         print(f"look: wrnn_sweep {grid} --show; stop: scancel {jobs[0].split('_')[0]}")
         return None
     end, board = run_stage(chosen, folder, device, workers, show)
     if final_seeds and end.over == end.total and (best := winners(chosen, board)):
-        stage = Grid(f"{chosen.name}_finals"[-64:], tuple(best), seeds=final_seeds, together=chosen.together)
+        stage = Grid(
+            f"{chosen.name}_finals"[-64:],
+            tuple(best),
+            seeds=final_seeds,
+            together=chosen.together,
+        )
         end, _ = run_stage(stage, folder, device, workers, show)
     return end
 
 
-def run_stage(grid: Grid, folder: Path, device: str | None, workers: int, show: bool) -> tuple[Overview, Board]:
+def run_stage(
+    grid: Grid, folder: Path, device: str | None, workers: int, show: bool
+) -> tuple[Overview, Board]:
     "Sweep (or only look), print how it stands. Raises WaveRNNError where runs failed."
     from wave_rnns.core import WaveRNNError
 
-    end, board = (None if show else sweep(grid, folder, device, workers)), Board(grid.runs(), folder)
+    end, board = (
+        (None if show else sweep(grid, folder, device, workers)),
+        Board(grid.runs(), folder),
+    )
     end = end or overview(board)
     if is_cli(wrnn_sweep):
         print(
-            f"{grid.name}: {end.over} of {end.total} runs: {end.line()}\n{ranking_text(grid, board.look())}", flush=True
+            f"{grid.name}: {end.over} of {end.total} runs: {end.line()}\n{ranking_text(grid, board.look())}",
+            flush=True,
         )
     if end.failed:
         reasons, notes = "; ".join(dict.fromkeys(end.failed.values())), folder / "checkpoints"

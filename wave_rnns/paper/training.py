@@ -26,7 +26,15 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from ..core import CheckpointError, ConfigError, WaveRNNError, default_device, environment, plain, sha256
+from wave_rnns.core import (
+    CheckpointError,
+    ConfigError,
+    WaveRNNError,
+    default_device,
+    environment,
+    plain,
+    sha256,
+)
 from ..core import progress as progress_bar
 from .models import ModelConfig, build_model, count_parameters
 
@@ -39,7 +47,9 @@ class RunSettings:
     lr: float  # Adam's learning rate, 0 to 1e30
     clip: float = 0.0  # largest norm of the gradient; 0 = never clipped
     drop_factor: float = 1.0  # the learning rate is divided by this ...
-    drop_every: int = 0  # ... every so many epochs (image tasks) or steps (generated tasks); 0 = never
+    drop_every: int = (
+        0  # ... every so many epochs (image tasks) or steps (generated tasks); 0 = never
+    )
 
     def __post_init__(self):
         limits = {
@@ -57,7 +67,9 @@ class RunSettings:
                 or kind(value) != value
                 or not low <= value <= high
             ):
-                raise ConfigError(f"{name} must be {kind.__name__} between {low:g} and {high:g}, got {value!r}")
+                raise ConfigError(
+                    f"{name} must be {kind.__name__} between {low:g} and {high:g}, got {value!r}"
+                )
             object.__setattr__(self, name, kind(value))
 
 # %% ../../nbs/13_training.ipynb #1b02e4af
@@ -74,14 +86,21 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Layout":
         "The layout of a model's trained parameters; frozen ones have no place in it."
-        shapes, starts, end = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}, {}, 0
+        shapes, starts, end = (
+            {name: p.shape for name, p in model.named_parameters() if p.requires_grad},
+            {},
+            0,
+        )
         for name, shape in shapes.items():
             starts[name], end = end, end + -(-shape.numel() // ALIGN) * ALIGN
         return cls(shapes, starts, end)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         "[R, P] -> name: [R, *shape], without copying."
-        return {k: flat[:, (a := self.starts[k]) : a + s.numel()].view(-1, *s) for k, s in self.shapes.items()}
+        return {
+            k: flat[:, (a := self.starts[k]) : a + s.numel()].view(-1, *s)
+            for k, s in self.shapes.items()
+        }
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         "[R, *shape] for each parameter, in order -> [R, P], with zeros in the gaps. The inverse of `views`."
@@ -146,16 +165,29 @@ class Population:
         dtype: torch.dtype = torch.float32,  # of weights and states; float64 for proofs
     ):
         self.device = torch.device(device) if device is not None else default_device()
-        self.task, self.config, self.runs, self.dtype = task.to(self.device), model, tuple(runs), dtype
+        self.task, self.config, self.runs, self.dtype = (
+            task.to(self.device),
+            model,
+            tuple(runs),
+            dtype,
+        )
         if not self.runs:
             raise ConfigError("a population needs at least one run")
         models = [build_model(model, run.seed) for run in self.runs]
         self.layout, self.n_params = Layout.of(models[0]), count_parameters(models[0])
         states = [m.state_dict() for m in models]
         stacked = {k: torch.stack([state[k] for state in states]) for k in states[0]}
-        self.theta = self.layout.pack([stacked.pop(k) for k in self.layout.shapes]).to(self.device, dtype)
-        self.fixed = {k: t.to(self.device, dtype) for k, t in stacked.items()}  # what is frozen
-        self.m, self.v, self.best = torch.zeros_like(self.theta), torch.zeros_like(self.theta), self.theta.clone()
+        self.theta = self.layout.pack([stacked.pop(k) for k in self.layout.shapes]).to(
+            self.device, dtype
+        )
+        self.fixed = {
+            k: t.to(self.device, dtype) for k, t in stacked.items()
+        }  # what is frozen
+        self.m, self.v, self.best = (
+            torch.zeros_like(self.theta),
+            torch.zeros_like(self.theta),
+            self.theta.clone(),
+        )
         self.model = models[0].to(self.device)  # a form to be filled with any run's weights
         self.names = self.check()
         self.set_vectors()
@@ -176,10 +208,14 @@ def set_vectors(self: Population) -> None:
     self.lr = vector((run.lr for run in self.runs), torch.float64)
     self.clip = vector((run.clip or math.inf for run in self.runs), self.dtype)
     self.drop_factor = vector((run.drop_factor for run in self.runs), torch.float64)
-    self.drop_steps = vector((run.drop_every * per_epoch or NEVER for run in self.runs), torch.int64)
+    self.drop_steps = vector(
+        (run.drop_every * per_epoch or NEVER for run in self.runs), torch.int64
+    )
     self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # steps done
     self.running = vector([True] * len(self), torch.bool)  # neither diverged nor stopped
-    self.diverged = vector([0] * len(self), torch.int64)  # the step that was not finite, counted from 1; 0 = none
+    self.diverged = vector(
+        [0] * len(self), torch.int64
+    )  # the step that was not finite, counted from 1; 0 = none
     self.sums = torch.zeros(
         2 + len(self.names), len(self), dtype=torch.float64, device=self.device
     )  # since the last log
@@ -190,11 +226,19 @@ def set_vectors(self: Population) -> None:
 def check(self: Population) -> tuple[str, ...]:
     "The names of the task's metrics. Raises ConfigError where the model's sizes are not the task's."
     task, config = self.task, self.config
-    expected = (task.input_size * (task.T if config.kind == "mlp" else 1), task.output_size, task.every_step)
+    expected = (
+        task.input_size * (task.T if config.kind == "mlp" else 1),
+        task.output_size,
+        task.every_step,
+    )
     found = (config.input_size, config.output_size, config.every_step)
-    for name, e, f in zip(("input_size", "output_size", "every_step"), expected, found, strict=True):
+    for name, e, f in zip(
+        ("input_size", "output_size", "every_step"), expected, found, strict=True
+    ):
         if e != f:
-            raise ConfigError(f"the model does not fit task {task.name!r}: {name} must be {e}, got {f}")
+            raise ConfigError(
+                f"the model does not fit task {task.name!r}: {name} must be {e}, got {f}"
+            )
     x, y = next(iter(task.eval_batches("valid", batch=1)))
     return tuple(k for k in task.measure(self.model(x), y) if k != "count")
 
@@ -207,7 +251,9 @@ def as_dtype(x, dtype: torch.dtype):
 
 
 @patch
-def outcome(self: Population, params: dict, fixed: dict, x, y) -> tuple[Tensor, dict[str, Tensor]]:
+def outcome(
+    self: Population, params: dict, fixed: dict, x, y
+) -> tuple[Tensor, dict[str, Tensor]]:
     "Of one run: the loss of a batch, and its sums of metrics. `vmap` makes it R runs."
     out = functional_call(self.model, (params, fixed), (as_dtype(x, self.dtype),))
     return self.task.loss(out, y), self.task.measure(out.detach(), y)
@@ -218,7 +264,9 @@ def train_step(self: Population) -> None:
     "One step of every run: batch, loss, gradient, update, metrics. Nothing waits for the host, so it fits a CUDA graph."
     x, y = self.task.train_batch(self.seeds, self.step)
     leaves = {k: p.detach().requires_grad_() for k, p in self.layout.views(self.theta).items()}
-    loss, sums = vmap(self.outcome, in_dims=(0, 0, self.task.x_dims, 0))(leaves, self.fixed, x, y)
+    loss, sums = vmap(self.outcome, in_dims=(0, 0, self.task.x_dims, 0))(
+        leaves, self.fixed, x, y
+    )
     grads = torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True)
     self.update(loss.detach(), sums, self.layout.pack(grads))
 
@@ -227,17 +275,27 @@ def train_step(self: Population) -> None:
 @torch.no_grad()
 def update(self: Population, loss: Tensor, sums: dict[str, Tensor], grad: Tensor) -> None:
     "Equations (3) to (5) for the runs whose loss and gradient are finite; the others are frozen where they are."
-    norm, long = (torch.linalg.vector_norm(grad, dim=1, dtype=d) for d in (grad.dtype, torch.float64))
+    norm, long = (
+        torch.linalg.vector_norm(grad, dim=1, dtype=d) for d in (grad.dtype, torch.float64)
+    )
     finite = (loss + long).abs() < math.inf  # NaN compares as False
     t = self.step + 1
-    self.diverged.copy_(torch.where(self.running > finite, t, self.diverged))  # a > b: a and not b
+    self.diverged.copy_(
+        torch.where(self.running > finite, t, self.diverged)
+    )  # a > b: a and not b
     frozen = self.running.logical_and_(finite).logical_not()
     # The squares of a gradient of 1e20 do not fit float32, the gradient does: then its length is taken in float64.
-    factor = torch.where(norm.isinf(), clip_factors(long, self.clip).to(grad.dtype), clip_factors(norm, self.clip))
+    factor = torch.where(
+        norm.isinf(),
+        clip_factors(long, self.clip).to(grad.dtype),
+        clip_factors(norm, self.clip),
+    )
     grad = (grad * factor[:, None]).masked_fill_(frozen[:, None], 0)
     lr = learning_rates(self.step, self.lr, self.drop_factor, self.drop_steps)
     adam_update(self.theta, self.m, self.v, grad, t, lr.masked_fill_(frozen, 0))
-    means = torch.stack([torch.ones_like(loss), loss, *(sums[k] / sums["count"] for k in self.names)])
+    means = torch.stack(
+        [torch.ones_like(loss), loss, *(sums[k] / sums["count"] for k in self.names)]
+    )
     self.sums.add_(means.masked_fill_(frozen, 0))
     self.step.add_(1)
 
@@ -248,7 +306,9 @@ def read_sums(self: Population) -> list[dict[str, float | None] | None]:
     columns = self.sums.T.tolist()
     self.sums.zero_()
     return [
-        plain({k: s / n for k, s in zip(("loss", *self.names), sums, strict=True)}) if n else None
+        plain({k: s / n for k, s in zip(("loss", *self.names), sums, strict=True)})
+        if n
+        else None
         for n, *sums in columns
     ]
 
@@ -268,7 +328,10 @@ def evaluate(
         _, sums = vmap(self.outcome, in_dims=(0, 0, None, None))(params, self.fixed, x, y)
         sums = torch.stack([sums[k].double() for k in ("count", *self.names)])
         total = sums if total is None else total + sums
-    return [plain({k: s / n for k, s in zip(self.names, sums, strict=True)}) for n, *sums in total.T.tolist()]
+    return [
+        plain({k: s / n for k, s in zip(self.names, sums, strict=True)})
+        for n, *sums in total.T.tolist()
+    ]
 
 
 @patch
@@ -288,7 +351,10 @@ def weights(self: Population, theta: Tensor, r: int) -> dict[str, Tensor]:
 @patch
 def state(self: Population) -> dict[str, Tensor]:
     "Everything that a step or a validation changes: the live tensors, not copies."
-    return {k: getattr(self, k) for k in ("theta", "m", "v", "best", "step", "running", "diverged", "sums")}
+    return {
+        k: getattr(self, k)
+        for k in ("theta", "m", "v", "best", "step", "running", "diverged", "sums")
+    }
 
 
 @patch
@@ -296,7 +362,9 @@ def load_state(self: Population, state: dict[str, Tensor]) -> None:
     "Copy a saved state into the live tensors. Raises CheckpointError where names, shapes or dtypes differ."
     live = self.state()
     if state.keys() != live.keys():
-        raise CheckpointError(f"the state has tensors {', '.join(sorted(state))}; expected {', '.join(sorted(live))}")
+        raise CheckpointError(
+            f"the state has tensors {', '.join(sorted(state))}; expected {', '.join(sorted(live))}"
+        )
     for k, t in state.items():
         if t.shape != live[k].shape or t.dtype != live[k].dtype:
             raise CheckpointError(
@@ -357,7 +425,8 @@ def step_function(
             if graph:
                 raise WaveRNNError(f"{reason}; graph=False trains without one") from e
             warnings.warn(
-                f"{reason}: training goes on operation by operation, slower; graph=False silences this", stacklevel=2
+                f"{reason}: training goes on operation by operation, slower; graph=False silences this",
+                stacklevel=2,
             )
             return self.train_step
     finally:
@@ -368,8 +437,12 @@ def step_function(
 class History:
     "What the host remembers of R runs while they train. Plain data: it goes into checkpoints as JSON."
 
-    curves: list[list[dict]]  # of each run: rows with step, epoch, loss, metrics, valid_ metrics
-    best: list[dict | None]  # of each run: step and validation metrics of the best weights so far
+    curves: list[
+        list[dict]
+    ]  # of each run: rows with step, epoch, loss, metrics, valid_ metrics
+    best: list[
+        dict | None
+    ]  # of each run: step and validation metrics of the best weights so far
     stopped: list[int]  # the step at which a rule stopped the run; 0 = none did
     running: list[int]  # the runs that were neither stopped nor diverged at the last log
     step: int = 0
@@ -386,11 +459,14 @@ class History:
             self.curves[r].append({"step": step, "epoch": epoch})
         return self.curves[r][-1]
 
-    def choose(self, r: int, step: int, metrics: dict, metric: str, higher_is_better: bool) -> bool:
+    def choose(
+        self, r: int, step: int, metrics: dict, metric: str, higher_is_better: bool
+    ) -> bool:
         "Is this the best validation of run r so far? Earlier wins a tie; a value that is not finite never wins."
         value, best = metrics[metric], self.best[r]
         better = value is not None and (
-            best is None or (value > best[metric] if higher_is_better else value < best[metric])
+            best is None
+            or (value > best[metric] if higher_is_better else value < best[metric])
         )
         if better:
             self.best[r] = {"step": step, **metrics}
@@ -409,13 +485,26 @@ class Training:
         stop_when: Callable[[dict], bool] | None = None,  # on the newest row of a run
         max_seconds: float | None = None,
     ):
-        for name, value in (("steps", steps), ("eval_every", eval_every), ("log_every", log_every)):
+        for name, value in (
+            ("steps", steps),
+            ("eval_every", eval_every),
+            ("log_every", log_every),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of steps, at least 1, got {value!r}")
-        self.population, self.steps, self.eval_every, self.log_every = population, steps, eval_every, log_every
+                raise ConfigError(
+                    f"{name} must be a whole number of steps, at least 1, got {value!r}"
+                )
+        self.population, self.steps, self.eval_every, self.log_every = (
+            population,
+            steps,
+            eval_every,
+            log_every,
+        )
         self.stop_when, self.max_seconds = stop_when, max_seconds or math.inf
         self.history, self.since = History.new(len(population)), time.monotonic()
-        self.advance = self.machine = None  # how a step is made, where: known when first needed
+        self.advance = self.machine = (
+            None  # how a step is made, where: known when first needed
+        )
 
     def due(self, every: int) -> bool:
         "Every so many steps, and after the last."
@@ -429,7 +518,10 @@ class Training:
 
     def row(self, r: int, step: int | None = None) -> dict:
         "Run r's row, of the present step unless another is named."
-        step, per_epoch = self.history.step if step is None else step, self.population.task.steps_per_epoch
+        step, per_epoch = (
+            self.history.step if step is None else step,
+            self.population.task.steps_per_epoch,
+        )
         return self.history.row(r, step, step / per_epoch if per_epoch else None)
 
 # %% ../../nbs/13_training.ipynb #e2836d43
@@ -466,7 +558,11 @@ def validate(self: Training, runs: Sequence[int] | None = None) -> None:
     for r in runs:
         self.row(r).update({f"valid_{k}": v for k, v in results[r].items()})
         chosen[r] = history.choose(
-            r, history.step, results[r], population.task.metric, population.task.higher_is_better
+            r,
+            history.step,
+            results[r],
+            population.task.metric,
+            population.task.higher_is_better,
         )
     population.keep(chosen)
 
@@ -478,7 +574,9 @@ def stop(self: Training) -> None:
         return
     late, rule = self.clock() > self.max_seconds, self.stop_when or (lambda row: False)
     stopping = [r for r in self.history.running if late or rule(dict(self.row(r)))]
-    self.validate([r for r in stopping if f"valid_{self.population.task.metric}" not in self.row(r)])
+    self.validate(
+        [r for r in stopping if f"valid_{self.population.task.metric}" not in self.row(r)]
+    )
     for r in stopping:
         self.history.stopped[r] = self.history.step
         self.population.running[r] = False
@@ -491,9 +589,13 @@ class RunResult:
 
     settings: RunSettings
     status: str  # 'done', 'stopped' or 'diverged'
-    diverged_step: int | None  # the step, counted from 1, whose loss or gradient was not finite
+    diverged_step: (
+        int | None
+    )  # the step, counted from 1, whose loss or gradient was not finite
     stopped_step: int | None  # the step after which a rule stopped the run
-    curve: list[dict]  # rows: step, epoch, loss, metrics (means since the last row), valid_ metrics where validated
+    curve: list[
+        dict
+    ]  # rows: step, epoch, loss, metrics (means since the last row), valid_ metrics where validated
     best_step: int | None  # the step that validation chose; None if nothing was validated
     valid_best: dict | None
     valid_final: dict
@@ -517,7 +619,10 @@ def results(self: Training) -> list[RunResult]:
     test_best = test if torch.equal(p.best, p.theta) else p.evaluate("test", p.best)
     out = []
     for r, run in enumerate(p.runs):
-        best, status = h.best[r], "diverged" if died[r] else "stopped" if h.stopped[r] else "done"
+        best, status = (
+            h.best[r],
+            "diverged" if died[r] else "stopped" if h.stopped[r] else "done",
+        )
         chosen = {} if best is None else {k: best[k] for k in p.names}
         out.append(
             RunResult(
@@ -543,8 +648,16 @@ def without_docstrings(source: str) -> str:
     "Python source in a normal form: no comments, no docstrings, one layout."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        first = node.body[0] if isinstance(getattr(node, "body", None), list) and node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        first = (
+            node.body[0]
+            if isinstance(getattr(node, "body", None), list) and node.body
+            else None
+        )
+        if (
+            isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+            and isinstance(first.value.value, str)
+        ):
             first.value.value = ""
     return ast.unparse(tree)
 
@@ -559,7 +672,10 @@ def code_hash() -> str:
     "16 hexadecimal digits that change when the code behind a result changes, and not when its explanation does."
     folder = Path(importlib.util.find_spec("wave_rnns").origin).parent
     files = [
-        f for name in RESULT_MODULES for f in sorted(folder.glob(f"{name}.*")) if f.suffix in (".py", ".cu", ".cuh")
+        f
+        for name in RESULT_MODULES
+        for f in sorted(folder.glob(f"{name}.*"))
+        if f.suffix in (".py", ".cu", ".cuh")
     ]
     return sha256("\n".join(normal_form(f) for f in files).encode())[:16]
 
@@ -576,11 +692,19 @@ class Interrupted(WaveRNNError):
 
 def flat_facts(facts, prefix: str = "") -> dict[str, object]:
     "Nested dictionaries and lists as {'runs.0.lr': 0.01, ...}."
-    items = list(facts.items() if isinstance(facts, dict) else enumerate(facts) if isinstance(facts, list) else ())
+    items = list(
+        facts.items()
+        if isinstance(facts, dict)
+        else enumerate(facts)
+        if isinstance(facts, list)
+        else ()
+    )
     if not items:  # a number, a text, or nothing inside
         return {prefix: facts}
     return {
-        name: v for k, value in items for name, v in flat_facts(value, f"{prefix}.{k}" if prefix else str(k)).items()
+        name: v
+        for k, value in items
+        for name, v in flat_facts(value, f"{prefix}.{k}" if prefix else str(k)).items()
     }
 
 
@@ -600,7 +724,14 @@ def facts(self: Training, about: dict | None = None) -> dict:
     p = self.population
     task = {"name": p.task.name, "batch_size": p.task.batch_size, "options": p.task.options}
     rhythm = {"steps": self.steps, "eval_every": self.eval_every, "log_every": self.log_every}
-    own = {"task": task, "model": p.config, "runs": p.runs, **rhythm, "dtype": str(p.dtype), "device": p.device.type}
+    own = {
+        "task": task,
+        "model": p.config,
+        "runs": p.runs,
+        **rhythm,
+        "dtype": str(p.dtype),
+        "device": p.device.type,
+    }
     return plain({**own, "code": code_hash(), "about": about or {}})
 
 
@@ -608,7 +739,11 @@ def facts(self: Training, about: dict | None = None) -> dict:
 def in_order(self: Training, row: dict) -> dict:
     "A row's keys in the order in which they are made; JSON has sorted them."
     names = self.population.names
-    return {k: row[k] for k in ("step", "epoch", "loss", *names, *(f"valid_{k}" for k in names)) if k in row}
+    return {
+        k: row[k]
+        for k in ("step", "epoch", "loss", *names, *(f"valid_{k}" for k in names))
+        if k in row
+    }
 
 
 @patch
@@ -636,7 +771,12 @@ def resume(self: Training, checkpoint, facts: dict) -> bool:
         history = History(**meta["history"])
         history.curves = [[self.in_order(row) for row in curve] for curve in history.curves]
         history.best = [row and self.in_order(row) for row in history.best]
-        if not len(history.curves) == len(history.best) == len(history.stopped) == len(self.population):
+        if (
+            not len(history.curves)
+            == len(history.best)
+            == len(history.stopped)
+            == len(self.population)
+        ):
             raise CheckpointError(f"the history is not that of {len(self.population)} runs")
         fixed = {k: tensors.pop(f"fixed.{k}") for k in self.population.fixed}
     except (KeyError, TypeError, AttributeError) as e:
@@ -652,7 +792,11 @@ def resume(self: Training, checkpoint, facts: dict) -> bool:
 def warn_other_machine(before: dict | None) -> None:
     "Going on elsewhere is allowed, but the bits will differ: say so."
     now = plain(environment())
-    moved = [d for d in differences(before or {}, now) if d.split(":")[0] in ("torch", "device", "cuda")]
+    moved = [
+        d
+        for d in differences(before or {}, now)
+        if d.split(":")[0] in ("torch", "device", "cuda")
+    ]
     if moved:
         warnings.warn(
             f"resumed on another machine, so not bit for bit what one machine would give: {'; '.join(moved)}",
@@ -660,7 +804,9 @@ def warn_other_machine(before: dict | None) -> None:
         )
 
 # %% ../../nbs/13_training.ipynb #804c50c1
-def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.device, dtype: torch.dtype) -> int:
+def runs_that_fit(
+    task, model: ModelConfig, run: RunSettings, device: torch.device, dtype: torch.dtype
+) -> int:
     "How many runs a CUDA device can train at once, from what a step of one and of two needs; 0 if not even one."
     peaks = []
     try:
@@ -674,7 +820,9 @@ def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.devi
             del population
     except torch.OutOfMemoryError:
         return len(peaks)
-    total = 0.9 * torch.cuda.get_device_properties(device).total_memory  # the allocator wastes some
+    total = (
+        0.9 * torch.cuda.get_device_properties(device).total_memory
+    )  # the allocator wastes some
     return max(1, 1 + int((total - peaks[0]) / max(1, peaks[1] - peaks[0])))
 
 
@@ -682,12 +830,17 @@ def runs_that_fit(task, model: ModelConfig, run: RunSettings, device: torch.devi
 def status_line(self: Training) -> str:
     "What a progress bar says: loss and accuracy, mean over the runs still training, and how many are not."
     rows = [self.history.curves[r][-1] for r in self.history.running if self.history.curves[r]]
-    headline, parts = "accuracy" if "accuracy" in self.population.names else self.population.task.metric, []
+    headline, parts = (
+        "accuracy" if "accuracy" in self.population.names else self.population.task.metric,
+        [],
+    )
     for key in ("loss", "accuracy", f"valid_{headline}"):
         values = [row[key] for row in rows if row.get(key) is not None]
         if values:
             mean = sum(values) / len(values)
-            parts.append(f"{key} {mean:.1%}" if key.endswith("accuracy") else f"{key} {mean:.3g}")
+            parts.append(
+                f"{key} {mean:.1%}" if key.endswith("accuracy") else f"{key} {mean:.3g}"
+            )
     ended = {
         "diverged": sum(map(bool, self.population.diverged.tolist())),
         "stopped": sum(map(bool, self.history.stopped)),
@@ -697,12 +850,25 @@ def status_line(self: Training) -> str:
 # %% ../../nbs/13_training.ipynb #94056329
 @patch
 def run(
-    self: Training, graph=None, progress=True, checkpoint=None, every=0, interrupt=None, facts=None, watch=None
+    self: Training,
+    graph=None,
+    progress=True,
+    checkpoint=None,
+    every=0,
+    interrupt=None,
+    facts=None,
+    watch=None,
 ) -> None:
     "The loop: step, and whatever is due after it. Raises Interrupted, after a checkpoint, when `interrupt()` says so."
     p, history = self.population, self.history
     name = f"{p.task.name} {p.config.kind}" + (f" x {len(p)}" if len(p) > 1 else "")
-    bar = progress_bar(total=self.steps, initial=history.step, desc=name, unit="it", disable=None if progress else True)
+    bar = progress_bar(
+        total=self.steps,
+        initial=history.step,
+        desc=name,
+        unit="it",
+        disable=None if progress else True,
+    )
     watch = watch or (lambda training: None)
     with bar:
         watch(self)
@@ -717,8 +883,13 @@ def run(
                 self.stop()
                 bar.set_postfix_str(self.status_line(), refresh=False)
                 watch(self)
-            stopping, over = interrupt is not None and interrupt(), history.step == self.steps or not history.running
-            if checkpoint is not None and (stopping or over or (every and history.step % every == 0)):
+            stopping, over = (
+                interrupt is not None and interrupt(),
+                history.step == self.steps or not history.running,
+            )
+            if checkpoint is not None and (
+                stopping or over or (every and history.step % every == 0)
+            ):
                 self.save(checkpoint, facts)
             if stopping and not over:
                 what = (
@@ -741,12 +912,16 @@ def fit(
     checkpoint=None,  # an object with save(tensors, meta) and load(); see notebook 14
     checkpoint_every: int = 0,  # steps between two checkpoints; 0 = only when interrupted, and at the end
     progress: bool = True,  # a bar, where somebody watches
-    stop_when: Callable[[dict], bool] | None = None,  # on a run's newest row: True stops that run
+    stop_when: Callable[[dict], bool]
+    | None = None,  # on a run's newest row: True stops that run
     max_seconds: float | None = None,  # then all runs stop at the next log
-    graph: bool | None = None,  # a CUDA graph: None = where possible, True = or an error, False = no
+    graph: bool
+    | None = None,  # a CUDA graph: None = where possible, True = or an error, False = no
     dtype: torch.dtype = torch.float32,  # float64 for proofs
-    interrupt: Callable[[], bool] | None = None,  # asked after each step: True saves, and raises Interrupted
-    watch: Callable[[Training], None] | None = None,  # told when training begins or goes on, and after each new row
+    interrupt: Callable[[], bool]
+    | None = None,  # asked after each step: True saves, and raises Interrupted
+    watch: Callable[[Training], None]
+    | None = None,  # told when training begins or goes on, and after each new row
     about: dict | None = None,  # further facts that must not change under a half-finished run
 ) -> list[RunResult]:  # one a run, in order
     """Train a population of R independent runs, choose on validation, test once.
@@ -756,12 +931,19 @@ def fit(
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         try:
             training = Training(
-                Population(task, model, runs, device, dtype), steps, eval_every, log_every, stop_when, max_seconds
+                Population(task, model, runs, device, dtype),
+                steps,
+                eval_every,
+                log_every,
+                stop_when,
+                max_seconds,
             )
             facts = training.facts(about) if checkpoint is not None else None
             if checkpoint is not None:
                 training.resume(checkpoint, facts)
-            training.run(graph, progress, checkpoint, checkpoint_every, interrupt, facts, watch)
+            training.run(
+                graph, progress, checkpoint, checkpoint_every, interrupt, facts, watch
+            )
             return training.results()
         except torch.OutOfMemoryError as e:
             training, asked = None, str(e).split(". ")[0]
@@ -772,4 +954,6 @@ def fit(
             if fits
             else "not even one would: choose a smaller batch or model"
         )
-        raise WaveRNNError(f"{len(runs)} runs do not fit on {torch.cuda.get_device_name(device)} ({asked}); {remedy}")
+        raise WaveRNNError(
+            f"{len(runs)} runs do not fit on {torch.cuda.get_device_name(device)} ({asked}); {remedy}"
+        )
