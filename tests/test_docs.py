@@ -18,7 +18,10 @@ from conftest import ROOT, WEB
 sys.path.insert(0, str(WEB))
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(p.stem for p in (ROOT / "wave_rnns").glob("*.py") if not p.stem.startswith("_"))
+PACKAGE = ROOT / "wave_rnns"
+MODULES = sorted(
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_")
+)
 
 
 def page_of(path: Path) -> str:

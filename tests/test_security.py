@@ -41,7 +41,7 @@ RUNNERS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call
 
 ALLOWED = {  # (file, what) -> why
     ("bench.py", "multiprocessing"): "compiles kernels in processes of its own; nothing is read from a file",
-    ("kernels.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
+    ("wave.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
     ("sweeps.py", "submitit"): "hands its jobs to Slurm as pickles in results/slurm: who may write there is the user alone",
     ("bench.py", "concurrent.futures"): "the same",
     ("api.py", "importlib.import_module"): "lists the package's own modules",

@@ -946,9 +946,10 @@ def _register_autograd(kind, op):
             (*(in_dims[i] for i in order),),
             args[at + 2 :],
         )
-        gradient = lambda folded: _BACKWARD[kind](
-            folded[0], *folded[3:], *folded[1:3], *args[at + 2 :]
-        )  # noqa: E731
+
+        def gradient(folded):
+            return _BACKWARD[kind](folded[0], *folded[3:], *folded[1:3], *args[at + 2 :])
+
         return _map_backward(
             gradient, info.batch_size, in_dims, kind, activation, precision, tensors
         )

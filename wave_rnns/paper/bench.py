@@ -816,9 +816,7 @@ def scaling(
     for way in (OURS, FAST):
         for letter, value, point in sweep_points(shape, sweeps):
             if (way.name, point) not in sides:
-                work = lambda way=way, point=point: measure(
-                    way, point, device, 0.2, checked=False
-                )  # noqa: E731
+                work = functools.partial(measure, way, point, device, 0.2, checked=False)
                 sides[way.name, point] = attempt(work, way.name, clock)
             row = {
                 "sweep": letter,
