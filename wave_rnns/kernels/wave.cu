@@ -447,9 +447,9 @@ extern "C" __global__ void __launch_bounds__(TH, MINF) wave_forward(const Forwar
 // --- section: backward_setup
 // gy as y. Per block, to be summed afterwards: pU [R][blocks][C][C][3] and
 // pV [R][blocks][F+1 or rows][VALS][TH] float4 (last: db). dh0 [R][B][C][N].
-// D: deltas in natural order: EMIT 1 [R][T][B][C][N] float; EMIT 2 the same as Store, a pair of
-// samples with the same row added up, and rows used once (place = row, else ~row) straight to
-// dtable [R][rows][C][N].
+// D: deltas in natural order. EMIT 1: [R][T][B][C][N] float. EMIT 2: the same as Store, a pair
+// of samples with the same row added up, and rows used once (place = row, else ~row) straight
+// to dtable [R][rows][C][N].
 struct Backward {
     const float *u, *gy, *x;
     const i64 *index, *place;
