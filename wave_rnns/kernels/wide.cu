@@ -16,7 +16,8 @@ constexpr int ITEMS = TU * TB / GROUP, TURNS = (ITEMS + THREADS - 1) / THREADS;
 
 // --- section: copies
 DEVICE void copy16(float4 *to, const float *from) {
-    copy_async<16, false>(smem(to), from);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(smem(to)), "l"(from)
+                 : "memory");
 }
 DEVICE void put(float *to, float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
 
