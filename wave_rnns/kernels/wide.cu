@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_step(const Step p)
     float x[TURNS][GROUP] = {}, z[TURNS][GROUP] = {};
     UNROLL for (int n = 0; n < TURNS; n++) {
         const int e = n * THREADS + tid, u = u0 + e % TU, b = b0 + e / TU * GROUP;
-        auto load = [&](float(&v)[GROUP], const float *from) {
+        auto load = [&](float (&v)[GROUP], const float *from) {
             UNROLL for (int s = 0; s < GROUP; s++)
                 if (e < ITEMS && u < M && b + s < B) v[s] = from[(i64)(b + s) * M + u];
         };

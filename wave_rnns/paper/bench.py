@@ -8,7 +8,7 @@ __all__ = ['SHAPES', 'CPU_STEPS', 'OURS', 'RIVALS', 'SAMPLES', 'read_speed', 'ro
            'prepared', 'errors', 'exact_float32', 'gpu_times', 'compare', 'machine', 'file_name', 'row_text',
            'run_bench', 'wrnn_bench']
 
-# %% ../../nbs/26_speed.ipynb #a3172757
+# %% ../../nbs/26_speed.ipynb #ca150f25
 import math
 import platform
 import re
@@ -39,7 +39,7 @@ from .experiments import answer, checked_device, results_root
 from .training import code_hash
 from ..scan import dense_loop, dense_scan, wave_loop, wave_scan
 
-# %% ../../nbs/26_speed.ipynb #7f1cfe3b
+# %% ../../nbs/26_speed.ipynb #b64630c1
 def read_speed(folder: Path | None = None) -> list[dict]:
     "The records of speed, newest first. Raises RecordError for a file that is none."
     records = []
