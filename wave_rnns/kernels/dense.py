@@ -47,8 +47,9 @@ class DensePlan:
     diagonals: int = (
         0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
     )
-    state_bits: int = 8  # faithful first terms: multiples of 2^-bits of the power of two above the largest of 4 units ...
-    weight_bits: int = 10  # ... and above the largest weight of a row
+    # faithful first terms: multiples of 2^-bits of the power of two above the largest ...
+    state_bits: int = 8  # ... of four units
+    weight_bits: int = 10  # ... weight of a row
 
     @property
     def padded(self) -> int:
@@ -108,9 +109,9 @@ def plan_for(
     R: int,  # runs
     precision: str,  # 'faithful' or 'fast'
     processors: int = 132,  # multiprocessors of the GPU
-    clusters: bool = True,  # can blocks share their memories? (compute capability 9.0 and later)
+    clusters: bool = True,  # can blocks share their memories? (since compute capability 9.0)
 ) -> DensePlan | None:  # None: no fused kernel for this size
-    "Lay out a scan: the smallest cluster that holds the matrix, as many tiles in turn as keep every processor busy."
+    "The smallest cluster that holds the matrix, as many tiles as keep every processor busy."
     if m > FUSED_UNITS or (m > 128 and not clusters):
         return None
     terms, groups = 3 if precision == "faithful" else 2, -(-B // 8) * R  # groups of 8 samples
@@ -134,7 +135,9 @@ def plan_for(
 
 # %% ../../nbs/04_kernels_dense.ipynb #f744c9ab
 def scan_forward(plan, drive, U, h_0, activation, states, end):
-    "Launch the forward scan: drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m] (either may be None), in place."
+    """Launch the forward scan, in place.
+
+    drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m]; either may be None."""
     R, T, B, m = drive.shape
     macros = plan.macros(activation, False, False)
     module = load_module(SOURCE, macros, drive.device, "dense scan")
@@ -149,7 +152,10 @@ def backward_module(plan, activation, last, device, source=SOURCE):
 
 
 def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
-    "Launch the backward scan: dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` [R, T, B, m] and `dh_0` [R, B, m], in place."
+    """Launch the backward scan, in place.
+
+    dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` (as the drive)
+    and `dh_0` [R, B, m]."""
     R, T, B, m = ddrive.shape
     module = backward_module(plan, activation, last, ddrive.device)
     shared = plan.shared((not last) + (activation != "identity"))
@@ -161,12 +167,12 @@ CHUNK = 3136  # rows of equation 4 that one block adds up
 
 
 def outer_shared(stages: int) -> int:
-    "Bytes of shared memory of a block that adds up dU: two operands of 32 rows, 128 and 8 floats wide, a stage."
+    "Bytes of shared memory for dU: two operands of 32 rows, 128 and 8 floats wide, a stage."
     return stages * 2 * 32 * 136 * 4
 
 
 def fit_outer(plan, limit: int):
-    "The plan, with one stage less for dU where three do not fit (compute capability 8.6, 8.9 and 12)."
+    "The plan, with a stage less for dU where three do not fit (8.6, 8.9 and 12)."
     return plan if outer_shared(plan.outer_stages) <= limit else replace(plan, outer_stages=2)
 
 
@@ -187,7 +193,9 @@ def outer_sum(plan, ddrive, states, h_0, activation, last, source=SOURCE):
 
 # %% ../../nbs/04_kernels_dense.ipynb #eb4925cf
 class DenseBackend(Backend):
-    "The fused dense scan of `wave_rnns.scan`: float32, NVIDIA GPU of compute capability 8.0 or later, up to 256 units (before 9.0: 128)."
+    """The fused dense scan of `wave_rnns.scan`.
+
+    float32, compute capability 8.0 or later, up to 256 units (before 9.0: 128)."""
 
     def __init__(self, plan=plan_for):  # a function like `plan_for`
         self.plan, self.broken = plan, set()

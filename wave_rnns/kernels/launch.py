@@ -73,7 +73,7 @@ class KernelError(WaveRNNError):
 
 @functools.cache
 def nvrtc() -> ctypes.CDLL:
-    "The run-time compiler: PyTorch's own, else the system's. Raises KernelError if there is none."
+    "The run-time compiler, PyTorch's own or the system's. KernelError if there is none."
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or []) if spec else []
     found = [f for r in roots for f in sorted(glob.glob(f"{r}/*/lib/libnvrtc.so*"))]
@@ -90,7 +90,8 @@ def nvrtc() -> ctypes.CDLL:
         except OSError:
             continue
     raise KernelError(
-        f"NVRTC (libnvrtc.so.{major}) was not found: this PyTorch has no CUDA packages beside it"
+        f"NVRTC (libnvrtc.so.{major}) was not found: "
+        "this PyTorch has no CUDA packages beside it"
     )
 
 
@@ -189,7 +190,7 @@ def compile_kernel(
     arch: str,  # 'sm_90' (machine code) or 'compute_90' (PTX)
     name: str = "kernel",  # for messages
 ) -> bytes:
-    "Machine code, from the cache if it was compiled before. Says on stderr when it compiles. Raises KernelError."
+    "Machine code, from the cache or compiled, which is said on stderr. Raises KernelError."
     options = _options(macros, arch)
     text = "\0".join([source, str(nvrtc_version()), *options])
     path = cached_file(hashlib.sha256(text.encode()).hexdigest()[:32])
@@ -279,7 +280,7 @@ class Module:
         grid: Sequence[int],
         block: Sequence[int],
         shared: int,  # bytes of dynamic shared memory
-        *args,  # tensors, None (null), 64-bit integers, or a list of these passed as one struct
+        *args,  # tensors, None (null), integers, or a list of these passed as one struct
     ) -> None:
         "Queue a kernel on PyTorch's current stream."
 
@@ -307,7 +308,7 @@ def load_module(
     device: torch.device,  # a CUDA device
     name: str = "kernel",
 ) -> Module:
-    "Compile (or take from the cache) and load, once a process for each source, macros and GPU. Raises KernelError."
+    "Compile and load, once a process for each source, macros and GPU. Raises KernelError."
     index = torch.cuda.current_device() if device.index is None else device.index
     device = torch.device("cuda", index)
     key = (name, index, hash(source), tuple(sorted(macros.items())))
@@ -335,7 +336,7 @@ def aligned(x: Tensor | None) -> Tensor | None:
 
 
 def new_tensor(what: str, R: int, *shape, like: Tensor, dtype=torch.float32) -> Tensor:
-    "torch.empty that, when memory is out, says what for and how many of the R runs would have fit."
+    "torch.empty; when memory is out, says what for and how many of R runs would fit."
     try:
         return torch.empty(shape, dtype=dtype, device=like.device)
     except torch.OutOfMemoryError as e:

@@ -51,7 +51,7 @@ class Plan:
     ring: int = 0  # steps fetched ahead
     weights_shared: int = -1  # weights in shared memory instead of registers
     sums_shared: int = -1  # the sums of dV and db too
-    # first terms, faithful forward, as multiples of the power of two above the largest / 2^bits
+    # first terms, faithful forward: multiples of the power of two above the largest / 2^bits
     state_bits: int = 8  # states, the largest of four lanes; 0: whole bf16 terms
     weight_bits: int = 12  # weights, the largest of all (backward: always 0 and 8)
     min_forward: int = 1  # blocks per multiprocessor asked of the compiler
@@ -75,7 +75,7 @@ class Plan:
 
     @staticmethod
     def share(n: int, c: int, few: bool = False) -> int:
-        "How many pairs of neurons a thread gets. With few blocks a GPU needs more, smaller warps to have something to do while one waits."
+        "How many pairs of neurons a thread gets: with few blocks fewer, in more warps."
         if n % 8 == 0 and n >= 256 and c <= 16:
             return 2 if few else 4
         return 2 if n % 4 == 0 and (c <= 16 or n > 128) else 1
@@ -123,7 +123,7 @@ class Plan:
         return forward, self.pair * (edges + feed) + weights + rings
 
     def macros(self, forward: bool) -> dict:
-        "Macros of the forward or the backward module; each only those it depends on, so that they are compiled once."
+        "Macros of a module. What it does not depend on is constant: it is compiled once."
         grid = forward and self.terms == 3
         return {
             "N": self.n,
@@ -180,7 +180,7 @@ def plan_for(
 
 
 def rows_plan_for(device, n, c, rows, R, B, activation, precision, states) -> Plan:
-    "Row sums on the chip if they fit there, else deltas in memory, those of two samples added up if possible."
+    "Row sums on chip if they fit, else deltas in memory, two samples' together if possible."
     sizes = (device, n, c, 0, activation, precision, states, R * B)
     p = plan_for(*sizes, rows=rows)
     if p.shared()[1] <= min(p.limit, 112 << 10):
@@ -208,7 +208,8 @@ def obstacle(device, kind, c, n, F, activation, precision) -> str:
     for states in (False, True):
         p = plan_for(device, n, c, F, activation, precision, states)
         if p.threads > MAX_THREADS:
-            return f"n = {n} neurons with c = {c} rings need {p.threads} threads, at most {MAX_THREADS}"
+            need = f"n = {n} neurons with c = {c} rings need {p.threads} threads"
+            return f"{need}, at most {MAX_THREADS}"
         if max(p.shared()) > p.limit:
             need, have = max(p.shared()) >> 10, p.limit >> 10
             return f"n = {n}, c = {c} need {need} KB of shared memory, this GPU has {have}"
@@ -261,8 +262,8 @@ def run_backward(
     deltas: Tensor
     | None = None,  # emit: where deltas go, [R,T,B,c,n] (emit 2, fast: bfloat16)
     dtable: Tensor | None = None,  # emit 2: [R,rows,c,n]
-) -> dict[str, Tensor | None]:
-    "Launch the backward kernel and the sums over the batch: {'u', 'h_0', 'V' [R,c,n,F] or [R,rows,c,n], 'b'}."
+) -> dict[str, Tensor | None]:  # u, h_0, V [R,c,n,F] or [R,rows,c,n], b
+    "Launch the backward kernel and the sums over the batch."
     gy, u = aligned(gy), aligned(u)
     R, blocks, fragments = u.shape[0], B // p.pair, p.vals * p.threads * 4
     K, weights = p.F + 1 if p.F else p.rows, 3 * p.c * p.c

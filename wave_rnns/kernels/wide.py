@@ -17,7 +17,9 @@ from ..scan import register_backend
 # %% ../../nbs/04_kernels_wide.ipynb #0d8f613f
 @dataclass(frozen=True)
 class WidePlan:
-    "How one step of `m` units is laid out on the GPU. A block is 8 warps; each adds up an eighth of the sums of the same tile."
+    """How one step of `m` units is laid out on the GPU.
+
+    A block is 8 warps; each adds up an eighth of the sums of the same tile."""
 
     m: int  # units
     units: int  # units of the tile in a lane; 4 times as many in the block
@@ -43,7 +45,7 @@ class WidePlan:
 
     @property
     def shared(self) -> int:
-        "Bytes of shared memory of a block: the pieces, and in their place at the end the eight shares of every sum."
+        "Bytes of shared memory: the pieces, and at the end eight shares of every sum."
         units, samples = self.tile
         return max(4 * 32 * self.pieces * (units + samples), 4 * 8 * units * (samples + 4))
 
@@ -74,7 +76,9 @@ def wide_plan_for(
     processors: int = 132,  # multiprocessors of the GPU
     limit: int = 227 << 10,  # bytes of shared memory that a block may use
 ) -> WidePlan:
-    "The tile that gives the busiest processor the least to do: its multiply-adds, and what it reads and hands on (weighed as measured below)."
+    """The tile that gives the busiest processor the least to do.
+
+    That is its multiply-adds, and what it reads and hands on, weighed as measured below."""
 
     def busiest(plan):
         across, along, _ = plan.grid(B, R)
@@ -114,7 +118,9 @@ def _states(plan, B, h_0, like):
 
 
 def scan_forward(plan, drive, U, h_0, activation, states, end):
-    "Launch the forward scan: drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m] (either may be None), in place."
+    """Launch the forward scan, in place.
+
+    drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m]; either may be None."""
     R, T, B, m = drive.shape
     module = load_module(SOURCE, plan.macros(activation, False), drive.device, "wide scan")
     w, (now, after), drive = (
@@ -135,7 +141,10 @@ def scan_forward(plan, drive, U, h_0, activation, states, end):
 
 
 def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
-    "Launch the backward scan: dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` [R, T, B, m] and `dh_0` [R, B, m], in place."
+    """Launch the backward scan, in place.
+
+    dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` (as the drive)
+    and `dh_0` [R, B, m]."""
     R, T, B, m = ddrive.shape
     module = load_module(
         SOURCE, plan.macros(activation, True), ddrive.device, "wide scan backward"
@@ -163,7 +172,9 @@ def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
 
 # %% ../../nbs/04_kernels_wide.ipynb #5714c159
 class WideBackend(DenseBackend):
-    "A launch a step: float32, NVIDIA GPU of compute capability 8.0 or later, matrices that the fused dense scan cannot hold (above 256 units; before 9.0, above 128)."
+    """A launch a step: float32, compute capability 8.0 or later.
+
+    For matrices that the fused scan cannot hold (above 256 units; before 9.0, above 128)."""
 
     def __init__(self, plan=wide_plan_for):  # a function like `wide_plan_for`
         super().__init__(plan)

@@ -58,7 +58,7 @@ def read_speed(folder: Path | None = None) -> list[dict]:
 
 
 def rows_of(records: list[dict], section: str) -> tuple[list[dict], dict]:
-    "The rows of a section in the newest record that has it, and that record; nothing, and {}, if none has."
+    "A section's rows in the newest record that has it, and that record; or [] and {}."
     for record in records:
         if rows := record["sections"].get(section, {}).get("rows"):
             return rows, record
@@ -243,7 +243,7 @@ def prepared(way: Way, shape: Shape, device: torch.device) -> tuple[Callable, Te
 
 
 def errors(way: Way, shape: Shape, device: torch.device) -> dict:
-    "Relative errors of output and gradients against the double loop, and whether they are within bounds."
+    "Relative errors of output and gradients against the double loop; are they within bounds?"
     work, gy, leaves = prepared(way, shape, device)
     x, w = problem(shape, device)
     double = [v.double().requires_grad_() for v in w.values()]
@@ -267,7 +267,7 @@ def errors(way: Way, shape: Shape, device: torch.device) -> dict:
 # %% ../../nbs/26_speed.ipynb #e6cffff9
 @contextmanager
 def exact_float32():
-    "No tf32 for anybody: hundreds of steps later a loop with ten bits has forgotten what it was computing."
+    "No tf32 for anybody: with ten bits a loop forgets its input in hundreds of steps."
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [s.allow_tf32 for s in switches]
     try:
@@ -290,7 +290,7 @@ def gpu_times(way: Way, shape: Shape, device: torch.device) -> list[float]:  # m
 
 
 def compare(name: str, shape: Shape, way: Way, device: torch.device, ours: dict) -> dict:
-    "A row: both sides and how many times as long the other takes. `ours`: what is known of our side."
+    "A row: both sides, and how many times as long the other takes. `ours`: our side so far."
     row = {"shape": name, "sizes": asdict(shape), "ours": ours, "ratio": None}
     row["other"] = other = {"name": way.name}
     try:
@@ -373,7 +373,8 @@ def wrnn_bench(
     device: Param("cpu, cuda or cuda:1; default: a GPU where there is one", str) = None,
     out: Param("the record; default: nbs/results/speed/MACHINE-DAY.json", str) = None,
 ):
-    """Measure the speed of this machine: our scan against the authors' loop, and nn.RNN for the iRNN, checked against a loop in double precision.
+    """Measure this machine's speed: our scan against the authors' loop, and nn.RNN.
 
-    Prints a line for each comparison and writes one JSON record. About a minute. On a CPU set OMP_NUM_THREADS to the cores you have."""
+    All are checked against a loop in double precision. Prints a line for each comparison and
+    writes one JSON record. On a CPU set OMP_NUM_THREADS to the cores you have."""
     return run_bench(checked_device(device), Path(out) if out else None)
