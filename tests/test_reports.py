@@ -152,7 +152,7 @@ def test_a_diverged_run_keeps_what_validation_chose():
     o = rp.outcome("adding100_wrnn", "mse", records)
     assert o.values[-1] == 9.7e-4 and rp.runs_text(records) == "5 of 5 solved, 1 diverged at step 8,027"
     assert rp.last_step(records, "mse") == "1.0e-5, 2.0e-5, 3.0e-5, 4.0e-5"
-    row = line(rp.table_1(records, PAPER), "wRNN T=100")
+    row = line(rp.table_1(records, PAPER), "wRNN T=100 †")
     assert row["runs"].startswith("5 of 5") and row["ours"].startswith("4.7e-5")  # all five, geometric
 
 
@@ -244,20 +244,20 @@ def test_welch_against_table_7_is_in_the_tables():
     values = (96.4, 96.6, 96.5, 96.7, 96.55)
     records = [made("psmnist_wrnn", s, accuracy=v / 100) for s, v in enumerate(values)]
     p = stats.ttest_ind_from_stats(fmean(values), stdev(values), 5, 96.6, 0.10, 3, equal_var=False).pvalue
-    for text, start in ((rp.table_2(records, PAPER), "wRNN"), (rp.table_7(records, PAPER), "psmnist wRNN")):
+    for text, start in ((rp.table_2(records, PAPER), "wRNN †"), (rp.table_7(records, PAPER), "psmnist wRNN †")):
         row = line(text, start)
         assert row["p"] == f"{p:.2g}" and row["verdict"] == "no difference found"
     assert row["ours, mean ± sd (runs)"] == f"{fmean(values):.2f} ± {stdev(values):.2f} (5)"
     worse = [made("psmnist_wrnn", s, accuracy=0.9 + s / 1000) for s in range(5)]
-    assert line(rp.table_7(worse, PAPER), "psmnist wRNN")["verdict"] == "worse"
+    assert line(rp.table_7(worse, PAPER), "psmnist wRNN †")["verdict"] == "worse"
     late = [made("adding700_wrnn", s, mse=1e-5, solved=9000 + s) for s in range(5)]
-    assert line(rp.table_7(late, PAPER), "adding700 wRNN", "steps to solve")["verdict"] == "later"
+    assert line(rp.table_7(late, PAPER), "adding700 wRNN †", "steps to solve")["verdict"] == "later"
 
 
 def test_the_best_is_compared_where_the_paper_prints_only_a_best():
     records = [made("psmnist_wrnn_mlp", s, accuracy=a) for s, a in enumerate((0.970, 0.976, 0.972))]
-    assert line(rp.table_2(records, PAPER), "wRNN + MLP")["verdict"] == "best reached"
-    assert line(rp.table_2(records[::2], PAPER), "wRNN + MLP")["verdict"] == "best not reached"
+    assert line(rp.table_2(records, PAPER), "wRNN + MLP †")["verdict"] == "best reached"
+    assert line(rp.table_2(records[::2], PAPER), "wRNN + MLP †")["verdict"] == "best not reached"
 
 
 def test_table_4_chooses_by_validation_and_shows_all_seeds_of_the_choice():
@@ -323,7 +323,7 @@ def test_table_1_recomputed_from_the_files():
     runs = [r for r in runs if all(r["config"]["model"][k] == v for k, v in model.items())]
     mse = [r["test_best"]["mse"] for r in sorted(runs, key=lambda r: r["seed"])]
     assert len(mse) >= 4
-    row = line((results / "tables/table1.md").read_text(), "wRNN T=1000")
+    row = line((results / "tables/table1.md").read_text(), "wRNN T=1000 †")
     if len(mse) < 5:
         assert row["ours"] == ", ".join(f"{v:.1e}".replace("e-0", "e-") for v in mse)
     else:

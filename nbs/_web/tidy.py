@@ -19,7 +19,9 @@ def is_bar(output) -> bool:
     "Is it what tqdm writes? Warnings stay, for a test to find them."
     lines = re.split(r"[\r\n]+", "".join(output.get("text", "")))
     bars = [line for line in lines if re.search(r"\d+/\d+ \[|\d+%\|", line)]
-    return output.get("name") == "stderr" and len(bars) == sum(bool(line.strip()) for line in lines)
+    return output.get("name") == "stderr" and len(bars) == sum(
+        bool(line.strip()) for line in lines
+    )
 
 
 def tidy(path: Path) -> bool:

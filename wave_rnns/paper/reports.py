@@ -6,11 +6,11 @@
 __all__ = ['ENOUGH', 'PERCENT', 'COUNTS', 'HEADER', 'COPY_ROWS', 'DELAYS', 'PAIRS', 'SUMMARY', 'TABLES', 'gauss', 't_tail',
            't_quantile', 'Sample', 'Comparison', 'welch', 'Outcome', 'show', 'as_printed', 'show_p', 'measured',
            'records_of', 'outcome_of', 'outcome', 'last_step', 'runs_text', 'paper_numbers', 'paper_entry',
-           'paper_number', 'paper_sample', 'markdown', 'plus_minus', 'against_paper', 'comparison', 'table_1',
-           'cited_table', 'size_table', 'equivalence', 'table_2', 'table_3', 'grid_of', 'chosen_setting', 'table_4',
-           'wave_against_bump', 'table_7', 'run_or_older', 'summary_table', 'without_title', 'section', 'short_commit',
-           'runs_table', 'curves_of', 'band', 'draw_curves', 'draw_outcomes', 'draw_results', 'write_tables',
-           'wrnn_tables']
+           'paper_number', 'paper_sample', 'markdown', 'plus_minus', 'against_paper', 'comparison', 'marked', 'dagger',
+           'table_1', 'cited_table', 'size_table', 'equivalence', 'table_2', 'table_3', 'grid_of', 'chosen_setting',
+           'table_4', 'wave_against_bump', 'table_7', 'run_or_older', 'summary_table', 'without_title', 'section',
+           'short_commit', 'runs_table', 'curves_of', 'band', 'draw_curves', 'draw_outcomes', 'draw_results',
+           'write_tables', 'wrnn_tables']
 
 # %% ../../nbs/18_reports.ipynb #d60feb9e
 import functools
@@ -376,9 +376,23 @@ def comparison(
         last = last_step(runs, measure) if measure != "solved_step" else "–"
         test = against_paper(o, paper_sample(name, measure, paper))
         printed = as_printed(o.paper, measure)
-        rows.append([label, printed, *means, o, last, *test, runs_text(runs)])
-    table = markdown(HEADER, rows, fold=True) if rows else ""
-    return table + (f"\nNo runs: {'; '.join(missing)}.\n" if missing else "")
+        cells = [printed, *means, o, last, *test, runs_text(runs)]
+        rows.append([marked(label, runs), *cells])
+    table = dagger(markdown(HEADER, rows, fold=True)) if rows else ""
+    lacking = f"No runs: {'; '.join(missing)}.\n" if missing else ""
+    return "\n".join(filter(None, (table, lacking)))
+
+
+def marked(label: str, runs: list[dict]) -> str:
+    "A dagger behind the label of what was trained in the kernels' fast precision."
+    fast = runs and runs[0]["config"]["model"].get("precision") == "fast"
+    return label + (" †" if fast else "")
+
+
+def dagger(table: str) -> str:
+    "What the dagger means, below a table that has one."
+    note = "\n† trained in the kernels' fast precision, anything else in the faithful one.\n"
+    return table + (note if " † |" in table else "")
 
 
 def table_1(records: list[dict], paper: list[dict]) -> str:
@@ -632,7 +646,8 @@ def table_7(records: list[dict], paper: list[dict]) -> str:
         values = ", ".join(show(v, measure) for v in o.values) or "–"
         unit = {"solved_step": "steps to solve", "mse": "MSE", "accuracy": "%"}[measure]
         printed = plus_minus(p, measure) if p["value"] is not None else "never"
-        rows.append([label, unit, printed, ours, *test, values, runs_text(runs)])
+        cells = [unit, printed, ours, *test, values, runs_text(runs)]
+        rows.append([marked(label, runs), *cells])
     header = [
         "experiment",
         "unit",
@@ -644,7 +659,8 @@ def table_7(records: list[dict], paper: list[dict]) -> str:
         "all our values",
         "runs",
     ]
-    text = "# Table 7: means over seeds\n\n" + (markdown(header, rows) if rows else "")
+    text = "# Table 7: means over seeds\n\n"
+    text += dagger(markdown(header, rows)) if rows else ""
     text += "\nWelch's two-sided test; plain means and standard deviations on both sides."
     text += " Steps: the preprint looks at one training batch every 100 or 1,000 steps,"
     text += " we at the mean of every 100 steps.\n"
@@ -670,7 +686,7 @@ SUMMARY = {  # task -> (label, measure, experiments in order of preference)
 
 def run_or_older(name: str, records: list[dict]) -> str:
     "The experiment, or where it has no run the same model at an older setting that has."
-    settings = [name, *(f"{name}_{s}" for s in ("rerun", "lr5", "lr3"))]
+    settings = [name, *(f"{name}_{s}" for s in ("lr5", "rerun", "lr3"))]
     settings = [n for n in settings if n in EXPERIMENTS]
     return next((n for n in settings if records_of(n, records)), name)
 
