@@ -7,10 +7,10 @@ __all__ = ['ENOUGH', 'PERCENT', 'COUNTS', 'HEADER', 'COPY_ROWS', 'DELAYS', 'PAIR
            't_quantile', 'Sample', 'Comparison', 'welch', 'Outcome', 'show', 'as_printed', 'show_p', 'measured',
            'records_of', 'outcome_of', 'outcome', 'last_step', 'runs_text', 'paper_numbers', 'paper_entry',
            'paper_number', 'paper_sample', 'markdown', 'plus_minus', 'against_paper', 'comparison', 'marked', 'dagger',
-           'table_1', 'cited_table', 'size_table', 'equivalence', 'table_2', 'table_3', 'grid_of', 'chosen_setting',
-           'table_4', 'wave_against_bump', 'table_7', 'run_or_older', 'summary_table', 'without_title', 'section',
-           'short_commit', 'runs_table', 'curves_of', 'band', 'draw_curves', 'draw_outcomes', 'draw_results',
-           'write_tables', 'wrnn_tables']
+           'table_1', 'cited_table', 'size_table', 'equivalence', 'table_2', 'table_3', 'same_model', 'grid_of',
+           'chosen_setting', 'table_4', 'wave_against_bump', 'table_7', 'run_or_older', 'summary_table',
+           'without_title', 'section', 'short_commit', 'runs_table', 'curves_of', 'band', 'draw_curves',
+           'draw_outcomes', 'draw_results', 'write_tables', 'wrnn_tables']
 
 # %% ../../nbs/18_reports.ipynb #d60feb9e
 import functools
@@ -18,7 +18,7 @@ import json
 import math
 import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -538,15 +538,26 @@ COPY_ROWS = {  # label -> (whose models may fill the row, whose number the paper
 DELAYS = (0, 10, 30, 80)
 
 
+def same_model(recorded: dict, wanted: dict) -> bool:
+    "Has a record's model these settings? What it does not mention had its default."
+    from wave_rnns.paper.models import ModelConfig
+
+    fields_of = ModelConfig.__dataclass_fields__
+    defaults = {k: f.default for k, f in fields_of.items() if f.default is not MISSING}
+    plain = json.loads(json.dumps({**defaults, **recorded}))  # tuples are lists in a record
+    return all(plain.get(key) == value for key, value in wanted.items())
+
+
 def grid_of(names: tuple, T: int, records: list[dict]) -> dict[tuple, list[dict]]:
     "Whatever ran of these models at this delay: setting -> its runs, by seed."
     models = [asdict(EXPERIMENTS[f"copy{T}_{name}"].model) for name in names]
-    models = [json.loads(json.dumps(m)) for m in models]  # tuples are lists in a record
+    models = json.loads(json.dumps(models))
     grid = {}
     for r in sorted(records, key=lambda r: r["seed"]):
         config = r["config"]
         same = config["task"] == "copy" and config["task_options"]["T"] == T
-        if same and config["steps"] == 60_000 and config["model"] in models:
+        same = same and config["steps"] == 60_000
+        if same and any(same_model(config["model"], m) for m in models):
             setting = config["lr"], config["clip"], json.dumps(config["model"])
             grid.setdefault(setting, []).append(r)
     return grid
