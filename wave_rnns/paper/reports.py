@@ -550,16 +550,16 @@ def same_model(recorded: dict, wanted: dict) -> bool:
 
 def grid_of(names: tuple, T: int, records: list[dict]) -> dict[tuple, list[dict]]:
     "Whatever ran of these models at this delay: setting -> its runs, by seed."
-    models = [asdict(EXPERIMENTS[f"copy{T}_{name}"].model) for name in names]
+    models = {name: asdict(EXPERIMENTS[f"copy{T}_{name}"].model) for name in names}
     models = json.loads(json.dumps(models))
     grid = {}
     for r in sorted(records, key=lambda r: r["seed"]):
         config = r["config"]
         same = config["task"] == "copy" and config["task_options"]["T"] == T
         same = same and config["steps"] == 60_000
-        if same and any(same_model(config["model"], m) for m in models):
-            setting = config["lr"], config["clip"], json.dumps(config["model"])
-            grid.setdefault(setting, []).append(r)
+        which = [n for n, m in models.items() if same and same_model(config["model"], m)]
+        if which:
+            grid.setdefault((config["lr"], config["clip"], which[0]), []).append(r)
     return grid
 
 
