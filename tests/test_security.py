@@ -201,7 +201,6 @@ def live(folder: str) -> int:
     records = ex.train(runs, folder, "cpu", progress=False)
     assert len(records) == len(ex.read_records(folder)) == 2
     ex.read_curve(runs[0].path(folder, ".csv"))
-    (folder / "paper.json").write_text(json.dumps({"numbers": reports.paper_numbers()}))
     reports.write_tables(folder)
     sweeps.overview(sweeps.Board(runs, folder))
     checkpoints.save_weights(folder / "w", build_model(model, 0).state_dict(), model)
