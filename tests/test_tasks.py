@@ -71,13 +71,13 @@ def test_shapes_agree_with_the_attributes(name, options):
     task = ready(name, **options)
     x, y = batch_of(task, SEEDS, torch.tensor(2))
     seen = dense(x)
-    assert seen.shape[:3] == (3, task.T, 8) and y.shape[-1] == 8
+    assert seen.shape[:3] == (3, task.length, 8) and y.shape[-1] == 8
     if seen.dtype == torch.int64:
         assert seen.max() < task.input_size and seen.min() >= 0
     else:
         assert seen.shape[3] == task.input_size and seen.dtype == torch.float32
     held, target = next(task.eval_batches("valid", batch=5))
-    assert dense(held).shape == (task.T, 5, *seen.shape[3:]) and target.shape[-1] == 5
+    assert dense(held).shape == (task.length, 5, *seen.shape[3:]) and target.shape[-1] == 5
     assert target.dtype == y.dtype and y.shape == (3, *target.shape[:-1], 8)
 
 

@@ -29,7 +29,7 @@ def copy_task(**options):
 
 
 def small(task, kind="wrnn", **options):
-    size = task.input_size * (task.T if kind == "mlp" else 1)
+    size = task.input_size * (task.length if kind == "mlp" else 1)
     return ModelConfig(kind, size, task.output_size, n=9, every_step=task.every_step, **options)
 
 

@@ -861,7 +861,7 @@ def shape_of(task, model: ModelConfig, R: int) -> Shape:
     "The shape of a task's layer."
     drive = {"copy": "tokens", "nscifar10": "rows"}.get(task.name, "features")
     return Shape(
-        task.T,
+        task.length,
         task.batch_size,
         model.n,
         model.c if model.kind == "wrnn" else 0,
