@@ -630,7 +630,7 @@ def random_split(n: int, valid: float, test: float, seed: int) -> tuple[np.ndarr
     order = np.random.RandomState(seed).permutation(n)
     return order[sum(sizes) :], order[: sizes[0]], order[sizes[0] : sum(sizes)]
 
-# %% ../../nbs/12_tasks.ipynb #4cc1e3a3
+# %% ../../nbs/12_tasks.ipynb #7f3404e8
 class ArrayTask(StoredTask):
     "A task of anybody's arrays: classes, numbers, or the next step. See the table above."
 
@@ -699,13 +699,12 @@ class ArrayTask(StoredTask):
         return torch.cat([y.new_full((n - 1, *y.shape), blank), y[None]])
 
     def checked_split(self, split, n: int) -> list[np.ndarray] | None:
-        "The numbers of a split that was given. Raises ConfigError where they overlap or miss."
+        "The numbers of a given split. Raises ConfigError where they overlap or lead out."
         if split is None:
             return None
         parts = [np.asarray(part).astype(np.int64) for part in split]
-        whole = np.concatenate(parts) if len(parts) == 3 else np.array([], int)
-        apart = len(np.unique(whole)) == len(whole)
-        if not all(map(len, parts)) or not apart or not (0 <= whole.min() <= whole.max() < n):
+        known = {i for part in parts for i in part.tolist() if 0 <= i < n}
+        if len(parts) != 3 or not all(map(len, parts)) or len(known) < sum(map(len, parts)):
             raise ConfigError(
                 f"split: expected three lists of numbers from 0 to {n - 1}, none of them twice"
             )
