@@ -80,13 +80,13 @@ def leaves(layer, sequences, h_0):
     return [*layer.parameters(), *sequences, *([] if h_0 is None else [h_0])]
 
 
-def alone_and_packed(layer, lengths, h_0=None, enforce_sorted=False):
+def alone_and_packed(layer, lengths, h_0, enforce_sorted, in_pieces):
     "Outputs, last states and gradients of sequences fed one by one, and packed."
     layer.double()
     sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
     ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
     alone = [y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1)
-    y, h_n = layer(pack_sequence(sequences, enforce_sorted=enforce_sorted), h_0)
+    y, h_n = layer(pack_sequence(sequences, enforce_sorted=enforce_sorted), h_0, in_pieces=in_pieces)
     padded = pad_packed_sequence(y)[0]
     packed = [padded[:t, b] for b, t in enumerate(lengths)], h_n
     grads = []
@@ -99,10 +99,12 @@ def alone_and_packed(layer, lengths, h_0=None, enforce_sorted=False):
 @pytest.mark.parametrize("lengths", [[9, 5, 2], [2, 9, 5], [4, 4, 4], [7, 1, 7, 3, 1]], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(num_layers=2, bidirectional=True)], ids=str)
 @pytest.mark.parametrize("start", [False, True])
-def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, lengths, options, start):
-    layer = make(batch_first=False, **options)
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, lengths, options, start, in_pieces):
+    layer = make(**options)
     h_0 = torch.rand(len(layer.cells), len(lengths), 16, dtype=torch.float64, requires_grad=True) if start else None
-    alone, packed = alone_and_packed(layer, lengths, h_0, enforce_sorted=lengths == sorted(lengths, reverse=True))
+    falling = lengths == sorted(lengths, reverse=True)
+    alone, packed = alone_and_packed(layer, lengths, h_0, falling, in_pieces)
     assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
@@ -195,8 +197,9 @@ def test_code_written_for_rnn_swaps_in_one_line():
             packed = pack_padded_sequence(x, lengths, batch_first=self.rnn.batch_first, enforce_sorted=False)
             return self.out(self.rnn(packed, h_0)[1][-1])
 
-    def train(rnn):
+    def train(make_rnn):
         torch.manual_seed(1)
+        rnn = make_rnn(2, 32, batch_first=True, num_layers=2)
         model, x, lengths = Model(rnn), torch.randn(16, 10, 2), torch.randint(3, 10, (16,))
         target, losses = x[:, 0, :1], []
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -208,8 +211,8 @@ def test_code_written_for_rnn_swaps_in_one_line():
             losses.append(loss.item())
         return losses
 
-    for rnn in (nn.RNN(2, 32, batch_first=True, num_layers=2), WaveRNN(2, 32, batch_first=True, num_layers=2)):
-        losses = train(rnn)
+    for make_rnn in (nn.RNN, WaveRNN):
+        losses = train(make_rnn)
         assert losses[-1] < 0.5 * losses[0]
 
 
@@ -369,7 +372,8 @@ def test_freeze_trains_the_rest():
 
 
 def test_dropout_only_between_layers_and_in_training():
-    layer, x = WaveRNN(3, 8, num_layers=2, dropout=0.9), torch.randn(6, 4, 3)
+    torch.manual_seed(0)
+    layer, x = WaveRNN(3, 8, num_layers=2, dropout=0.5, V_init="uniform"), torch.randn(6, 4, 3)
     assert not torch.equal(layer(x)[0], layer(x)[0])
     layer.eval()
     assert torch.equal(layer(x)[0], layer(x)[0])
@@ -548,15 +552,15 @@ def test_tokens_are_one_hot_features(make):
 # ------------------------------------------------------------------------------------------------ starts, biases, dtypes
 
 
-def test_layers_above_the_first_start_small():
-    assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=3).cells] == ["sparse", "normal", "normal"]
+def test_layers_above_the_first_start_for_dense_inputs():
+    assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=3).cells] == ["sparse", "uniform", "uniform"]
     assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=2, V_init="sparse").cells] == ["sparse"] * 2
     torch.manual_seed(0)
     x = torch.randn(100, 16, 8)
     with torch.no_grad():
         stacked = WaveRNN(8, 32, c=4, num_layers=2).final(x)
         sparse = WaveRNN(8, 32, c=4, num_layers=2, V_init="sparse").final(x)
-    assert stacked[1].std() < 5 * stacked[0].std() and sparse[1].std() > 20 * sparse[0].std()
+    assert stacked[1].std() < 10 * stacked[0].std() and sparse[1].std() > 30 * sparse[0].std()
 
 
 @pytest.mark.parametrize(
