@@ -33,7 +33,7 @@ import tiny_task
 import torch
 
 from wave_rnns.kernels import wave as kernels
-from wave_rnns.paper import bench, checkpoints, reports, sweeps, training
+from wave_rnns.paper import bench, checkpoints, sweeps, training
 from wave_rnns.paper import data as raw
 from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, sha256, to_json
@@ -557,13 +557,6 @@ def _(folder):
             p.unlink()
 
     return Target([record], load, path, (spoil_sealed, spoil_sealed, spoil_json))
-
-
-@loader("the paper's numbers", RecordError, share=2)
-def _(folder):
-    path = folder / "paper.json"
-    numbers = {"numbers": reports.paper_numbers()[:6]}
-    return Target([json.dumps(numbers).encode()], lambda: reports.paper_numbers(folder), path, (spoil_json,))
 
 
 @loader("a record of speed", RecordError, share=3)

@@ -40,10 +40,8 @@ METHODS = {"extract", "extractall", "read_pickle", "to_pickle", "set_executable"
 RUNNERS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
 
 ALLOWED = {  # (file, what) -> why
-    ("bench.py", "multiprocessing"): "compiles kernels in processes of its own; nothing is read from a file",
-    ("wave.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
+    ("launch.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
     ("sweeps.py", "submitit"): "hands its jobs to Slurm as pickles in results/slurm: who may write there is the user alone",
-    ("bench.py", "concurrent.futures"): "the same",
     ("api.py", "importlib.import_module"): "lists the package's own modules",
     ("tasks.py", "importlib.import_module"): "a task of the user's own, where the caller says trusted=True (test_tasks.py)",
     ("build.py", "__import__"): "smalldocs, by a constant name",
@@ -208,7 +206,6 @@ def live(folder: str) -> int:
     records = ex.train(runs, folder, "cpu", progress=False)
     assert len(records) == len(ex.read_records(folder)) == 2
     ex.read_curve(runs[0].path(folder, ".csv"))
-    (folder / "paper.json").write_text(json.dumps({"numbers": reports.paper_numbers()}))
     reports.write_tables(folder)
     sweeps.overview(sweeps.Board(runs, folder))
     checkpoints.save_weights(folder / "w", build_model(model, 0).state_dict(), model)
