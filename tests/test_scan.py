@@ -686,6 +686,10 @@ def test_full_precision_is_counted_across_threads():
             with pytest.raises(KeyError), scan.full_precision():
                 raise KeyError
             assert switch.fp32_precision == "ieee"  # the other one still computes
+            switch.fp32_precision = "tf32"  # who changes it now waits for the last one to leave
+            with scan.full_precision():
+                assert switch.fp32_precision == "ieee"
+            assert switch.fp32_precision == "ieee"
             leave.set()
             other.result()
         assert switch.fp32_precision == "tf32"

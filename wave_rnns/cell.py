@@ -77,7 +77,7 @@ def ring_kernel(
     k: int,  # taps, odd
     u_init: str,  # 'shift' or 'identity'
 ) -> Tensor:  # [c, c, k]
-    "A kernel that keeps the rings apart: each neuron reads itself ('identity') or its right neighbour ('shift')."
+    "Rings kept apart: each neuron reads itself ('identity') or its right neighbour ('shift')."
     u = torch.zeros(c, c, k)
     u[range(c), range(c), k // 2 + (u_init == "shift")] = 1.0
     return u
@@ -87,7 +87,7 @@ def uniform_(
     parameter: Tensor,  # filled in place
     fan_in: int,  # how many values are summed into one
 ) -> Tensor:
-    "PyTorch's own default for linear and convolution layers: uniform within 1 / sqrt(fan_in) of zero."
+    "PyTorch's default for linear and convolution layers: uniform within 1 / sqrt(fan_in)."
     return nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 # %% ../nbs/02_cell.ipynb #01a51ed1
@@ -99,7 +99,7 @@ def init_encoder_(
     V_init: str,  # one of V_INITS
     c: int,  # rings
 ) -> Tensor:
-    "Fill the encoder: 'sparse' lets every input write 1 into neuron 0 of each ring; the others are small noise."
+    "Fill V: 'sparse' writes every input into neuron 0 of each ring, the others are noise."
     with torch.no_grad():
         if V_init == "sparse":
             V.zero_().view(c, -1, V.shape[-1])[:, 0] = 1.0
@@ -173,7 +173,7 @@ class Cell(nn.Module):
                     getattr(self, name).requires_grad_(False)
 
     def check_step(self, x: Tensor, h: Tensor, state: tuple):
-        "Raise a `ConfigError` in the words of `nn.RNNCell` unless x is [B, F] and h is [B, *state]."
+        "Raise a `ConfigError`, worded as `nn.RNNCell`'s, unless x is [B, F] and h [B, *state]."
         if x.dim() != 2 or x.shape[1] != self.input_size:
             raise ConfigError(
                 f"Expected input size [B, {self.input_size}], got {list(x.shape)}"
@@ -188,8 +188,8 @@ class Cell(nn.Module):
 class WaveCell(Cell):
     """One step of the wRNN on c rings of n neurons, h' = sigma(u * h + V x + b) (equation 1).
 
-    `WaveCell(1, 256, c=16)(x, h)` takes x [B, 1] and h [B, 16, 256] to the next h. Raises `ConfigError` for unknown
-    options, sizes that cannot work, and inputs of another shape."""
+    `WaveCell(1, 256, c=16)(x, h)` takes x [B, 1] and h [B, 16, 256] to the next h. Raises
+    `ConfigError` for unknown options, sizes that cannot work, and inputs of another shape."""
 
     choices = Cell.choices | {"u_init": U_KERNEL_INITS}
     parts = {"recurrent": ("u", "u_bias"), "encoder": ("V", "V_bias")}
@@ -208,8 +208,10 @@ class WaveCell(Cell):
         device=None,
         dtype=None,
     ):
-        super().__init__(input_size=input_size, n=n, c=c, kernel_size=kernel_size, activation=activation,
-                         u_init=u_init, V_init=V_init, bias=bias, freeze=freeze)  # fmt: skip
+        super().__init__(
+            input_size=input_size, n=n, c=c, kernel_size=kernel_size, activation=activation,
+            u_init=u_init, V_init=V_init, bias=bias, freeze=freeze,
+        )  # fmt: skip
         check_kernel(n, kernel_size, u_init)
         self.make_parameters((c, c, kernel_size), (c,), {"device": device, "dtype": dtype})
 
@@ -294,10 +296,10 @@ U_INITS = ("identity", "sigma", "random")
 
 
 class DenseCell(Cell):
-    """One step of the iRNN on n neurons, h' = sigma(U h + V x + b), with a full matrix U (equation 2).
+    """One step of the iRNN on n neurons, h' = sigma(U h + V x + b), U a full matrix (equation 2).
 
-    `DenseCell(1, 256)(x, h)` takes x [B, 1] and h [B, 256] to the next h. Raises `ConfigError` for unknown options,
-    sizes that cannot work, and inputs of another shape."""
+    `DenseCell(1, 256)(x, h)` takes x [B, 1] and h [B, 256] to the next h. Raises `ConfigError`
+    for unknown options, sizes that cannot work, and inputs of another shape."""
 
     choices = Cell.choices | {"U_init": U_INITS}
     parts = {"recurrent": ("U",), "encoder": ("V",)}
@@ -310,12 +312,14 @@ class DenseCell(Cell):
         U_init: str = "identity",  # 'identity', 'sigma' or 'random'
         V_init: str = "normal",  # 'sparse', 'normal' or 'uniform'
         bias: bool = True,
-        freeze: tuple = (),  # any of 'recurrent' (U) and 'encoder' (V); both together freeze b as well
+        freeze: tuple = (),  # any of 'recurrent' (U) and 'encoder' (V); both freeze b as well
         device=None,
         dtype=None,
     ):
-        super().__init__(input_size=input_size, n=n, activation=activation, U_init=U_init, V_init=V_init, bias=bias,
-                         freeze=freeze)  # fmt: skip
+        super().__init__(
+            input_size=input_size, n=n, activation=activation, U_init=U_init, V_init=V_init,
+            bias=bias, freeze=freeze,
+        )  # fmt: skip
         new = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(n, n, **new))
         self.V = nn.Parameter(torch.empty(n, input_size, **new))

@@ -122,34 +122,31 @@ def no_autocast(device: torch.device):
 
 
 _SWITCHES = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-_inside, _allowed, _lock = 0, [], threading.Lock()
+_inside, _lock = 0, threading.Lock()
+_allowed = []  # switches that somebody has set to less, with what they were set to
 
 
 @contextmanager
 def full_precision():
     """A context in which float32 products are float32: TF32 is 5 % off after 784 steps.
 
-    The switches belong to the process: the first thread to come in remembers them, the last
-    one to leave puts them back."""
-    global _inside, _allowed
+    The switches belong to the process. Who comes in remembers what it finds and sets them to
+    float32; the last one to leave puts back what was found."""
+    global _inside
     with _lock:
-        if _inside == 0:
-            _allowed = [switch.fp32_precision for switch in _SWITCHES]
-            _set_precision("ieee" if p not in ("none", "ieee") else p for p in _allowed)
         _inside += 1
+        for switch in _SWITCHES:
+            if switch.fp32_precision not in ("none", "ieee"):
+                _allowed.append((switch, switch.fp32_precision))
+                switch.fp32_precision = "ieee"
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0:
-                _set_precision(_allowed)
-
-
-def _set_precision(values):
-    for switch, value in zip(_SWITCHES, values, strict=True):
-        if switch.fp32_precision != value:
-            switch.fp32_precision = value
+            while _inside == 0 and _allowed:
+                switch, precision = _allowed.pop(0)
+                switch.fp32_precision = precision
 
 # %% ../nbs/03_scan.ipynb #4aeb6811
 @dataclass(frozen=True)
@@ -238,21 +235,19 @@ def _state(kind, sizes):
 def _register_forward(kind: Kind):
     "`wave_rnns::<kind>_forward`: its tensors, then options -> y, kept."
 
+    count = kind.count
+
     def run(*args):
-        tensors, (activation, last, keep, precision, *_) = (
-            args[: kind.count],
-            args[kind.count :],
-        )
+        tensors, options = args[:count], args[count:]
+        activation, last, keep, precision, *_ = options
         backend = kind.backend(tensors, activation, precision)
         with no_autocast(tensors[0].device), full_precision():
             forward = getattr(backend, f"{kind.name}_forward")
             return forward(*_contiguous(tensors), activation, last, keep, precision)
 
     def shapes(*args):
-        tensors, (activation, last, keep, precision, *_) = (
-            args[: kind.count],
-            args[kind.count :],
-        )
+        tensors, options = args[:count], args[count:]
+        activation, last, keep, precision, *_ = options
         like, sizes = tensors[kind.weights], kind.sizes(*tensors)
         steps = () if last else (sizes.T,)
         y = like.new_empty(sizes.R, *steps, sizes.B, *_state(kind, sizes))
@@ -329,8 +324,9 @@ def _unfold(results, V: int, R: int):
 
 # %% ../nbs/03_scan.ipynb #d0fc2fa4
 def _map_forward(kind, info, in_dims, *args):
-    tensors, (activation, last, keep, *rest) = args[: kind.count], args[kind.count :]
-    folded, R = _fold_all(kind, tensors, in_dims[: kind.count], info.batch_size)
+    count = kind.count
+    tensors, (activation, last, keep, *rest) = args[:count], args[count:]
+    folded, R = _fold_all(kind, tensors, in_dims[:count], info.batch_size)
     keep = keep or _wants_gradient(folded)  # inside this vmap, or outside it
     results = _operator(kind)(*folded, activation, last, keep, *rest)
     return _unfold(results, info.batch_size, R)
@@ -348,9 +344,10 @@ def _map_backward(kind, info, in_dims, gy, *args):
 # %% ../nbs/03_scan.ipynb #87c12210
 def _remember(ctx, kind, args, output):
     "What a scan's backward needs."
-    tensors, (activation, last, _, precision, *_) = args[: kind.count], args[kind.count :]
+    tensors, options = args[: kind.count], args[kind.count :]
+    activation, last, _, precision, *_ = options
     ctx.kind, ctx.options = kind, (activation, last, precision)
-    ctx.nothing = (None,) * (len(args) - kind.count)  # options have no gradient
+    ctx.nothing = (None,) * len(options)  # they have no gradient
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors)
@@ -436,7 +433,7 @@ def _wants_gradient(tensors) -> bool:
 
 def _operator(kind: Kind):
     "The operator itself, or inside `torch.func` the Function that knows its rules."
-    # compilers read the rules of the operator, and inside vmap only those
+    # compilers read the rules of the operator; Function.apply asks the same question
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return kind.forward
     return partial(ScanFunction.apply, kind)
