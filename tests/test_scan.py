@@ -595,8 +595,8 @@ def steps(monkeypatch):
 
 
 LAYERS = {
-    "wave": (lambda: WaveRNN(2, 5, 3), ("wave_step", (4, 3, 5), (3, 3, 3), "relu")),
-    "local": (lambda: LocalRNN(2, 5, 3), ("wave_step", (4, 3, 5), (5, 3, 3, 3), "relu")),
+    "wave": (lambda: WaveRNN(2, 5, c=3), ("wave_step", (4, 3, 5), (3, 3, 3), "relu")),
+    "local": (lambda: LocalRNN(2, 5, c=3), ("wave_step", (4, 3, 5), (5, 3, 3, 3), "relu")),
     "dense": (lambda: IdentityRNN(2, 5), ("dense_step", (4, 5), (5, 5), "relu")),
 }
 
