@@ -643,25 +643,26 @@ def test_the_reference_loop_has_all_derivatives_and_the_same_checks(kind, form):
 # How far it is from a layer to a backend
 
 
-def test_few_functions_of_ours_stand_between_a_scan_and_its_backend(monkeypatch):
-    stacks = []
-    forward = TorchBackend.wave_forward
+@pytest.mark.parametrize("make", [lambda: WaveRNN(2, 5, c=3), lambda: IdentityRNN(2, 5)], ids=SCANS)
+def test_few_functions_of_ours_stand_between_a_layer_and_its_backend(make, monkeypatch):
+    "Four, the layer's forward included; in a population six."
+    package, stacks = str(Path(scan.__file__).parent), []
+    for name in ("wave_forward", "dense_forward"):
+        forward = getattr(TorchBackend, name)
 
-    def spy(self, *args):
-        package = str(Path(scan.__file__).parent)
-        stacks.append([f.function for f in inspect.stack()[1:] if f.filename.startswith(package)])
-        return forward(self, *args)
+        def spy(self, *args, forward=forward):
+            stacks.append([f.function for f in inspect.stack()[1:] if f.filename.startswith(package)])
+            return forward(self, *args)
 
-    monkeypatch.setattr(TorchBackend, "wave_forward", spy)
-    a = inputs("wave")
-    wave_scan(**a)
-    assert len(stacks[-1]) <= 2, stacks[-1]  # a layer may add two
-    stacked = {k: torch.stack([v, v]) for k, v in a.items()}
-    torch.func.vmap(lambda a: wave_scan(**a))(stacked)
-    assert len(stacks[-1]) <= 4, stacks[-1]
-    loss = lambda a: wave_scan(**a).sum()  # noqa: E731
-    torch.func.vmap(torch.func.grad(loss))(stacked)
-    assert len(stacks[-1]) <= 4, stacks[-1]
+        monkeypatch.setattr(TorchBackend, name, spy)
+    layer, x = make(), torch.randn(6, 4, 2)
+    loss = lambda p: torch.func.functional_call(layer, p, (x,))[0].sum()  # noqa: E731
+    population, _ = torch.func.stack_module_state([make() for _ in range(3)])
+    layer(x)
+    torch.func.vmap(loss)(population)
+    torch.func.vmap(torch.func.grad(loss))(population)
+    assert len(stacks) == 3 and all(stack[-1] == "forward" for stack in stacks)
+    assert [len(stack) <= limit for stack, limit in zip(stacks, (4, 6, 6), strict=True)] == [True] * 3, stacks
 
 
 # Precision
