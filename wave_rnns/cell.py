@@ -141,7 +141,7 @@ FREEZES = ("recurrent", "encoder")
 
 
 class Cell(nn.Module):
-    "What all cells share. A cell is one step: `cell(x, h)`. Given a scan, it is a whole sequence."
+    "What all cells share. A cell is one step, `cell(x, h)`; given a scan, a whole sequence."
 
     choices = {"activation": ACTIVATIONS, "V_init": V_INITS}
     parts = {}  # what each name in FREEZES stands for: names of parameters
@@ -173,7 +173,7 @@ class Cell(nn.Module):
                     getattr(self, name).requires_grad_(False)
 
     def check_step(self, x: Tensor, h: Tensor, state: tuple):
-        "Raise a `ConfigError`, worded as `nn.RNNCell`'s, unless x is [B, F] and h [B, *state]."
+        "Raise a `ConfigError` in `nn.RNNCell`'s words unless x is [B, F] and h [B, *state]."
         if x.dim() != 2 or x.shape[1] != self.input_size:
             raise ConfigError(
                 f"Expected input size [B, {self.input_size}], got {list(x.shape)}"
@@ -182,7 +182,7 @@ class Cell(nn.Module):
             raise ConfigError(f"Expected hidden size {[len(x), *state]}, got {list(h.shape)}")
 
     def forward(self, x: Tensor, h: Tensor | None, scan=None, *options) -> Tensor:
-        "One step; or `scan` over a sequence. Hooks (pruning, weight norm) see both: a cell is called."
+        "One step; or `scan` over a sequence. Either way hooks (pruning, weight norm) run."
         if scan is None:
             return self.step(x, h)
         return scan(x, *self.weights, h, self.activation, *options)
@@ -304,7 +304,7 @@ U_INITS = ("identity", "sigma", "random")
 
 
 class DenseCell(Cell):
-    """One step of the iRNN on n neurons, h' = sigma(U h + V x + b), U a full matrix (equation 2).
+    """One step of the iRNN on n neurons, h' = sigma(U h + V x + b), U a matrix (equation 2).
 
     `DenseCell(1, 256)(x, h)` takes x [B, 1] and h [B, 256] to the next h. Raises `ConfigError`
     for unknown options, sizes that cannot work, and inputs of another shape."""

@@ -39,7 +39,7 @@ def rows(
 
 # %% ../nbs/03_recurrence.ipynb #85e08a4b
 class ScanError(ConfigError, RuntimeError):
-    "A shape, dtype or device that does not fit. A RuntimeError too: that is what nn.RNN raises."
+    "A shape, dtype or device that does not fit. Also a RuntimeError, as nn.RNN's errors are."
 
 # %% ../nbs/03_recurrence.ipynb #5388517e
 def drive_of(x, V, b):
