@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'NEVER', 'BETA_1', 'BETA_2', 'EPSILON', 'WARM_UP', 'NO_RESULTS', 'RunSettings', 'Layout', 'learning_rates',
-           'clip_factors', 'adam_update', 'Population', 'as_dtype', 'History', 'is_number', 'check_steps',
-           'check_halving', 'Training', 'RunResult', 'skeleton', 'is_text', 'normal_form', 'code_hash', 'ResumeRefused',
-           'Interrupted', 'flat_facts', 'differences', 'warn_other_machine', 'runs_that_fit', 'fit']
+           'clip_factors', 'adam_update', 'Population', 'as_dtype', 'History', 'Training', 'RunResult', 'skeleton',
+           'is_text', 'normal_form', 'code_hash', 'ResumeRefused', 'Interrupted', 'flat_facts', 'differences',
+           'warn_other_machine', 'runs_that_fit', 'fit']
 
 # %% ../../nbs/13_training.ipynb #f016b513
 import ast
 import contextlib
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import time
@@ -38,6 +37,7 @@ from wave_rnns.core import (
     sha256,
 )
 from ..core import progress as progress_bar
+from .config import check_halving, check_steps, is_number
 from .models import ModelConfig, build_model, count_parameters
 
 # %% ../../nbs/13_training.ipynb #9445706b
@@ -492,36 +492,6 @@ class History:
         return better
 
 # %% ../../nbs/13_training.ipynb #8d314989
-def is_number(value) -> bool:
-    "A real number, neither True nor NaN nor infinity."
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and math.isfinite(value)
-
-
-def check_steps(name: str, value, least: int = 1) -> None:
-    "Raise ConfigError unless `value` is a whole number of steps."
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"{name} must be a whole number of steps, at least {least}, got {value!r}"
-        )
-
-
-def check_halving(rungs: Sequence, length: int) -> dict[int, int]:  # steps: runs that go on
-    "Raise ConfigError unless later rungs come later, let fewer runs go on, and end before training does."
-    rungs = [tuple(rung) if isinstance(rung, (list, tuple)) else (rung,) for rung in rungs]
-    whole = all(
-        len(rung) == 2 and all(isinstance(n, int) and n > 0 for n in rung) for rung in rungs
-    )
-    pairs = list(itertools.pairwise(rungs)) if whole else []
-    falling = all(a[0] < b[0] and a[1] > b[1] for a, b in pairs)
-    if not whole or not falling or (rungs and rungs[-1][0] >= length):
-        raise ConfigError(
-            f"halving must be pairs (length, runs) with growing lengths below {length} and"
-            f" fewer and fewer runs, got {[list(rung) for rung in rungs]}"
-        )
-    return dict(rungs)
-
-
 class Training:
     "A population on its device, its history on the host, and the rules of when to log, validate and stop."
 
@@ -998,6 +968,7 @@ def run(
     every=0,
     interrupt=None,
     facts=None,
+    seconds=0.0,
 ) -> None:
     "The loop: step, and whatever is due after it. Raises Interrupted, after a checkpoint, when `interrupt()` says so."
     p = self.population
@@ -1009,6 +980,7 @@ def run(
         unit="it",
         disable=None if progress else True,
     )
+    saved_at = time.monotonic()
     with bar:
         while self.history.step < self.steps and self.history.running:
             self.make_step(graph)
@@ -1024,8 +996,10 @@ def run(
             step = self.history.step
             over = step == self.steps or not self.history.running
             stopping = interrupt is not None and interrupt()
-            if checkpoint is not None and (stopping or over or (every and step % every == 0)):
+            due = every and step % every == 0 and time.monotonic() - saved_at >= seconds
+            if checkpoint is not None and (stopping or over or due):
                 self.save(checkpoint, facts)
+                saved_at = time.monotonic()
             if stopping and not over:
                 saved = "a checkpoint holds everything, start again to go on"
                 if checkpoint is None:
@@ -1044,6 +1018,7 @@ def fit(
     device=None,  # `default_device()` if None
     checkpoint=None,  # an object with save(tensors, meta) and load(); see notebook 14
     checkpoint_every: int = 0,  # steps between two checkpoints; 0 = only when interrupted, and at the end
+    checkpoint_seconds: float = 0.0,  # and at least so many seconds between them
     progress: bool = True,  # a bar, where somebody watches
     stop_when: Callable[[dict], bool]
     | None = None,  # on a run's newest row: True stops that run
@@ -1075,7 +1050,10 @@ def fit(
             facts = training.facts(about) if checkpoint is not None else None
             if checkpoint is not None:
                 training.resume(checkpoint, facts)
-            training.run(graph, progress, checkpoint, checkpoint_every, interrupt, facts)
+            often = dict(every=checkpoint_every, seconds=checkpoint_seconds)
+            training.run(
+                graph, progress, checkpoint, interrupt=interrupt, facts=facts, **often
+            )
             return training.results()
         except torch.OutOfMemoryError as e:
             training, asked = None, str(e).split(". ")[0]
