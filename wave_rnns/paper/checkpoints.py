@@ -52,11 +52,11 @@ def read_header(
     start = file.read(9)
     if not size:
         raise ValueError("is empty")
-    if start[:1] == b"\x80" or start[:2] == b"PK":
-        raise ValueError(
-            "is a pickle or a torch.save archive, which can run code when opened: refused"
-        )
     if start[8:] != b"{":
+        if start[:1] == b"\x80" or start[:2] == b"PK":
+            raise ValueError(
+                "is a pickle or a torch.save archive, which can run code when opened: refused"
+            )
         raise ValueError("is no safetensors file")
     length = int.from_bytes(start[:8], "little")
     if length > size - 8:
