@@ -252,7 +252,7 @@ def make_record(
 
     network = build_model(model, run["seed"])
     order = "highest" if task.higher_is_better else "lowest"
-    curve = curve_text(thin(result.curve, result.best_step))
+    rows = thin(result.curve, result.best_step)
     record = {
         "format": 1, **run,
         "status": result.status, "diverged_step": result.diverged_step, "stopped_step": result.stopped_step,
@@ -266,7 +266,7 @@ def make_record(
         "seconds": result.seconds, "steps_per_second": result.steps_per_second, "together": together,
         "device": device, "environment": environment(), "code": code_hash(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "curve": {"rows": min(len(result.curve), CURVE_ROWS), "of": len(result.curve), "sha256": sha256(curve.encode())},
+        "curve": {"rows": len(rows), "of": len(result.curve), "sha256": sha256(curve_text(rows).encode())},
     }  # fmt: skip
     if result.pruned:
         record["pruned"] = result.pruned
