@@ -112,15 +112,11 @@ def wrnn_train(
     chosen = select(experiment)
     from wave_rnns.paper.checkpoints import listen_for
 
-    records = []
+    runs = [Run(e, seed) for e in chosen for seed in only or e.seeds]
     with listen_for() as asked:
-        for e in chosen:
-            runs = [Run(e, seed) for seed in only or e.seeds]
-            new = train(runs, folder, device, resume, together or 64, interrupt=asked)
-            records += new
-            if is_cli(wrnn_train):
-                print("\n".join(map(line_of, new)), flush=True)
+        records = train(runs, folder, device, resume, together or 64, interrupt=asked)
     if is_cli(wrnn_train):
+        print("\n".join(map(line_of, records)))
         print(f"records are in {folder / 'runs'}; wrnn_tables makes tables of them")
     return records
 
@@ -239,7 +235,7 @@ def wrnn_sweep(
         seeds=parse_seeds(seeds) if seeds is not None else chosen.seeds,
         together=together or chosen.together,
     )
-    if lucky := set(final_seeds) & set(chosen.seeds):
+    if lucky := set(final_seeds) & {run.seed for run in chosen.runs()}:
         took_part = ", ".join(map(str, sorted(lucky)))
         warnings.warn(
             f"--finals {finals}: seeds {took_part} took part in the choice", stacklevel=1

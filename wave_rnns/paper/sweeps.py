@@ -72,7 +72,7 @@ class Grid:
     name: str  # letters, digits, underscores
     experiments: tuple  # of Experiment: what is varied
     axes: dict = field(default_factory=dict)  # {'lr': [1e-3, 1e-4], 'model.n': [100, 625]}
-    seeds: tuple = (0,)
+    seeds: tuple = (0,)  # (): those that each experiment declares
     together: int = 64  # runs in one training loop, at most
     halving: tuple = ()  # (length, runs): after so many steps (or epochs) so many runs go on
     source: str = ""  # where the values come from
@@ -84,17 +84,17 @@ class Grid:
             )
         object.__setattr__(self, "seeds", tuple(self.seeds))
         points = math.prod(map(len, self.axes.values())) * len(self.experiments)
-        size, values = points * len(self.seeds), itertools.chain(*self.axes.values())
+        size, values = points * max(1, len(self.seeds)), itertools.chain(*self.axes.values())
         letters = re.fullmatch(r"[A-Za-z0-9_]{1,64}", self.name)
         slip = f"make {size:,} runs; more than {MOST_RUNS:,} in one grid are a slip"
-        seeds = self.seeds and all(type(s) is int and 0 <= s < 2**63 for s in self.seeds)
+        seeds = all(type(s) is int and 0 <= s < 2**63 for s in self.seeds)
         rules = [  # name, does it hold?, what holds
             ("axes", size <= MOST_RUNS, slip),
             ("name", letters, "must be letters, digits and underscores"),
             ("experiments", self.experiments, "must name at least one"),
             ("axes", not set(WORDS) & set(self.axes), f"are settings, not {', '.join(WORDS)}"),
             ("axes", all(map(is_setting, values)), "must hold finite numbers below 2^63"),
-            ("seeds", seeds, "must be whole numbers from 0 up, at least one"),
+            ("seeds", seeds, "must be whole numbers from 0 up"),
             ("together", self.together >= 1, "must be at least 1"),
         ]
         for name, holds, rule in rules:
@@ -122,7 +122,8 @@ class Grid:
 
     def runs(self) -> list[Run]:
         "Equation (1), none twice."
-        runs = (Run(point, seed) for *_, point in self.points() for seed in self.seeds)
+        points = [point for *_, point in self.points()]
+        runs = (Run(point, seed) for point in points for seed in self.seeds or point.seeds)
         return list({run.key: run for run in runs}.values())
 
 # %% ../../nbs/17_sweeps.ipynb #daedc415
@@ -243,8 +244,7 @@ def find_grid(text: str) -> Grid:
         experiments = select(text)
     except ConfigError as e:
         raise ConfigError(f"{e}; grids are {', '.join(GRIDS)}") from None
-    seeds = tuple(dict.fromkeys(s for e in experiments for s in e.seeds))
-    return Grid(name, tuple(experiments), seeds=seeds)
+    return Grid(name, tuple(experiments), seeds=())
 
 # %% ../../nbs/17_sweeps.ipynb #fc8e5af4
 OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # a run's own inside a population
@@ -479,7 +479,7 @@ def ranking(grid: Grid, results: Path) -> list[dict]:
     "The points of a grid, best first within each experiment: those that halving let go further, then by their mean validation score."
     rows = []
     for place, (base, settings, point) in enumerate(grid.points()):
-        found = [record_of(results, Run(point, seed)) for seed in grid.seeds]
+        found = [record_of(results, Run(point, seed)) for seed in grid.seeds or point.seeds]
         records = [r for r in found if r is not None]
         sound = [r for r in records if r["status"] != "diverged"]
         scores = [r["valid_best"].get(r["metric"]) for r in sound]
@@ -501,7 +501,9 @@ def winners(grid: Grid, results: Path) -> list[Experiment]:
     "The best point of each experiment that has one, to be trained with more seeds."
     best: dict[str, Experiment] = {}
     for row in ranking(grid, results):
-        whole = row["runs"] == len(grid.seeds) and row["score"] is not None
+        whole = (
+            row["runs"] == len(grid.seeds or row["point"].seeds) and row["score"] is not None
+        )
         if whole and not row["diverged"] and row["rung"] is None:
             best.setdefault(row["base"], replace(row["point"], halving=()))
     return list(best.values())
