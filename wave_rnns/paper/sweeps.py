@@ -82,6 +82,8 @@ class Grid:
             raise ConfigError(
                 f"grid {self.name!r}: axes are lists of values, got {self.axes!r}"
             )
+        rungs = (tuple(rung) if isinstance(rung, list) else rung for rung in self.halving)
+        object.__setattr__(self, "halving", tuple(rungs))
         object.__setattr__(self, "seeds", tuple(self.seeds))
         points = math.prod(map(len, self.axes.values())) * len(self.experiments)
         size, values = points * max(1, len(self.seeds)), itertools.chain(*self.axes.values())
@@ -702,7 +704,8 @@ def failures(grid: Grid, results: Path) -> dict[str, str]:  # population -> why 
         path = population_path(results, group).with_suffix(".failed")
         with contextlib.suppress(OSError, ValueError):
             if not is_done(group, results):
-                found[label(group)] = path.read_text().splitlines()[0].partition(": ")[2]
+                said = read_small(path).decode(errors="replace")
+                found[label(group)] = said.partition("\n")[0].partition(": ")[2]
     return found
 
 
