@@ -1,0 +1,80 @@
+"The weights that travel with the package: whole, typical, and as good on the real test images as their cards say."
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+
+from wave_rnns.core import CheckpointError, ConfigError
+from wave_rnns.paper import weights
+from wave_rnns.paper.experiments import EXPERIMENTS, read_record, run_key
+from wave_rnns.paper.tasks import have_data, make_task
+from wave_rnns.paper.weights import SHIPPED, load, median_run, shipped_weights
+
+CARDS = shipped_weights()
+
+
+def evaluate(name: str, most: int | None = None) -> float:
+    "The card's metric on the first `most` test sequences, or on all."
+    card, model, total, seen = CARDS[name], load(name), 0.0, 0
+    task = make_task(card["task"], **card["task_options"])
+    with torch.no_grad():
+        for x, y in task.eval_batches("test", batch=500):
+            sums = task.measure(model(x), y)
+            total, seen = total + float(sums[card["metric"]]), seen + int(sums["count"])
+            if most and seen >= most:
+                break
+    return total / seen
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_says_what_the_record_says(name):
+    card, e = CARDS[name], EXPERIMENTS[SHIPPED[name]]
+    record = read_record(ROOT / f"nbs/results/runs/{card['task']}/{card['key']}.json")
+    assert card["key"] == run_key(e, card["seed"])
+    assert card["test_best"] == record["test_best"] and card["model"] == record["config"]["model"]
+    assert sum(p.numel() for p in load(name).parameters()) == record["parameters"]["with_biases"]
+
+
+def test_the_recorded_accuracy_on_the_real_test_set():
+    "All 10,000 images on this processor. The record was made on a GPU: of images on the edge between two digits a few may fall otherwise."
+    if not have_data("mnist"):
+        pytest.skip("MNIST is not here")
+    assert evaluate("psmnist-wrnn") == pytest.approx(CARDS["psmnist-wrnn"]["test_best"]["accuracy"], abs=5e-4)
+
+
+def test_the_recorded_error_on_the_whole_test_set():
+    "Trained in the kernels' fast precision, whose rounding is a few per cent of an error of 5e-6."
+    recorded = CARDS["adding100-wrnn"]["test_best"]["mse"]
+    assert evaluate("adding100-wrnn") == pytest.approx(recorded, rel=0.05)
+
+
+def test_an_unknown_name_is_answered():
+    with pytest.raises(ConfigError, match="try psmnist-wrnn"):
+        load("psmnist_wrnn")
+
+
+def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    shutil.copytree(ROOT / "wave_rnns/weights", folder)
+    data = bytearray((folder / "adding100-wrnn.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "adding100-wrnn.safetensors").write_bytes(data)
+    monkeypatch.setattr(weights, "files", lambda package: tmp_path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load("adding100-wrnn")
+
+
+def test_the_median_run_is_chosen():
+    def run(a):
+        return {"selection": "lowest validation mse", "metric": "mse", "test_best": {"mse": a}}
+
+    assert median_run([run(a) for a in (3, 1, 2)])["test_best"]["mse"] == 2
+    assert median_run([run(a) for a in (3, 1)])["test_best"]["mse"] == 3
+
+
+def test_everything_fits():
+    assert sum(p.stat().st_size for p in (ROOT / "wave_rnns/weights").iterdir()) < 12_000_000
+    assert json.loads((ROOT / "wave_rnns/weights/cards.json").read_text()) == CARDS
