@@ -932,6 +932,7 @@ def test_every_reading_function_is_among_them():
         "read_sums",
         "load_module",
         "read_small",
+        "read_object",
     }  # sums from the device; a kernel onto it; parts of most of the above
     for module in {m for n, m in sys.modules.items() if n.startswith("wave_rnns.")}:
         for name in getattr(module, "__all__", ()):

@@ -34,7 +34,8 @@ from .records import run_path, shipped_results, trusted_record
 # %% ../../nbs/16_experiments.ipynb #56a6a3c6
 # What reads results used to find these here.
 from .config import answer, usage_error  # noqa: F401
-from .records import read_curve, read_records, results_root, write_record  # noqa: F401
+from .records import read_curve, read_record, read_records  # noqa: F401
+from .records import content_hash, results_root, write_record  # noqa: F401
 
 # %% ../../nbs/16_experiments.ipynb #acd420f0
 @dataclass(frozen=True)

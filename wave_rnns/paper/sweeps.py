@@ -31,6 +31,7 @@ from pathlib import Path
 
 import wave_rnns
 from wave_rnns.core import (
+    read_small,
     ConfigError,
     RecordError,
     WaveRNNError,

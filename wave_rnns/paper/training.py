@@ -728,7 +728,10 @@ NO_RESULTS = (  # what looks after results and does not compute them
     "wave_equation.py",
     "waves.py",
     *(f"paper/{name}.py" for name in ("__init__", "config", "checkpoints", "records", "cli")),
-    *(f"paper/{name}.py" for name in ("experiments", "sweeps", "reports", "demo", "bench")),
+    *(
+        f"paper/{name}.py"
+        for name in ("experiments", "sweeps", "reports", "weights", "demo", "bench")
+    ),
 )
 
 
@@ -738,6 +741,9 @@ def skeleton(node):
         return tuple(skeleton(n) for n in node if not is_text(n))
     if not isinstance(node, ast.AST):
         return repr(node)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty pieces to some f-strings
+        pieces = [v for v in node.values if getattr(v, "value", None) != ""]
+        return "JoinedStr", skeleton(pieces)
     found = ((name, v) for name, v in ast.iter_fields(node) if v is not None and v != [])
     return type(node).__name__, *((name, skeleton(v)) for name, v in found)
 
