@@ -29,7 +29,8 @@ MODELS = ("wrnn", "irnn", "local", "mlp")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    "A model as pure data. `n` is neurons per ring for 'wrnn' and 'local', units for 'irnn', hidden units for the 'mlp' on the whole sequence."
+    """A model as pure data. `n` is neurons per ring for 'wrnn' and 'local', units for 'irnn', hidden
+    units for the 'mlp' on the whole sequence. Raises ConfigError naming an unknown or useless value."""
 
     kind: str  # 'wrnn', 'irnn', 'local' or 'mlp'
     input_size: int  # F, features of one step (for 'mlp': T * F of the whole sequence)
@@ -46,6 +47,7 @@ class ModelConfig:
     bias: bool = True  # of V and u (or U)
     freeze: tuple[str, ...] = ()
     precision: str = "faithful"
+    recurrent_bias: bool = False  # 'irnn': two biases, as in the authors' code
 
     def __post_init__(self):
         if self.kind not in MODELS:
@@ -54,6 +56,10 @@ class ModelConfig:
             )
         if self.readout not in ("linear", "mlp"):
             raise ConfigError(f"unknown readout {self.readout!r}: choose 'linear' or 'mlp'")
+        if self.recurrent_bias and (self.kind != "irnn" or not self.bias):
+            raise ConfigError(
+                "recurrent_bias is the second bias of an 'irnn' that has a first one"
+            )
         for name in ("input_size", "output_size", "n", "c"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

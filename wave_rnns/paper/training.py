@@ -229,7 +229,7 @@ def check(self: Population) -> tuple[str, ...]:
     "The names of the task's metrics. Raises ConfigError where the model's sizes are not the task's."
     task, config = self.task, self.config
     expected = (
-        task.input_size * (task.T if config.kind == "mlp" else 1),
+        task.input_size * (task.length if config.kind == "mlp" else 1),
         task.output_size,
         task.every_step,
     )
