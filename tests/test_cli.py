@@ -44,7 +44,7 @@ def test_entry_points_exist():
             ["demo_copy30_wrnn", "--seeds", "--device", "--results", "--resume", "--list", "75", "a pattern like"],
         ),
         ("wrnn_todo", ["no record yet", "--results", "diverged run counts as done"]),
-        ("wrnn_tables", ["A dash means that nothing ran", "--results"]),
+        ("wrnn_tables", ["from the records of all runs", "--results"]),
         (
             "wrnn_sweep",
             [
@@ -97,6 +97,8 @@ def test_train_todo_tables(call, tiny, tmp_path):
     pasted = shlex.split(out.splitlines()[0])
     assert call(*pasted, "--device", "cpu")[0] == 0 and call("wrnn_todo", tiny, "--results", "r")[1].startswith("# 0 ")
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())  # what was done was left alone
+    code, out, err = call("wrnn_tables", "--results", "typo")
+    assert code == 1 and "there is no results folder typo" in err and not (tmp_path / "typo").exists()
     code, out, err = call("wrnn_tables", "--results", "r")
     assert code == 0 and out.startswith("5 records -> summary.md")
 

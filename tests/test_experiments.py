@@ -63,7 +63,7 @@ def test_sequence_lengths_without_options():
         ("nscifar10", {"pool": 2}, 500),
     ):
         e = replace(TINY, task=task, task_options=options)
-        assert ex.sequence_length(e) == length == make_task(task, **options).T
+        assert ex.sequence_length(e) == length == make_task(task, **options).length
 
 
 def test_ablations_differ_in_what_their_row_says():

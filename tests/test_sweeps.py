@@ -49,7 +49,7 @@ def trained(results, runs=RUNS):
 PAPER = {  # experiments x axes of the search, from the authors' sweep files; copy_ablations: the other rows of Table 4
     "copy_wrnn": 4 * 3 * 3,
     "copy_irnn": 4 * 3 * 3 * 2 * 2 * 2,
-    "copy_ablations": 4 * 6 * 3 * 3,
+    "copy_ablations": 4 * 8 * 3 * 3,
     "adding_wrnn": 5 * 3 * 5,
     "adding_irnn": 5 * 3 * 5,
     **dict.fromkeys(("smnist_wrnn", "smnist_irnn", "psmnist_wrnn", "psmnist_irnn"), 3 * 5 * 2 * 2),
@@ -80,7 +80,7 @@ OTHER = {  # a value for each setting, unlike what adding100_wrnn has
     "task": "copy", "task_options": {"T": 7}, "model": {"n": 7}, "lr": 0.5, "clip": 3.0, "drop_factor": 2.0, "drop_every": 9,
     "steps": 77, "eval_every": 11, "log_every": 11, "kind": "irnn", "input_size": 3, "output_size": 3, "n": 9, "c": 9,
     "kernel_size": 5, "activation": "tanh", "u_init": "identity", "V_init": "normal", "U_init": "sigma", "readout": "mlp",
-    "every_step": True, "bias": False, "freeze": ["encoder"], "precision": "faithful", "halving": [[5, 1]],
+    "every_step": True, "recurrent_bias": True, "bias": False, "freeze": ["encoder"], "precision": "faithful", "halving": [[5, 1]],
 }  # fmt: skip
 
 
@@ -91,7 +91,8 @@ def settings_of_an_experiment():
 
 @pytest.mark.parametrize("setting", settings_of_an_experiment())
 def test_every_setting_can_be_an_axis(setting):
-    base, head = EXPERIMENTS["adding100_wrnn"], setting.partition(".")[0]
+    irnn_only = setting == "model.recurrent_bias"
+    base, head = EXPERIMENTS["adding100_irnn_lr3" if irnn_only else "adding100_wrnn"], setting.partition(".")[0]
     value = OTHER.get(setting.removeprefix("model."), 7)
     grid = Grid("g", (base,), {setting: [value]})
     ((*_, point),) = grid.points()

@@ -13,7 +13,6 @@ __all__ = ['LARGEST', 'RECIPE', 'EXPERIMENTS', 'declare', 'FINAL_SEEDS', 'BEST',
 import contextlib
 import fnmatch
 import functools
-import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -537,17 +536,10 @@ def select(pattern: str) -> list[Experiment]:
 
 # %% ../../nbs/16_experiments.ipynb #087fa826
 def sequence_length(experiment: Experiment) -> int:
-    "Steps in one sequence, without building the task (which would load its data)."
-    from wave_rnns.paper.tasks import TASKS
+    "Steps in one sequence. A task knows it before its data are loaded."
+    from wave_rnns.paper.tasks import make_task
 
-    parameters = inspect.signature(TASKS[experiment.task]).parameters.values()
-    options = {p.name: p.default for p in parameters} | experiment.task_options
-    if experiment.task == "copy":
-        return options["T"] + 20
-    if experiment.task == "adding":
-        return options["T"]
-    pool = options.get("pool", 1)
-    return 1000 // pool if experiment.task == "nscifar10" else (28 // pool) ** 2
+    return make_task(experiment.task, **experiment.task_options).length
 
 # %% ../../nbs/16_experiments.ipynb #00970743
 @dataclass(frozen=True)

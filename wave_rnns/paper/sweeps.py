@@ -181,14 +181,8 @@ IRNN_AXES = {
 }
 declare_grid("copy_wrnn", [f"copy{T}_wrnn" for T in COPY], CLIPS, SWEPT)
 declare_grid("copy_irnn", [f"copy{T}_irnn" for T in COPY], {**CLIPS, **IRNN_AXES}, SWEPT)
-ROWS = (
-    "wrnn_no_V",
-    "wrnn_no_u",
-    "wrnn_identity",
-    "wrnn_no_both",
-    "irnn_sigma",
-    "irnn_sigma_V",
-)
+ROWS = ("wrnn_no_V", "wrnn_no_u", "wrnn_identity", "wrnn_no_both")
+ROWS += ("irnn_identity", "irnn_random", "irnn_sigma", "irnn_sigma_V")
 declare_grid(
     "copy_ablations",
     [f"copy{T}_{row}" for T in COPY for row in ROWS],
