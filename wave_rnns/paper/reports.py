@@ -25,14 +25,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import Param, call_parse, is_cli
 
-from wave_rnns.paper.experiments import (
-    EXPERIMENTS,
-    Experiment,
-    answer,
+from .config import answer
+from .experiments import EXPERIMENTS, Experiment, run_key
+from wave_rnns.paper.records import (
+    existing_results,
     read_curve,
     read_records,
     results_root,
-    run_key,
     run_path,
 )
 
@@ -923,7 +922,7 @@ def wrnn_tables(
 
     Each of the paper's tables is put beside ours: every value, or mean and 95 % interval
     from five runs on, with a test against the paper's own mean where it prints one."""
-    folder = Path(results) if results else results_root()
+    folder = existing_results(results)
     written = write_tables(folder)
     if is_cli(wrnn_tables):
         names = ", ".join(p.name for p in written)
