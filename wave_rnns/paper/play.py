@@ -7,9 +7,11 @@ __all__ = ['SMALL', 'SCENES', 'LAG', 'TINTS', 'train_small', 'encode', 'decode',
            'wave_states', 'networks', 'inputs', 'read_back', 'Shown', 'run', 'example_digits', 'base64_of', 'page_data',
            'make_page', 'blend', 'draw_ring', 'draw_animation', 'wrnn_show']
 
-# %% ../../nbs/19_play_page.ipynb #3dd4bced
+# %% ../../nbs/19_play_page.ipynb #373e7852
 import base64
+import io
 import json
+import math
 import sys
 import webbrowser
 from dataclasses import asdict, dataclass
@@ -319,14 +321,15 @@ def blend(color: str, share: float) -> tuple[int, ...]:
 def draw_ring(draw, center, radius: float, rings: Tensor, color: str):
     "Rings of neurons around a center, the first one outside; each is scaled to its largest value."
     c, n = rings.shape
-    width = 0.55 * radius / max(c, 3)
+    width = 0.09 * radius if c > 1 else 0.3 * radius
     for i, ring in enumerate(rings):
-        scaled, r = (ring / ring.max().clamp(min=1e-9)).tolist(), radius - i * width
+        scaled, r = (ring / ring.max().clamp(min=1e-9)).tolist(), radius - i * 1.05 * width
         box = [center[0] - r, center[1] - r, center[0] + r, center[1] + r]
         for x, value in enumerate(scaled):
             start = 360 * (x - 0.5) / n - 90
-            draw.arc(box, start, start + 360 / n + 0.5, blend(color, 0.06 + 0.94 * value),
-                     width=round(0.92 * width))  # fmt: skip
+            draw.arc(
+                box, start, start + 330 / n, blend(color, 0.1 + 0.9 * value), round(width)
+            )
 
 
 def draw_animation(
@@ -334,74 +337,65 @@ def draw_animation(
     address: str = "scene=copy&in=5861437824",
 ) -> Path:
     "A sequence on its way, the wave network beside the iRNN: one frame a step, 640 x 340 pixels."
-    import io
-    import math
-
     from PIL import Image, ImageDraw, ImageFont
 
-    shown, scale = run(address), 2
-    heard, signal = shown.view.levels, shown.view.at
-    ink, grey, tints = (34, 34, 34), (102, 102, 102), TINTS
-
-    def font(size):
-        return ImageFont.load_default(size * scale)
+    shown, scale = run(address), 2  # drawn twice as large, for smooth edges
+    heard, signal, n = shown.view.levels, shown.view.at, shown.wave.shape[-1]
+    ink, grey, pale = "#222222", "#666666", "#eeeeee"
+    fonts = {size: ImageFont.load_default(size * scale) for size in (11, 12, 13, 16, 30)}
+    sides = ((165, "wRNN: it travels", WAVE, shown.wave, shown.wave_says),
+             (475, "iRNN: it stays", BUMP, shown.bump[:, None], shown.bump_says))  # fmt: skip
 
     def frame(t: int) -> Image.Image:
         image = Image.new("RGB", (640 * scale, 340 * scale), "white")
         draw = ImageDraw.Draw(image)
 
-        def text(x, y, words, size=15, fill=ink):
-            draw.text((x * scale, y * scale), words, fill, font(size), anchor="mm")
+        def text(x, y, words, size, fill=ink):
+            draw.text((x * scale, y * scale), str(words), fill, fonts[size], anchor="mm")
 
-        def disc(x, y, number, fill, radius=9, edge=None):
+        def line(points, fill):
+            draw.line([(x * scale, y * scale) for x, y in points], fill, 2 * scale, "curve")
+
+        def disc(x, y, words, fill, radius, size):
             box = [
                 (x - radius) * scale,
                 (y - radius) * scale,
                 (x + radius) * scale,
                 (y + radius) * scale,
             ]
-            draw.ellipse(box, fill, edge, scale)
-            text(x, y, str(number), round(1.5 * radius))
+            draw.ellipse(box, fill, "#dddddd" if fill == "white" else None, scale)
+            text(x, y, words, size)
 
-        for x, name, color in ((165, "wRNN: it travels", WAVE), (475, "iRNN: it stays", BUMP)):
-            text(x, 16, name, 16, blend(color, 1))
-        draw_ring(draw, (165 * scale, 150 * scale), 88 * scale, shown.wave[t], WAVE)
-        draw_ring(draw, (475 * scale, 150 * scale), 88 * scale, shown.bump[t][None], BUMP)
-        n = shown.wave.shape[-1]
-        for i in range(min(t + 1, 10)):
-            if t < signal + i and shown.read[t, i] == heard[i]:
-                angle = 2 * math.pi * (i - t) / n - math.pi / 2
-                disc(165 + 101 * math.cos(angle), 150 + 101 * math.sin(angle), heard[i],
-                     tints[heard[i] - 1], 8)  # fmt: skip
-        phase = (
-            "listening"
-            if t < 10
-            else f"silence, {signal - t} more"
-            if t < signal
-            else "and now?"
-        )
-        text(320, 150, phase, 15, grey)
-        for left, says in ((75, shown.wave_says), (385, shown.bump_says)):
+        for x, name, color, states, says in sides:
+            text(x, 16, name, 16, color)
+            draw_ring(draw, (x * scale, 158 * scale), 104 * scale, states[t], color)
+            said = says.argmax(-1).tolist()
+            now = heard[t] if t < 10 else said[t] if t >= signal else "\u2026"
+            text(x, 152, now, 30)
+            text(x, 180, "hears" if t < 10 else "says" if t >= signal else "waits", 13, grey)
             for i in range(10):
-                x, y = left + 20 * i, 305
-                if t >= signal + i:
-                    said = says[signal + i].argmax().item()
-                    right = said == heard[i]
-                    disc(x, y, said, tints[said - 1] if right and said else (240, 240, 240))
-                    text(
-                        x, y + 19, "\u2713" if right else "\u00d7", 12, ink if right else grey
-                    )
+                at, y = x - 108 + 24 * i, 308
+                if t < signal + i:
+                    disc(at, y, "", "white", 10, 13)
+                    continue
+                right = said[signal + i] == heard[i]
+                disc(at, y, said[signal + i], TINTS[heard[i] - 1] if right else pale, 10, 13)
+                if right:
+                    line([(at - 4, y + 19), (at - 1, y + 22), (at + 5, y + 15)], ink)
                 else:
-                    disc(x, y, "", "white", 9, (221, 221, 221))
-        if t < 10:
-            disc(320, 120, heard[t], tints[heard[t] - 1], 14)
-        return image.resize((640, 340), Image.Resampling.LANCZOS)
+                    line([(at - 3, y + 16), (at + 3, y + 22)], grey)
+                    line([(at + 3, y + 16), (at - 3, y + 22)], grey)
+        for i in range(min(t + 1, 10)):
+            if t < signal + i and shown.read[t, i] == heard[i]:  # still there
+                angle = 2 * math.pi * (i - t) / n - math.pi / 2
+                disc(165 + 116 * math.cos(angle), 158 + 116 * math.sin(angle), heard[i],
+                     TINTS[heard[i] - 1], 8, 12)  # fmt: skip
+        return image.resize((640, 340), Image.Resampling.BOX)
 
     frames = [frame(t) for t in range(shown.view.steps)]
-    frames, times = [*frames, frames[-1]], [120] * len(frames) + [2500]
-    out = io.BytesIO()
+    times, out = [130] * (len(frames) - 1) + [3000], io.BytesIO()
     frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0,
-                   quality=75, method=4, minimize_size=False)  # fmt: skip
+                   quality=75, method=2)  # fmt: skip
     return atomic_write(path, out.getvalue())
 
 
