@@ -192,14 +192,14 @@ def networks(view: View) -> tuple[SequenceModel, SequenceModel | None]:
     return wave, bump
 
 
-def inputs(view: View) -> Tensor:  # [T, F]
+def inputs(view: View, dtype: torch.dtype = torch.float32) -> Tensor:  # [T, F]
     "What the networks hear: one-hot tokens with the signal 9 after the silence, or one value a step."
     levels = torch.tensor(view.levels)
     if view.scene != "copy":
-        return levels[:, None] / SCENES[view.scene][1]
+        return levels[:, None].to(dtype) / SCENES[view.scene][1]
     tokens = torch.zeros(view.steps, dtype=torch.long)
     tokens[:10], tokens[view.at] = levels, 9
-    return one_hot(tokens, 10).float()
+    return one_hot(tokens, 10).to(dtype)
 
 # %% ../../nbs/19_play_page.ipynb #dcaf28b2
 LAG = 39  # a number that came in so many steps ago is the first answer to a signal
@@ -258,7 +258,7 @@ def run(
     "Compute what the page shows at this address, in PyTorch. Raises ConfigError."
     view = read_address(address)
     wave, bump = (net and net.to(dtype) for net in networks(view))
-    x = inputs(view).to(dtype)
+    x = inputs(view, dtype)
     h = wave_states(wave, x, view)
     b = None if bump is None else bump.states(x[:, None])[:, 0]
     if view.scene == "ring":
