@@ -32,7 +32,10 @@ setup(
     ],
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     # the figure style, the paper's numbers, kernels as text, and the trained weights travel with the package
-    package_data={cfg["lib_name"]: ["*.mplstyle", "*.json", "*.cu", "*.html", "weights/**/*", "weights/*"]},
+    package_data={
+        cfg["lib_name"]: ["*.mplstyle", "*.json", "*.html", "weights/**/*", "weights/*"],
+        f"{cfg['lib_name']}.kernels": ["*.cu", "*.cuh"],
+    },
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

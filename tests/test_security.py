@@ -40,10 +40,8 @@ METHODS = {"extract", "extractall", "read_pickle", "to_pickle", "set_executable"
 RUNNERS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
 
 ALLOWED = {  # (file, what) -> why
-    ("bench.py", "multiprocessing"): "compiles kernels in processes of its own; nothing is read from a file",
-    ("wave.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
+    ("launch.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
     ("sweeps.py", "submitit"): "hands its jobs to Slurm as pickles in results/slurm: who may write there is the user alone",
-    ("bench.py", "concurrent.futures"): "the same",
     ("api.py", "importlib.import_module"): "lists the package's own modules",
     ("build.py", "__import__"): "smalldocs, by a constant name",
     ("build.py", "yaml"): "safe_load only",
