@@ -1,9 +1,10 @@
-"Intervals, outcomes, tables and curves against hand-made records."
+"Statistics against scipy, outcomes, tables and curves against hand-made records."
 
+import csv
 import json
 import math
 from dataclasses import replace
-from statistics import mean, stdev
+from statistics import fmean, geometric_mean, stdev
 
 import matplotlib.pyplot as plt
 import pytest
@@ -11,12 +12,12 @@ import pytest
 import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.reports as rp
 from wave_rnns.core import RecordError
-from wave_rnns.paper.experiments import EXPERIMENTS, Run, run_key, to_config, write_record
+from wave_rnns.paper.experiments import EXPERIMENTS, run_key, to_config, write_record
 
 PAPER = rp.paper_numbers()
 
 
-def made(experiment, seed, status="done", solved=None, recipe=None, **metrics):
+def made(experiment, seed, status="done", solved=None, recipe=None, last=None, **metrics):
     "A sound record without training."
     e = EXPERIMENTS[experiment] if isinstance(experiment, str) else experiment
     diverged = status == "diverged"
@@ -27,136 +28,108 @@ def made(experiment, seed, status="done", solved=None, recipe=None, **metrics):
         "seed": seed,
         "recipe": recipe or ex.RECIPE,
         "status": status,
-        "diverged_step": 17 if diverged else None,
+        "diverged_step": 8027 if diverged else None,
         "metric": next(iter(metrics), ""),
         "selection": "highest validation score",
         "valid_best": metrics,
         "valid_final": metrics,
         "test_best": metrics,
-        "test_final": metrics,
+        "test_final": last or metrics,
         "best_step": None if diverged else 100,
         "steps": 100,
         "finished": "2026-01-01T00:00:00Z",
         "parameters": {"with_biases": 49_946, "without_biases": 45_824},
         "seconds": 12.0,
         "environment": {"device": "a GPU", "commit": "0123456789abcdef"},
-        "solved": {"column": "loss", "threshold": 0.05, "step": solved},
+        "solved": {"column": "loss", "threshold": 0.05, "step": solved} if e.task == "adding" else None,
     }
     return {**record, "sha256": ex.content_hash(record)}
 
 
-def cells(table, *start):
-    "The cells of the table's lines that begin with `start`."
-    lines = [[c.strip() for c in line.strip("| ").split("|")] for line in table.splitlines() if line.startswith("|")]
-    return [line for line in lines if tuple(line[: len(start)]) == start]
+def line(table, *start):
+    "The table's line that begins with `start`, as header -> cell."
+    rows = [[c.strip() for c in row.strip("| ").split(" | ")] for row in table.splitlines() if row.startswith("|")]
+    for k, row in enumerate(rows):
+        if tuple(row[: len(start)]) == start:
+            header = next(
+                h for h, dashes in reversed(list(zip(rows[:k], rows[1 : k + 1], strict=True))) if "--" in dashes[-1]
+            )
+            return dict(zip(header, row, strict=True))
+    raise AssertionError(f"no line {start}")
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
+# Statistics -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level, df, t", [(0.95, 1, 12.7062), (0.95, 2, 4.30265), (0.95, 7, 2.36462), (0.95, 8, 2.30600), (0.95, 40, 2.02108),
-                                          (0.99, 3, 5.84091), (0.99, 10, 3.16927), (0.9, 5, 2.01505), (0.5, 1, 1.0), (0.999, 1, 636.619)])  # fmt: skip
-def test_t_quantiles_are_the_printed_ones(level, df, t):
-    assert rp.t_quantile(df, level) == pytest.approx(t, rel=2e-5)
-    assert rp.t_probability(rp.t_quantile(df, level), df) == pytest.approx(level, abs=1e-12)
+def test_tails_and_quantiles_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for df in (1, 1.5, 2, 2.04, 3, 4.7, 8, 40, 1000):
+        for t in (-3.0, 0.0, 0.3, 1.0, 4.0, 30.0):
+            assert rp.t_tail(t, df) == pytest.approx(stats.t.sf(t, df), rel=1e-8)
+        assert rp.t_quantile(df, 0.99) == pytest.approx(stats.t.ppf(0.995, df), rel=1e-8)
 
 
-def test_an_outcome_is_mean_and_interval():
+def test_welch_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    for a, b in (((97.3, 97.4, 97.1, 97.6, 97.2), (97.0, 97.9, 97.6)), ((1.0, 2.0), (5.0, 5.1, 4.7, 9.0))):
+        c = rp.welch(rp.Sample.of(a), rp.Sample.of(b))
+        theirs = stats.ttest_ind(a, b, equal_var=False)
+        interval = theirs.confidence_interval(0.95)
+        assert (c.p, c.low, c.high) == pytest.approx((theirs.pvalue, interval.low, interval.high), rel=1e-8)
+        assert c.p_above == pytest.approx(stats.ttest_ind(a, b, equal_var=False, alternative="greater").pvalue)
+    summary = stats.ttest_ind_from_stats(97.3, 0.1, 5, 97.3, 0.34, 3, equal_var=False)
+    assert rp.welch(rp.Sample(97.3, 0.1, 5), rp.Sample(97.3, 0.34, 3)).p == pytest.approx(summary.pvalue)
+    with pytest.raises(ValueError, match="two runs"):
+        rp.welch(rp.Sample(1.0, math.nan, 1), rp.Sample(1.0, 1.0, 3))
+    with pytest.raises(ValueError, match="nothing to test"):
+        rp.welch(rp.Sample(1.0, 0.0, 3), rp.Sample(2.0, 0.0, 3))
+
+
+def test_equivalence_is_two_one_sided_tests():
+    stats = pytest.importorskip("scipy.stats")
+    a, b = (97.30, 97.41, 97.25, 97.38, 97.33), (97.36, 97.28, 97.45, 97.31, 97.40)
+    c = rp.welch(rp.Sample.of(a), rp.Sample.of(b), bound=0.3)
+    above = stats.ttest_ind([x + 0.3 for x in a], b, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind([x - 0.3 for x in a], b, equal_var=False, alternative="less").pvalue
+    assert c.p_apart == pytest.approx(max(above, below)) and c.p_apart < 0.05
+    spread = (95.0, 99.0, 97.0, 98.0, 96.0)  # the same mean, but nothing is shown by it
+    assert rp.welch(rp.Sample.of(spread), rp.Sample.of(spread), bound=0.3).p_apart > 0.3
+
+
+def test_the_records_decide_what_is_said_of_fast_and_faithful():
+    runs = lambda name, values: [made(name, s, accuracy=v / 100) for s, v in enumerate(values)]  # noqa: E731
+    faithful = runs("smnist_wrnn", (97.30, 97.41, 97.25, 97.38, 97.33))
+    assert rp.equivalence(faithful) is None
+    same = rp.equivalence(faithful + runs("smnist_wrnn_fast", (97.36, 97.28, 97.45, 97.31, 97.40)))
+    assert "are equivalent within 0.3 points" in same
+    other = rp.equivalence(faithful + runs("smnist_wrnn_fast", (96.9, 97.0, 96.8, 97.1, 96.95)))
+    assert "not shown to be equivalent" in other
+
+
+# Outcomes -------------------------------------------------------------------------------------------------------------
+
+
+def test_few_values_are_printed_and_five_are_summarised():
     values = (97.1, 97.9, 96.6, 97.4, 97.7)
-    o = rp.Outcome("accuracy", values)
-    assert o.mean == pytest.approx(mean(values)) and o.half == pytest.approx(
-        2.77645 * stdev(values) / math.sqrt(5), rel=1e-5
-    )
-    one, none = rp.Outcome("accuracy", (97.0,)), rp.Outcome("accuracy")
-    assert (str(one), one.half, str(none)) == ("97.00", math.inf, "–") and math.isnan(none.mean)
-    assert rp.Outcome("accuracy", (97.0, 97.0)).half == 0
+    half = 2.776445 * stdev(values) / math.sqrt(5)
+    low, high = fmean(values) - half, fmean(values) + half
+    assert str(rp.Outcome("accuracy", values)) == f"{fmean(values):.2f} ± {stdev(values):.2f} [{low:.2f}, {high:.2f}]"
+    assert str(rp.Outcome("accuracy", values[:4])) == "97.10, 97.90, 96.60, 97.40"
+    losses = (1e-5, 2e-5, 1e-4, 3e-5, 5e-5)
+    logs = [math.log(v) for v in losses]
+    half = 2.776445 * stdev(logs) / math.sqrt(5)
+    center, low, high = rp.Outcome("mse", losses).center_and_interval()
+    assert (center, high / center) == pytest.approx((geometric_mean(losses), math.exp(half)), rel=1e-5)
+    assert str(rp.Outcome("mse")) == "–" and str(rp.Outcome("mse", (4e-6,))) == "4.0e-6"
 
 
 @pytest.mark.parametrize(
     "value, measure, text",
-    [
-        (97.4266, "accuracy", "97.43"),
-        (-0.5, "valid_accuracy", "−0.50"),
-        (4.2e-6, "mse", "4.2e-6"),
-        (-4.2e-6, "mse", "−4.2e-6"),
-        (9.96e-12, "", "1.0e-11"),
-        (1234.0, "solved_step", "1,234"),
-        (1234.0, "", "1.2e3"),
-        (0.0, "mse", "0"),
-        (math.inf, "mse", "–"),
-        (None, "mse", "–"),
-    ],
-)
+    [(97.4266, "accuracy", "97.43"), (-0.5, "valid_accuracy", "−0.50"), (-4.2e-6, "mse", "−4.2e-6"), (9.96e-12, "", "1.0e-11"),
+     (1234.0, "solved_step", "1,234"), (1234.0, "", "1.2e3"), (0.0, "mse", "0"), (math.inf, "mse", "–"), (None, "mse", "–")],
+)  # fmt: skip
 def test_numbers_as_shown(value, measure, text):
     assert rp.show(value, measure) == text
-
-
-# The paper's numbers --------------------------------------------------------------------------------------------------
-
-
-def test_paper_json_is_complete_and_consistent():
-    keys = {"table", "section", "task", "model", "measure", "value", "unit", "experiment", "origin", "setting", "note"}
-    for p in PAPER:
-        assert keys <= p.keys() <= keys | {"spread", "seeds"}, p
-        assert p["origin"] in ("paper", "cited", "rerun") and (p["value"] is None or p["value"] > 0)
-        assert p["experiment"] is None or EXPERIMENTS[p["experiment"]].task == p["task"]
-        if p["experiment"] and "T" in p["setting"]:
-            assert EXPERIMENTS[p["experiment"]].task_options["T"] == p["setting"]["T"]
-    named = [(p["experiment"], p["measure"], p["origin"]) for p in PAPER if p["experiment"]]
-    assert len(named) == len(set(named))
-
-
-def test_paper_json_against_the_papers_tables():
-    number = lambda name, measure, origin="paper": rp.paper_number(name, measure, PAPER, origin)  # noqa: E731
-    lengths = (100, 200, 400, 700, 1000)
-    assert [number(f"adding{T}_irnn", "mse") for T in lengths] == [1e-5, 4e-5, 1e-4, 0.16, 0.16]
-    assert [number(f"adding{T}_irnn", "solved_step") for T in lengths] == [14_000, 22_000, 30_000, None, None]
-    assert [number(f"adding{T}_wrnn", "mse") for T in lengths] == [4e-6, 2e-5, 4e-5, 8e-5, 6e-5]
-    assert [number(f"adding{T}_wrnn", "solved_step") for T in lengths] == [300, 1000, 1000, 3000, 2000]
-    models = ("irnn", "wrnn", "wrnn_mlp")
-    assert [[number(f"{t}_{m}", "accuracy") for m in models] for t in ("smnist", "psmnist")] == [
-        [98.5, 97.6, 97.5],
-        [92.5, 96.7, 97.6],
-    ]
-    assert [number(f"nscifar10_{m}", "accuracy") for m in ("irnn", "wrnn")] == [51.3, 55.0]
-    rows = {
-        "wrnn": [9e-12, 1e-10, 8e-11, 1e-11],
-        "wrnn_no_V": [1e-11, 2e-11, 4e-10, 4e-11],
-        "wrnn_no_u": [5e-11, 3e-10, 7e-4, 6e-4],
-        "wrnn_no_both": [8e-10, 1e-4, 3e-4, 7e-4],
-        "irnn": [1e-4, 3e-3, 2e-3, 1e-3],
-        "irnn_sigma": [1e-8, 1e-7, 2e-7, 2e-5],
-        "irnn_sigma_V": [1e-7, 1e-7, 1e-6, 8e-6],
-    }
-    for row, values in rows.items():
-        assert [number(f"copy{T}_{row}", "paper_scale") for T in (0, 10, 30, 80)] == values
-    assert [number(f"{t}_wrnn", "accuracy", "rerun") for t in ("smnist", "psmnist", "nscifar10")] == [
-        97.27,
-        96.74,
-        54.30,
-    ]
-    cited = {
-        (p["model"], p["task"]): p["value"] for p in PAPER if p["origin"] == "cited" and p["measure"] == "accuracy"
-    }
-    assert (cited["LEM", "smnist"], cited["FlexTCN", "psmnist"], cited["LEM", "nscifar10"], len(cited)) == (
-        99.5,
-        98.6,
-        60.5,
-        29,
-    )
-
-
-def test_a_missing_or_broken_paper_json_is_said(tmp_path, monkeypatch):
-    (tmp_path / "paper.json").write_text('{"number": []}')
-    with pytest.raises(RecordError, match="git checkout"):
-        rp.paper_numbers(tmp_path)
-    monkeypatch.setattr(rp, "shipped_results", lambda: None)
-    monkeypatch.setenv("WAVE_RNNS_RESULTS", str(tmp_path / "nothing"))
-    with pytest.raises(RecordError, match="inside a clone"):
-        rp.paper_numbers(tmp_path / "none")
-
-
-# Outcomes -------------------------------------------------------------------------------------------------------------
 
 
 def test_records_belong_by_key_and_not_by_name():
@@ -171,24 +144,87 @@ def test_records_belong_by_key_and_not_by_name():
     assert o.values == (97.0,) and o.seeds == (1,) and o.paper == 97.6
 
 
-def test_diverged_runs_are_counted_and_not_averaged():
-    records = [
-        made("smnist_irnn", 0, accuracy=0.98),
-        made("smnist_irnn", 7, "diverged", accuracy=0.1),
-        made("smnist_irnn", 2, accuracy=0.96),
-    ]
-    o = rp.outcome("smnist_irnn", "accuracy", records)
-    assert o.values == (98.0, 96.0) and o.diverged == 1 and rp.runs_cell(o) == "2, 1 diverged"
-    only = rp.outcome("smnist_irnn", "accuracy", records[1:2])
-    assert str(only) == "–" and rp.runs_cell(only) == "0, 1 diverged"
+def test_a_diverged_run_keeps_what_validation_chose():
+    "It solved the task before; what happened later is said beside it, and it has no value at the last step."
+    later = {"mse": 1e58}
+    records = [made("adding100_wrnn", s, mse=(1 + s) * 1e-5, solved=300) for s in range(4)]
+    records.append(made("adding100_wrnn", 4, "diverged", solved=500, last=later, mse=9.7e-4))
+    o = rp.outcome("adding100_wrnn", "mse", records)
+    assert o.values[-1] == 9.7e-4 and rp.runs_text(records) == "5 of 5 solved, 1 diverged at step 8,027"
+    assert rp.last_step(records, "mse") == "1.0e-5, 2.0e-5, 3.0e-5, 4.0e-5"
+    row = line(rp.table_1(records, PAPER), "wRNN T=100 †")
+    assert row["runs"].startswith("5 of 5") and row["ours"].startswith("4.7e-5")  # all five, geometric
 
 
-def test_unsolved_runs_are_counted():
-    records = [made("adding100_wrnn", s, mse=1e-5, solved=step) for s, step in enumerate((300, 500, None))]
+def test_unsolved_runs_are_counted_and_not_tested():
+    records = [made("adding100_wrnn", s, mse=1e-5, solved=step) for s, step in enumerate((300, 500, None, 400))]
     o = rp.outcome("adding100_wrnn", "solved_step", records)
-    assert o.values == (300, 500) and rp.solved_cell(o).endswith("(2 of 3)") and rp.runs_cell(o) == "3"
-    assert rp.solved_cell(rp.outcome("adding100_wrnn", "solved_step", records[2:])) == "not solved"
-    assert rp.solved_cell(rp.outcome("adding100_wrnn", "solved_step", [])) == "–"
+    assert o.values == (300, 500, 400) and o.without == 1 and rp.runs_text(records) == "3 of 4 solved"
+    assert rp.against_paper(o, rp.paper_sample("adding100_wrnn", "solved_step", PAPER))[0] == "–"
+
+
+# The paper's numbers --------------------------------------------------------------------------------------------------
+
+
+def test_paper_json_is_complete_and_consistent():
+    keys = {"table", "section", "task", "model", "measure", "value", "unit", "experiment", "origin", "setting", "note"}
+    for p in PAPER:
+        assert keys <= p.keys() <= keys | {"spread", "seeds"}, p
+        assert p["origin"] in ("paper", "preprint", "cited", "rerun") and (p["value"] is None or p["value"] > 0)
+        assert ("spread" in p) == (p["origin"] in ("preprint", "rerun"))
+        assert p["experiment"] is None or EXPERIMENTS[p["experiment"]].task == p["task"]
+        if p["experiment"] and "T" in p["setting"]:
+            assert EXPERIMENTS[p["experiment"]].task_options["T"] == p["setting"]["T"]
+    named = [(p["experiment"], p["measure"], p["origin"]) for p in PAPER if p["experiment"]]
+    assert len(named) == len(set(named))
+
+
+def test_paper_json_against_the_papers_tables():
+    number = lambda name, measure, origin="paper": rp.paper_number(name, measure, PAPER, origin)  # noqa: E731
+    lengths, tasks = (100, 200, 400, 700, 1000), ("smnist", "psmnist", "nscifar10")
+    assert [number(f"adding{T}_irnn", "mse") for T in lengths] == [1e-5, 4e-5, 1e-4, 0.16, 0.16]
+    assert [number(f"adding{T}_irnn", "solved_step") for T in lengths] == [14_000, 22_000, 30_000, None, None]
+    assert [number(f"adding{T}_wrnn", "mse") for T in lengths] == [4e-6, 2e-5, 4e-5, 8e-5, 6e-5]
+    assert [number(f"adding{T}_wrnn", "solved_step") for T in lengths] == [300, 1000, 1000, 3000, 2000]
+    assert [number(f"{t}_irnn", "accuracy") for t in tasks] == [98.5, 92.5, 51.3]
+    assert [number(f"{t}_wrnn", "accuracy") for t in tasks] == [97.6, 96.7, 55.0]
+    assert [number(f"{t}_wrnn_mlp", "accuracy") for t in tasks[:2]] == [97.5, 97.6]
+    rows = {
+        "wrnn": [9e-12, 1e-10, 8e-11, 1e-11],
+        "wrnn_no_V": [1e-11, 2e-11, 4e-10, 4e-11],
+        "wrnn_no_u": [5e-11, 3e-10, 7e-4, 6e-4],
+        "wrnn_no_both": [8e-10, 1e-4, 3e-4, 7e-4],
+        "irnn": [1e-4, 3e-3, 2e-3, 1e-3],
+        "irnn_sigma": [1e-8, 1e-7, 2e-7, 2e-5],
+        "irnn_sigma_V": [1e-7, 1e-7, 1e-6, 8e-6],
+    }
+    for row, values in rows.items():
+        assert [number(f"copy{T}_{row}", "paper_scale") for T in (0, 10, 30, 80)] == values
+    means = [[rp.paper_sample(f"{t}_{f}", "accuracy", PAPER) for t in tasks] for f in ("irnn", "wrnn")]
+    assert [[(s.mean, s.sd) for s in row] for row in means] == [
+        [(98.20, 0.32), (90.85, 1.47), (51.80, 0.54)],
+        [(97.30, 0.34), (96.60, 0.10), (54.70, 0.42)],
+    ]
+    assert rp.paper_sample("adding1000_wrnn", "mse", PAPER) == rp.Sample(4.36e-5, 1.91e-5, 3)
+    assert rp.paper_sample("adding1000_wrnn", "solved_step", PAPER) == rp.Sample(1667, 577, 3)
+    assert [number(f"{t}_wrnn", "accuracy", "rerun") for t in tasks] == [97.27, 96.74, 54.30]
+    cited = {(p["model"], p["task"]): p["value"] for p in PAPER if (p["origin"], p["measure"]) == ("cited", "accuracy")}
+    assert (cited["LEM", "smnist"], cited["FlexTCN", "psmnist"], cited["LEM", "nscifar10"]) == (99.5, 98.6, 60.5)
+    appendix = {(p["table"], p["model"]): p["value"] for p in PAPER if p["measure"] == "accuracy"}
+    assert appendix["Figure 11", "iRNN, U and V frozen"] == 44.3 and appendix["Figure 7", "wRNN n=36 c=4"] == 90.2
+
+
+def test_a_broken_paper_json_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(rp.resources, "files", lambda name: tmp_path)
+    for text in (None, '{"number": []}', "{"):
+        if text:
+            (tmp_path / "paper.json").write_text(text)
+        rp.paper_numbers.cache_clear()
+        with pytest.raises(RecordError, match="install wave_rnns again"):
+            rp.paper_numbers()
+    monkeypatch.undo()
+    rp.paper_numbers.cache_clear()
+    assert rp.paper_numbers() == PAPER
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -198,72 +234,71 @@ def test_every_table_without_records():
     for name, make in rp.TABLES.items():
         text = make([], PAPER)
         assert text.startswith("# ") and "nan" not in text and "inf" not in text, name
-        for part in text.split("\n\n"):
-            assert len({line.count("|") for line in part.splitlines() if line.startswith("|")}) <= 1, (
-                name
-            )  # rows as long as their header
+        assert "| – | – | – |" not in text, f"{name}: a page of dashes"
     assert "No run has left a record yet" in rp.runs_table([])
-    (line,) = cells(rp.table_1([], PAPER), "iRNN n=100", "700")
-    assert line[2:] == ["0.16", "–", "–", "not solved", "–", "–"]
+    assert "iRNN T=700" in rp.table_1([], PAPER).split("No runs:")[1]
 
 
-def test_table_1_puts_ours_beside_the_papers():
-    records = [made("adding1000_wrnn", s, mse=m, solved=x) for s, m, x in ((0, 1.6e-4, 2100), (1, 0.8e-4, 1900))]
-    (line,) = cells(rp.table_1(records, PAPER), "wRNN n=100, c=27", "1000")
-    assert line == ["wRNN n=100, c=27", "1000", "6e-5", "1.2e-4 ± 5.1e-4", "+6.0e-5", "2,000", "2,000 ± 1,271", "2"]
+def test_welch_against_table_7_is_in_the_tables():
+    stats = pytest.importorskip("scipy.stats")
+    values = (96.4, 96.6, 96.5, 96.7, 96.55)
+    records = [made("psmnist_wrnn", s, accuracy=v / 100) for s, v in enumerate(values)]
+    p = stats.ttest_ind_from_stats(fmean(values), stdev(values), 5, 96.6, 0.10, 3, equal_var=False).pvalue
+    for text, start in ((rp.table_2(records, PAPER), "wRNN †"), (rp.table_7(records, PAPER), "psmnist wRNN †")):
+        row = line(text, start)
+        assert row["p"] == f"{p:.2g}" and row["verdict"] == "no difference found"
+    assert row["ours, mean ± sd (runs)"] == f"{fmean(values):.2f} ± {stdev(values):.2f} (5)"
+    worse = [made("psmnist_wrnn", s, accuracy=0.9 + s / 1000) for s in range(5)]
+    assert line(rp.table_7(worse, PAPER), "psmnist wRNN †")["verdict"] == "worse"
+    late = [made("adding700_wrnn", s, mse=1e-5, solved=9000 + s) for s in range(5)]
+    assert line(rp.table_7(late, PAPER), "adding700 wRNN †", "steps to solve")["verdict"] == "later"
 
 
-def test_table_2_puts_ours_beside_the_papers():
-    records = [made("psmnist_wrnn", s, accuracy=a) for s, a in ((0, 0.964), (1, 0.966), (2, 0.965))]
-    records += [made("psmnist_irnn_bitreversal", 0, accuracy=0.9)]
-    text = rp.table_2(records, PAPER)
-    sequential, permuted, four = text.split("## ")[1:]
-    (line,) = cells(permuted, "wRNN n=256, c=16")
-    assert line == ["wRNN n=256, c=16", "47,000", "49,946", "96.7", "96.50 ± 0.25", "−0.20", "3", "96.74 ± 0.17"]
-    assert cells(sequential, "wRNN n=256, c=16")[0][4] == "–"
-    assert cells(permuted, "LEM (cited)")[0] == ["LEM (cited)", "68,000", "–", "96.6", "–", "–", "–", "–"]
-    assert cells(four, "torch12008")[0][1:3] == ["96.50 ± 0.25", "3"] and cells(four, "bitreversal")[0] == [
-        "bitreversal",
-        "–",
-        "–",
-        "90.00",
-        "1",
-    ]
+def test_the_best_is_compared_where_the_paper_prints_only_a_best():
+    records = [made("psmnist_wrnn_mlp", s, accuracy=a) for s, a in enumerate((0.970, 0.976, 0.972))]
+    assert line(rp.table_2(records, PAPER), "wRNN + MLP †")["verdict"] == "best reached"
+    assert line(rp.table_2(records[::2], PAPER), "wRNN + MLP †")["verdict"] == "best not reached"
 
 
-def test_table_3_and_4():
-    records = [made("nscifar10_irnn", 0, "diverged"), made("nscifar10_wrnn_fresh", 0, accuracy=0.5)]
-    text = rp.table_3(records, PAPER)
-    assert (
-        cells(text, "iRNN n=529")[0][-2:] == ["0, 1 diverged", "–"]
-        and cells(text, "wRNN, fresh noise each time")[0][4] == "50.00"
+def test_table_4_chooses_by_validation_and_shows_all_seeds_of_the_choice():
+    e = EXPERIMENTS["copy80_wrnn_no_u"]
+    good, bad = (replace(e, name=f"lr{lr:.0e}".replace("-", "_"), lr=lr) for lr in (1e-2, 1e-4))
+    records = [made(good, s, cross_entropy=0.128, paper_scale=0.001, accuracy=0.75) for s in (0, 1)]
+    records += [made(bad, 0, cross_entropy=0.2, paper_scale=0.0016, accuracy=0.3)]
+    records[2]["test_best"] = {"cross_entropy": 1e-9, "paper_scale": 1e-11, "accuracy": 1.0}  # lucky on the test set
+    del records[1]["config"]["model"]["precision"]  # as in records from before there was one
+    row = line(rp.table_4(records, PAPER), "− u-shift-init (random)", "80")
+    assert (row["ours, same scale"], row["cross-entropy per token"]) == ("1.0e-3, 1.0e-3", "0.128, 0.128")
+    assert (row["tokens right %"], row["lr; clip"], row["settings tried"], row["seeds"]) == (
+        "75.00, 75.00",
+        "0.01; 1",
+        "2",
+        "2",
     )
-    records = [made("copy80_wrnn_no_u", 0, cross_entropy=0.128, paper_scale=0.001, accuracy=0.75)]
-    (line,) = cells(rp.table_4(records, PAPER), "− u-shift-init (random)", "80")
-    assert line[2:] == ["6e-4", "1.0e-3", "+4.0e-4", "0.128", "75.00", "1"]
+    assert "T=80 (" in rp.table_4(records, PAPER) and "T=0 (all rows)" in rp.table_4(records, PAPER)
 
 
-def test_summary_and_list_of_runs():
-    records = [made("copy80_irnn", 1, "diverged"), made("smnist_irnn", 0, accuracy=0.98)]
-    assert cells(rp.summary_table(records, PAPER), "sMNIST (accuracy %)")[0] == [
-        "sMNIST (accuracy %)",
-        "97.6",
-        "–",
-        "–",
-        "98.5",
-        "98.00",
-        "1",
-    ]
-    text = rp.runs_table(records)
-    assert cells(text, "copy80_irnn")[0][2:4] == ["diverged at 17", "–"]
-    assert cells(text, "smnist_irnn")[0][1:7] == ["0", "done", "98.00 accuracy", "12", "a GPU", "0123456789"]
+def test_one_sided_claims():
+    records = [made("psmnist_wrnn", s, accuracy=0.96 + s / 1000) for s in range(3)]
+    records += [made("psmnist_irnn", s, accuracy=0.91 + s / 100) for s in range(3)]
+    text = rp.table_7(records, PAPER)
+    assert line(text, "psMNIST")["the wRNN is"] == "better" and "nsCIFAR10" not in text.split("one-sided")[1]
+
+
+def test_the_summary_falls_back_to_an_older_setting_and_says_so():
+    records = [made("psmnist_wrnn_rerun", s, accuracy=0.96) for s in (0, 1)]
+    row = line(rp.summary_table(records, PAPER), "psMNIST (%)", "wRNN")
+    assert (row["ours"], row["verdict"]) == ("96.00, 96.00", "other setting")
 
 
 def test_tables_are_written_once_and_for_all(tmp_path):
+    with pytest.raises(RecordError, match="no folder 'runs'"):
+        rp.write_tables(tmp_path / "TYPO")
+    assert not (tmp_path / "TYPO").exists()
     for seed in (0, 1):
         write_record(tmp_path, made("smnist_wrnn", seed, accuracy=0.97 + seed / 100), [{"step": 1, "loss": 1.0}])
     first = {p.name: p.read_bytes() for p in rp.write_tables(tmp_path)}
-    assert first.keys() == {f"{name}.md" for name in rp.TABLES} and b"97.50" in first["summary.md"]
+    assert first.keys() == {f"{name}.md" for name in rp.TABLES} and b"97.00, 98.00" in first["summary.md"]
     assert {p.name: p.read_bytes() for p in rp.write_tables(tmp_path)} == first
     assert not any(b"NaN" in data or b"nan" in data for data in first.values())
 
@@ -276,82 +311,80 @@ def test_the_committed_tables_are_those_of_the_committed_records():
         assert text.startswith(make(records, PAPER)), f"{name}.md is stale: run wrnn_tables"
 
 
+def test_table_1_recomputed_from_the_files():
+    "The committed line for adding T = 1000, with nothing but json and arithmetic."
+    results = ex.shipped_results()
+    runs = [json.loads(p.read_text()) for p in (results / "runs/adding").glob("*.json")]
+    model = {"kind": "wrnn", "n": 100, "c": 27, "u_init": "shift"}
+    runs = [
+        r
+        for r in runs
+        if r["config"]["task_options"]["T"] == 1000 and (r["config"]["lr"], r["config"]["clip"]) == (1e-4, 10)
+    ]
+    runs = [r for r in runs if all(r["config"]["model"][k] == v for k, v in model.items())]
+    mse = [r["test_best"]["mse"] for r in sorted(runs, key=lambda r: r["seed"])]
+    assert len(mse) >= 4
+    row = line((results / "tables/table1.md").read_text(), "wRNN T=1000 †")
+    if len(mse) < 5:
+        assert row["ours"] == ", ".join(f"{v:.1e}".replace("e-0", "e-") for v in mse)
+    else:
+        assert row["ours"].split(" [")[0] == f"{geometric_mean(mse):.1e}".replace("e-0", "e-")
+    difference = fmean(mse) - 4.36e-5
+    assert row["ours − paper's mean"].split(" [")[0].replace("−", "-") == f"{difference:+.1e}".replace("e-0", "e-")
+    solved = sum(r["solved"]["step"] is not None for r in runs)
+    assert row["runs"].startswith(f"{solved} of {len(mse)} solved")
+
+
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def three_curves(tmp_path):
-    "Three runs to step 60, and one that diverged at step 30."
-    records = [made("smnist_wrnn", s, "diverged" if s == 3 else "done", accuracy=0.97) for s in range(4)]
+def curves(tmp_path):
+    "Five runs to step 60, and one that diverged at step 20."
+    records = [made("smnist_wrnn", s, "diverged" if s == 5 else "done", accuracy=0.97) for s in range(6)]
     for s, r in enumerate(records):
         rows = [
             {"step": 10 * i, "loss": (1 + s) / i, "valid_accuracy": None if i % 2 else 0.9 + s / 100}
             for i in range(1, 7)
         ]
-        write_record(tmp_path, r, rows[:2] if s == 3 else rows)
+        write_record(tmp_path, r, rows[:2] if s == 5 else rows)
     return tmp_path, records
 
 
-def test_curves_and_bands(three_curves):
-    results, records = three_curves
-    curves = rp.curves_of("smnist_wrnn", "valid_accuracy", records, results)
-    assert curves[0] == [(20, 90.0), (40, 90.0), (60, 90.0)] and curves[3] == [(20, 93.0)]
-    steps, means, low, high = zip(*rp.band(curves), strict=True)  # of those that came to the end
-    half = 4.30265 / math.sqrt(3)
-    assert (
-        steps == (20, 40, 60) and means == pytest.approx((91,) * 3) and low == pytest.approx((91 - half,) * 3, rel=1e-6)
-    )
+def test_curves_and_bands(curves):
+    results, records = curves
+    found = rp.curves_of("smnist_wrnn", "valid_accuracy", records, results)
+    assert found[0] == [(20, 90.0), (40, 90.0), (60, 90.0)] and found[5] == [(20, 95.0)]
+    steps, means, low, high = zip(*rp.band(found, "accuracy"), strict=True)  # of those that came to the end
+    half = 2.776445 * stdev(range(5)) / math.sqrt(5)
+    assert steps == (20, 40, 60) and (means[0], low[0], high[0]) == pytest.approx((92, 92 - half, 92 + half))
     losses = rp.curves_of("smnist_wrnn", "loss", records, results)
-    step, middle, low, high = rp.band(losses, log=True)[0]
-    assert (step, middle) == (10, pytest.approx(6 ** (1 / 3))) and low * high == pytest.approx(middle**2) and low > 0
-    two = rp.band({s: losses[s] for s in (0, 1)})
-    assert all(lo == mid == hi for _, mid, lo, hi in two)  # no band for two seeds
+    step, middle, low, high = rp.band(losses)[0]
+    assert (step, middle) == (10, pytest.approx(120 ** (1 / 5))) and low * high == pytest.approx(middle**2)
+    few = rp.band({s: losses[s] for s in range(4)})
+    assert all(lo == mid == hi for _, mid, lo, hi in few)  # no band below five
     assert rp.band({}) == [] and rp.curves_of("smnist_irnn", "loss", records, results) == {}
+    records_file = next((results / "runs/smnist").glob("*.csv"))
+    assert next(csv.reader(records_file.open()))[0] == "step"
 
 
-def test_a_missing_curve_is_an_empty_line(three_curves):
-    results, records = three_curves
-    Run(EXPERIMENTS["smnist_wrnn"], 1).path(results, ".csv").unlink()
-    assert rp.curves_of("smnist_wrnn", "loss", records, results)[1] == []
-
-
-def test_figures_are_drawn_with_and_without_records(three_curves):
-    results, records = three_curves
-    fig, axs = plt.subplots(1, 3)
-    rp.draw_curves(
-        axs[0],
-        {"wave": ("smnist_wrnn", "C0"), "bump": ("smnist_irnn", "C1")},
-        "valid_accuracy",
-        records,
-        results,
-        PAPER,
-        "accuracy",
-    )
+def test_figures_are_drawn_with_and_without_records(curves):
+    results, records = curves
+    fig, axs = plt.subplots(1, 8)
+    families = {"wave": ("smnist_wrnn", "C0"), "bump": ("smnist_irnn", "C1")}
+    rp.draw_curves(axs[0], families, "valid_accuracy", records, results, PAPER, "accuracy")
     rp.draw_curves(axs[1], {}, "loss", [], results, log=True)
     rp.draw_outcomes(
-        axs[2], {"a": (rp.Outcome("accuracy"), "C0"), "b": (rp.Outcome("accuracy", (1.0, 2.0), paper=3.0), "C1")}
+        axs[2],
+        {
+            "a": (rp.Outcome("accuracy"), None, "C0"),
+            "b": (rp.Outcome("mse", (1.0, 2.0), paper=3.0), rp.Sample(1, 2, 3), "C1"),
+        },
     )
-    dashed = [line.get_ydata()[0] for line in axs[0].lines if line.get_linestyle() == "--"]
-    assert dashed == [97.6, 98.5]
-    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["wave (4 runs)", "bump (0 runs)"]
+    rp.draw_results(axs[3:], records, PAPER, {"wRNN": "C0", "iRNN": "C1"})
+    dashed = [li.get_ydata()[0] for li in axs[0].lines if li.get_linestyle() == "--"]
+    assert dashed == [97.6]  # a model without runs is not drawn
+    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["wave (6 runs)"]
+    dots = [list(li.get_xdata()) for li in axs[5].lines if li.get_marker() == "o"]
+    assert dots == [[97.0] * 6, []]  # sMNIST: six seeds of the wRNN, none of the iRNN
     plt.close(fig)
-
-
-# Verdicts -------------------------------------------------------------------------------------------------------------
-
-
-def test_verdicts():
-    good, bad, none = rp.Outcome("accuracy", (97.0, 97.2)), rp.Outcome("accuracy", (10.0, 10.1)), rp.Outcome("accuracy")
-    assert rp.verdict("{0} > {1}", rp.clearly_above, good, bad) == f"{good} > {bad}"
-    assert rp.verdict("{0} > {1}", rp.clearly_above, good, none).startswith("Not measured yet")
-    assert rp.verdict("{0}", lambda o: True, good, least=3).startswith("Not measured yet")
-    with pytest.raises(AssertionError, match="the records contradict"):
-        rp.verdict("{1} > {0}", lambda a, b: b.mean > a.mean, good, bad)
-    one = rp.Outcome("accuracy", (99.0,))
-    assert not rp.clearly_above(one, bad)  # one run is never clearly anything
-
-
-def test_records_round_trip_through_json(tmp_path):
-    record = made("smnist_wrnn", 0, accuracy=0.97)
-    path = write_record(tmp_path, record, [{"step": 1}])
-    assert ex.read_record(path) == record == json.loads(path.read_text())

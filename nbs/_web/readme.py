@@ -43,13 +43,13 @@ def refresh(path: Path):
 
 
 def clean(output) -> dict:
-    "An output without what changes from run to run, in a notebook file's own form (lists of lines)."
+    "An output without what changes from run to run, in a notebook file's own form (text as lists of lines)."
     out = {k: v for k, v in output.items() if k != "transient"}
     if "execution_count" in out:
         out["execution_count"] = None
     if "data" in out:
         out["data"] = {
-            k: v.splitlines(keepends=True) if isinstance(v, str) else v
+            k: v.splitlines(keepends=True) if isinstance(v, str) and k != "image/png" else v
             for k, v in out["data"].items()
         }
     if "text" in out:
