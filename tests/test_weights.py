@@ -29,7 +29,10 @@ def evaluate(name: str, most: int | None = None) -> float:
     return total / seen
 
 
-@pytest.mark.parametrize("name", CARDS)
+RECORDED = [name for name, card in CARDS.items() if card.get("record", True)]  # the page's small networks keep none
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_card_says_what_the_record_says(name):
     card, e = CARDS[name], EXPERIMENTS[SHIPPED[name]]
     record = read_record(ROOT / f"nbs/results/runs/{card['task']}/{card['key']}.json")
