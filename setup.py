@@ -31,8 +31,12 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
-    # the figure style, the paper's numbers, kernels as text, and the trained weights travel with the package
-    package_data={cfg["lib_name"]: ["*.mplstyle", "*.json", "*.cu", "*.html", "weights/**/*", "weights/*"]},
+    # the figure style, the paper's numbers, kernels as text, trained weights, pages and small data sets travel with the package
+    package_data={
+        cfg["lib_name"]: ["py.typed", "*.mplstyle", "weights/*"],
+        f"{cfg['lib_name']}.kernels": ["*.cu", "*.cuh"],
+        f"{cfg['lib_name']}.paper": ["*.json", "*.html", "datasets/*"],
+    },
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wave_rnns.kernels.wave import KernelError, nvrtc
+from wave_rnns.kernels.launch import KernelError, nvrtc
 
 try:
     nvrtc()

@@ -39,13 +39,13 @@ def one_record(tmp_path):
 def test_every_declared_experiment_fits_its_task(name):
     e = EXPERIMENTS[name]
     task = make_task(e.task, **e.task_options)
-    sequence = task.T * task.input_size if e.model.kind == "mlp" else task.input_size
+    sequence = task.length * task.input_size if e.model.kind == "mlp" else task.input_size
     assert (e.model.input_size, e.model.output_size, e.model.every_step) == (
         sequence,
         task.output_size,
         task.every_step,
     )
-    assert ex.sequence_length(e) == task.T
+    assert ex.sequence_length(e) == task.length
     rhythm = ex.rhythm_of(e, task)
     assert rhythm["eval_every"] % rhythm["log_every"] == 0 and rhythm["steps"] >= rhythm["eval_every"]
     assert e.source and e.name == name and from_config(to_config(e)) == e

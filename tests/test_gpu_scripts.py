@@ -1,4 +1,4 @@
-"""What the scripts in tests/gpu do beside measuring: read a profiler's table, keep the weights of the right step."""
+"""What the scripts in tests/gpu do beside measuring: they lay out the plans users get, and keep the weights of the right step."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wave_rnns.kernels import wave
 from wave_rnns.paper.checkpoints import load_weights
 
 GPU = Path(__file__).parent / "gpu"
@@ -28,34 +29,39 @@ def script(monkeypatch):
     return load
 
 
-LAUNCH = '"{id}","1","python","host","wide_step","1","7","(256, 1, 1)","(15, 4, 2)","0","9.0","Section","{name}","{unit}","{value}",""'
-HEAD = '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"'
+@pytest.mark.parametrize("name", [p.stem for p in sorted(GPU.glob("*.py"))])
+def test_scripts_import_what_there_is(script, name):
+    if name == "bench":
+        pytest.importorskip("triton")
+    assert callable(script(name).main)
 
 
-def table(*rows):
-    lines = [LAUNCH.format(id=i, name=name, unit=unit, value=value) for i, name, unit, value in rows]
-    return "\n".join(["==PROF== Connected to process 1", HEAD, *lines])
+def test_what_is_timed_is_what_users_get(script, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    properties = type("properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    bench = script("bench")
+    for R in (1, 4):
+        plan = bench.wave_plan("smnist", "faithful", R, {})
+        assert plan == wave.plan_for(bench.GPU, 256, 16, 1, blocks=128 * R) and plan.mt == (2 if R == 1 else 4)
+    rows = wave.rows_plan_for(bench.GPU, 256, 16, 9160, 4, 256, "relu", "fast", False)
+    assert bench.wave_plan("nscifar", "fast", 4, {}) == rows
+    copy = wave.rows_plan_for(bench.GPU, 100, 6, 10, 4, 128, "relu", "faithful", True)
+    assert bench.wave_plan("copy", "faithful", 4, {}) == copy
+    for (shape, precision), changes in bench.CHANGES.items():
+        assert all(bench.wave_plan(shape, precision, 1, change) for change in changes)
 
 
-def test_a_profile_is_read_in_our_units(script):
-    text = table(
-        (0, "Elapsed Cycles", "cycle", "25,744"),
-        (0, "Duration", "ns", "17,410"),
-        (0, "SM Frequency", "Ghz", "1.46"),
-        (1, "Duration", "us", "17.2"),
-        (1, "Something Else", "%", "3"),
-    )
-    first, second = script("bench_steps").read_ncu(text)
-    assert first == {"grid": "(15, 4, 2)", "elapsed_cycles": 25744, "microseconds": 17.41, "sm_ghz": 1.46}
-    assert second == {"grid": "(15, 4, 2)", "microseconds": 17.2}
-
-
-@pytest.mark.parametrize(
-    "text, error", [("==ERROR== no permission", StopIteration), (table((0, "Duration", "weeks", "1")), KeyError)]
-)
-def test_a_profile_that_cannot_be_read_is_an_error(script, text, error):
-    with pytest.raises(error):
-        script("bench_steps").read_ncu(text)
+def test_the_inputs_of_rows_are_the_benchmarks(script, monkeypatch):
+    "Each of the first steps has a row of its own for each sample, later ones share theirs."
+    pytest.importorskip("triton")
+    bench = script("bench")
+    monkeypatch.setitem(bench.WAVE, "nscifar", dict(T=7, B=3, n=8, c=2, F=0, states=False, own=2))
+    plan = wave.Plan(8, 2, 0, emit=2)
+    x, _, table, _, extra, _ = bench.wave_inputs("nscifar", plan, 1, torch.device("cpu"))
+    assert x[0, :2].unique().numel() == 6 and (x[0, 2:] == x[0, 2:, :1]).all() and int(x.max()) < table.shape[1]
+    assert (extra["place"][0, :2] >= 0).all() and (extra["place"][0, 2:] < 0).all()
 
 
 def test_the_weights_before_an_overflow_are_kept(script, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ TEXT = {
     ".csv",
     ".in",
     ".cu",
+    ".cuh",
     ".mplstyle",
     "",
 }

@@ -14,8 +14,8 @@ import torch
 from compiler import needs_compiler
 
 from wave_rnns.kernels import dense
-from wave_rnns.kernels.wave import KernelError, compile_kernel, compile_report, nvrtc_architectures
 from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.kernels.launch import KernelError, compile_kernel, compile_report, nvrtc_architectures
 from wave_rnns.scan import BACKENDS, backend_for
 
 HOPPER, AMPERE = (132, True), (108, False)

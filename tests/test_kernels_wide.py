@@ -11,8 +11,8 @@ import torch
 from compiler import needs_compiler
 
 from wave_rnns.kernels import wide
-from wave_rnns.kernels.wave import KernelError, compile_report
 from wave_rnns.kernels.dense import outer_shared, plan_for
+from wave_rnns.kernels.launch import KernelError, compile_report, cuda_source
 from wave_rnns.kernels.wide import OUTER, SOURCE, WideBackend, WidePlan, wide_plan_for
 from wave_rnns.scan import BACKENDS, backend_for
 
@@ -28,6 +28,8 @@ PLAYED = r"""
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define DEVICE inline
+#define UNROLL
 using std::fmaf;
 using u32 = unsigned int;
 using i64 = long long;
@@ -78,8 +80,8 @@ class Played:
         name = "-".join(f"{k}{v}" for k, v in macros.items())
         source, library = folder / f"{name}.cpp", folder / f"{name}.so"
         if not library.exists():
-            k = wide
-            source.write_text("".join([PLAYED, k._SIZES, k._START, k._SUM, k._END, PLAY]))
+            kernel = cuda_source(*(f"wide.cu:{part}" for part in ("sizes", "start", "sum", "end")))
+            source.write_text("".join([PLAYED, kernel, PLAY]))
             sizes = [f"-D{k}={v}" for k, v in macros.items()]
             command = ["g++", "-O1", "-std=c++20", "-pthread", "-shared", "-fPIC", "-w", *sizes, source, "-o", library]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -207,7 +209,7 @@ def test_kernels_fit_in_registers(units, samples):
     for activation, backward in (("relu", False), ("tanh", True)):
         macros = WidePlan(529, units, samples).macros(activation, backward)
         for arch in ("sm_80", "sm_90"):
-            (use,) = compile_report(SOURCE, macros, arch, "wide").values()
+            (use,) = compile_report(SOURCE, macros, arch).values()
             assert use["spill_stores"] == use["spill_loads"] == 0 and use["registers"] * 256 <= 65536
 
 

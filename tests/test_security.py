@@ -17,7 +17,7 @@ import pytest
 import tiny_task
 from conftest import ROOT
 
-from wave_rnns.paper import checkpoints, reports, sweeps, tasks
+from wave_rnns.paper import checkpoints, data, reports, sweeps, tasks
 from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError
 from wave_rnns.paper.models import build_model
@@ -40,11 +40,10 @@ METHODS = {"extract", "extractall", "read_pickle", "to_pickle", "set_executable"
 RUNNERS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
 
 ALLOWED = {  # (file, what) -> why
-    ("bench.py", "multiprocessing"): "compiles kernels in processes of its own; nothing is read from a file",
-    ("wave.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
+    ("launch.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
     ("sweeps.py", "submitit"): "hands its jobs to Slurm as pickles in results/slurm: who may write there is the user alone",
-    ("bench.py", "concurrent.futures"): "the same",
     ("api.py", "importlib.import_module"): "lists the package's own modules",
+    ("tasks.py", "importlib.import_module"): "a task of the user's own, where the caller says trusted=True (test_tasks.py)",
     ("build.py", "__import__"): "smalldocs, by a constant name",
     ("build.py", "yaml"): "safe_load only",
     ("stage.py", "yaml"): "safe_load only",
@@ -173,7 +172,11 @@ def live(folder: str) -> int:
     def hook(event, arguments):
         # Python loads its own compiled modules by marshal: that is importing, not reading.
         if event in watched and not any("importlib" in f.f_code.co_filename for f in frames()):
-            seen.append(f"{event} {arguments!r:.100} {[f.f_code.co_name for f in frames()][:8]}")
+            names = [f.f_code.co_name for f in frames()]
+            if "read_cifar10" in names:  # torchvision unpickles batches whose every byte was compared
+                assert arguments[0].startswith("numpy"), arguments
+            else:
+                seen.append(f"{event} {arguments!r:.100} {names[:8]}")
 
     def frames():
         frame = sys._getframe(2)
@@ -207,9 +210,9 @@ def live(folder: str) -> int:
     sweeps.overview(sweeps.Board(runs, folder))
     checkpoints.save_weights(folder / "w", build_model(model, 0).state_dict(), model)
     checkpoints.load_weights(folder / "w")
-    for name in tasks.FOLDERS:
-        if tasks.have_data(name):
-            tasks.load_raw(name)
+    data.load_digits()
+    for name in filter(data.have_data, data.FOLDERS):
+        data.load_raw(name)
     try:
         import pickle
 
@@ -326,7 +329,7 @@ def test_names_that_would_leave_the_folder(name, folder, monkeypatch):
             command(name, results=str(folder))
     with pytest.raises(ConfigError):
         ex.wrnn_todo(name, results=str(folder))
-    for call in (tasks.have_data, tasks.fetch, tasks.load_raw):
+    for call in (data.have_data, data.fetch, data.load_raw):
         with pytest.raises(ConfigError):
             call(name)
     assert [p.name for p in folder.rglob("*")] == ["runs"]

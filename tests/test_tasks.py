@@ -1,9 +1,11 @@
 """Tasks: definitions against slow and plain rewritings, purity of batches, vmap, capture safety, and rows of bad input.
 
-Raw data and downloads: test_data.py."""
+Image tasks hold the shipped digits and random pictures here, so that nothing needs a download. Raw data: test_data.py."""
 
 import functools
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -14,37 +16,75 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wave_rnns.paper import tasks
 from wave_rnns.core import ConfigError, DataError, WaveRNNError
 from wave_rnns.scan import Rows, wave_loop, wave_scan
+from wave_rnns.paper.data import load_digits
+from wave_rnns.paper.models import ModelConfig, build_model
 from wave_rnns.paper.tasks import (
+    NOT_DUE,
     PERMUTATIONS,
     TASKS,
-    fetch,
+    ArrayTask,
+    Task,
+    find_task,
     fixed_noise,
-    have_data,
-    load_raw,
     make_task,
     permutation,
-    split_indices,
+    register_task,
     task_options,
 )
+from wave_rnns.paper.training import RunSettings, fit
 
-mnist = pytest.mark.skipif(not have_data("mnist"), reason="MNIST is not in the data folder (WAVE_RNNS_DATA)")
-cifar = pytest.mark.skipif(not have_data("cifar10"), reason="CIFAR-10 is not in the data folder (WAVE_RNNS_DATA)")
-IMAGE_TASKS = [
-    pytest.param("smnist", {}, marks=mnist),
-    pytest.param("psmnist", {}, marks=mnist),
-    pytest.param("psmnist", {"permutation": "bitreversal", "pool": 2}, marks=mnist),
-    pytest.param("nscifar10", {}, marks=cifar),
-    pytest.param("nscifar10", {"noise": "fresh", "pool": 2}, marks=cifar),
+ALL_TASKS = [
+    ("copy", {"T": 0}),
+    ("copy", {"T": 7}),
+    ("adding", {"T": 2}),
+    ("adding", {"T": 11}),
+    ("smnist", {}),
+    ("psmnist", {}),
+    ("psmnist", {"permutation": "bitreversal", "pool": 2}),
+    ("digits", {}),
+    ("digits", {"permutation": "numpy92916", "pool": 2}),
+    ("nscifar10", {}),
+    ("nscifar10", {"noise": "fresh", "pool": 2}),
+    ("arrays", {"goal": "class at the end"}),
+    ("arrays", {"goal": "class at each step"}),
+    ("arrays", {"goal": "numbers at the end"}),
+    ("arrays", {"goal": "next step"}),
+    ("arrays", {"goal": "lengths"}),
 ]
-ALL_TASKS = [("copy", {"T": 0}), ("copy", {"T": 7}), ("adding", {"T": 2}), ("adding", {"T": 11}), *IMAGE_TASKS]
 SEEDS = torch.tensor([0, 1, 8045])
 
 
 @functools.cache
+def pictures():
+    "Random colour pictures in the place of CIFAR-10's."
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)  # noqa: E731
+    return {split: (draw(n), torch.arange(n) % 10) for split, n in (("train", 300), ("valid", 30), ("test", 30))}
+
+
+def arrays(goal, n=100):
+    "Noise, and something to ask about it."
+    g = np.random.RandomState(1)
+    x = g.standard_normal((n, 9, 2)).astype("f4")
+    if goal == "lengths":
+        return [s[: 3 + k % 7] for k, s in enumerate(x)], g.randint(0, 3, n)
+    y = {
+        "class at the end": g.randint(0, 3, n),
+        "class at each step": g.randint(0, 3, (n, 9)),
+        "numbers at the end": g.standard_normal((n, 2)),
+        "next step": None,
+    }
+    return x, y[goal]
+
+
+@functools.cache
 def ready(name, **options):
-    "A small task, with its data loaded once for all tests."
-    small = {"limit": 40} if name not in ("copy", "adding") else {}
-    return make_task(name, batch_size=8, **small, **options)
+    "A small task, with its data read once for all tests."
+    if name == "arrays":
+        return ArrayTask(*arrays(options["goal"]), batch_size=8, valid=0.25, test=0.25)
+    if name in ("copy", "adding"):
+        return make_task(name, batch_size=8, **options)
+    return make_task(name, batch_size=8, limit=40, **options).hold(pictures() if name == "nscifar10" else load_digits())
 
 
 def batch_of(task, seeds, step, epoch=0):
@@ -57,9 +97,13 @@ def dense(x):
     return x.table[..., x.index, :] if isinstance(x, Rows) else x
 
 
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def guess_for(task, y):
     "Some output of the right shape for y, float32 and not trivial."
-    shape = (*y.shape, task.output_size) if task.every_step else (y.shape[-1], task.output_size)
+    shape = (*y.shape[: 1 + task.every_step], task.output_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -70,24 +114,25 @@ def guess_for(task, y):
 def test_shapes_agree_with_the_attributes(name, options):
     task = ready(name, **options)
     x, y = batch_of(task, SEEDS, torch.tensor(2))
-    seen = dense(x)
-    assert seen.shape[:3] == (3, task.T, 8) and y.shape[-1] == 8
+    seen, b = dense(x), task.every_step  # where the batch is, behind the run dimension
+    assert seen.shape[:3] == (3, task.length, 8) and y.shape[1 + b] == 8
     if seen.dtype == torch.int64:
         assert seen.max() < task.input_size and seen.min() >= 0
     else:
         assert seen.shape[3] == task.input_size and seen.dtype == torch.float32
     held, target = next(task.eval_batches("valid", batch=5))
-    assert dense(held).shape == (task.T, 5, *seen.shape[3:]) and target.shape[-1] == 5
-    assert target.dtype == y.dtype and y.shape == (3, *target.shape[:-1], 8)
+    assert dense(held).shape == (task.length, 5, *seen.shape[3:]) and target.shape[0 + b] == 5
+    assert target.dtype == y.dtype and y.shape == (3, *target.shape[:b], 8, *target.shape[b + 1 :])
+    assert task.sizes == {k: getattr(task, k) for k in ("input_size", "output_size", "every_step")}
 
 
 @pytest.mark.parametrize(("name", "options"), ALL_TASKS)
 def test_a_batch_is_a_function_of_seed_and_step(name, options):
     task = ready(name, **options)
     (x, y), (x_again, y_again) = batch_of(task, SEEDS, torch.tensor(3)), batch_of(task, SEEDS, 3)
-    assert torch.equal(dense(x), dense(x_again)) and torch.equal(y, y_again)
+    same(dense(x), dense(x_again)), same(y, y_again)
     alone, y_alone = batch_of(task, SEEDS[1:2], torch.tensor(3))
-    assert torch.equal(dense(alone)[0], dense(x)[1]) and torch.equal(y_alone[0], y[1])
+    same(dense(alone)[0], dense(x)[1]), same(y_alone[0], y[1])
     other, _ = batch_of(task, SEEDS, torch.tensor(4))
     assert not torch.equal(dense(other), dense(x))
     assert not torch.equal(dense(x)[0], dense(x)[1])
@@ -131,9 +176,9 @@ def test_loss_and_measure_under_vmap_and_their_agreement(name, options):
         for key, value in task.measure(out[r], y[r]).items():
             assert value.shape == () and value.dtype == torch.float64
             torch.testing.assert_close(sums[key][r], value)
-    key = "mse" if name == "adding" else "cross_entropy"  # what is descended is also what is reported
+    key = "mse" if task.metric == "mse" else "cross_entropy"  # what is descended is also what is reported
     torch.testing.assert_close((sums[key] / sums["count"]).float(), losses, rtol=1e-5, atol=1e-6)
-    assert task.metric in sums and (sums["count"] == 8).all()
+    assert task.metric in sums and (name == "arrays" or (sums["count"] == 8).all())
 
 
 @pytest.mark.parametrize(("name", "options"), ALL_TASKS)
@@ -151,24 +196,24 @@ def test_held_out_sets_do_not_depend_on_how_they_are_read(name, options):
         wholes = []
         for batch in (7, 20):
             pairs = list(task.eval_batches(split, batch=batch, limit=20))
-            assert sum(y.shape[-1] for _, y in pairs) == 20
-            wholes.append((torch.cat([dense(x) for x, _ in pairs], 1), torch.cat([y for _, y in pairs], -1)))
-        assert all(torch.equal(a, b) for a, b in zip(*wholes, strict=True))
+            where = int(task.every_step)
+            assert sum(y.shape[where] for _, y in pairs) == 20
+            wholes.append((torch.cat([dense(x) for x, _ in pairs], 1), torch.cat([y for _, y in pairs], where)))
+        for a, b in zip(*wholes, strict=True):
+            same(a, b)
     valid, test = (dense(next(task.eval_batches(s, batch=20))[0]) for s in ("valid", "test"))
     assert not torch.equal(valid, test)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_options_are_complete_plain_and_enough_to_build_the_task_again(name):
-    import json
-
     task = make_task(name)
     assert task.options == task_options(name) == json.loads(json.dumps(task.options))
     assert repr(make_task(name, **task.options)) == repr(task)
-    assert 0 < task.baseline < 1 and task.baseline_text and task.batch_size == (256 if name == "nscifar10" else 128)
+    assert 0 < task.baseline < 1 and task.baseline_text
+    assert task.batch_size == {"nscifar10": 256, "digits": 32}.get(name, 128)
 
 
-@cifar
 def test_shared_rows_of_several_runs_through_the_scan():
     "Rows with a run dimension: states and gradients equal those of the loop on the sequences written out."
     task = ready("nscifar10", pool=2)
@@ -267,25 +312,21 @@ def test_pooling_is_the_average_of_four_rounded():
     assert torch.equal(tasks.pool_images(images, 1), images)
 
 
-@mnist
 @pytest.mark.parametrize("name", [None, *PERMUTATIONS])
-def test_pixels_arrive_in_the_published_order(name):
-    raw = load_raw("mnist")
-    task = ready("psmnist", permutation=name) if name else ready("smnist")
+@pytest.mark.parametrize("base", ["digits", "mnist"])
+def test_pixels_arrive_in_the_published_order(name, base):
+    options = {"permutation": name} if name else {}
+    task = ready({"mnist": "psmnist" if name else "smnist"}.get(base, "digits"), **options)
     order = permutation(name) if name else torch.arange(784)
-    for split, images, labels in (
-        ("test", raw.test_images, raw.test_labels),
-        ("valid", raw.train_images, raw.train_labels),
-    ):
-        chosen = torch.from_numpy(split_indices(60_000)[1])[:9] if split == "valid" else torch.arange(9)
+    for split in ("test", "valid"):
+        images, labels = load_digits()[split]
         x, y = next(task.eval_batches(split, batch=9))
-        assert torch.equal(y, labels[chosen].long())
-        assert torch.equal(x[..., 0].T, images[chosen].flatten(1)[:, order].float() / 255)
+        assert torch.equal(y, labels[:9].long())
+        assert torch.equal(x[..., 0].T, images[:9].flatten(1)[:, order].float() / 255)
 
 
-@mnist
 def test_an_epoch_visits_each_image_at_most_once_and_drops_the_rest():
-    task = make_task("smnist", limit=100, batch_size=30)
+    task = make_task("smnist", limit=100, batch_size=30).hold(load_digits())
     assert task.steps_per_epoch == 3 and task.n_train == 100
     seen = []
     for step in range(3):
@@ -297,24 +338,22 @@ def test_an_epoch_visits_each_image_at_most_once_and_drops_the_rest():
     assert {tuple(s) for s in seen.tolist()} <= {tuple(s) for s in train.tolist()}
 
 
-@cifar
 def test_noisy_cifar_sequences_written_out():
-    raw, noise = load_raw("cifar10"), fixed_noise()
-    for x, y in make_task("nscifar10", limit=300).eval_batches("test", batch=6):
+    (images, labels), noise = pictures()["test"], fixed_noise()
+    for x, y in make_task("nscifar10", limit=300).hold(pictures()).eval_batches("test", batch=6):
         assert x.table.shape == (968 + 32 * 6, 96) and x.index.shape == (1000, 6)
         for b in range(6):
             for t in (0, 13, 31):
-                row = [raw.test_images[b, colour, t] for colour in range(3)]  # red, green, blue
+                row = [images[b, colour, t] for colour in range(3)]  # red, green, blue
                 assert torch.equal(x.table[x.index[t, b]], torch.cat(row).float() / 255)
             assert torch.equal(x.table[x.index[32:, b]], noise)
-        assert torch.equal(y, raw.test_labels[:6].long())
+        assert torch.equal(y, labels[:6].long())
         assert torch.equal(x.index.flatten()[x.order].diff().clamp(max=0), torch.zeros(5999, dtype=torch.int64))
         uses = x.offsets.diff()
         assert (uses[:968] == 6).all() and (uses[968:] == 1).all()  # noise rows are shared, picture rows are not
         break
 
 
-@cifar
 def test_fresh_noise_differs_between_samples_steps_and_runs():
     task = ready("nscifar10", noise="fresh", pool=1)
     x, _ = batch_of(task, SEEDS, 0)
@@ -353,7 +392,7 @@ def test_a_library_that_draws_another_permutation_is_noticed(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mnist", {}, "task: expected one of 'copy', 'adding', 'smnist', 'psmnist', 'nscifar10', got 'mnist'"),
+        ("mnist", {}, "task: expected one of 'copy', 'adding', 'smnist', 'psmnist', 'nscifar10', 'digits'"),
         (None, {}, "task: expected one of"),
         ("copy", {"delay": 3}, "copy has no option 'delay'; its options are T, batch_size, valid_size, test_size"),
         ("copy", {"T": -1}, "T: expected a whole number of at least 0, got -1"),
@@ -374,6 +413,8 @@ def test_a_library_that_draws_another_permutation_is_noticed(monkeypatch):
             {"permutation": "mine"},
             "permutation: expected one of 'torch12008', 'torch5544', 'numpy92916', 'bitreversal'",
         ),
+        ("digits", {"limit": 2001}, "limit: expected a whole number from 1 to 2000, got 2001"),
+        ("digits", {"permutation": "mine"}, "permutation: expected one of 'torch12008', 'torch5544'"),
         ("nscifar10", {"noise": None}, "noise: expected one of 'fixed', 'fresh', got None"),
         ("nscifar10", {"limit": 47_001}, "limit: expected a whole number from 1 to 47000, got 47001"),
     ],
@@ -392,18 +433,216 @@ def test_only_held_out_splits_are_evaluated(split):
         next(make_task("copy").eval_batches("valid", batch=0))
 
 
-@mnist
 def test_train_batch_before_prepare_epoch_says_so():
-    task = make_task("smnist", limit=200)
-    with pytest.raises(WaveRNNError, match="smnist: call prepare_epoch"):
+    task = make_task("digits")
+    with pytest.raises(WaveRNNError, match="digits: call prepare_epoch"):
         task.train_batch(SEEDS, 0)
     task.prepare_epoch(SEEDS[:2], 0)
     with pytest.raises(WaveRNNError, match="with these 3 seeds"):
         task.train_batch(SEEDS, 0)
 
 
-@pytest.mark.parametrize("name", ["data", "MNIST", ""])
-def test_unknown_data_set(name):
-    for call in (have_data, fetch, load_raw):
-        with pytest.raises(ConfigError, match="data set: expected one of 'mnist', 'cifar10'"):
-            call(name)
+def test_too_few_images_are_named():
+    with pytest.raises(DataError, match="smnist: 57,000 training images expected, got 2,000"):
+        make_task("smnist").hold(load_digits())
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_TASKS)
+def test_a_look_under_inference_mode_does_no_harm(name, options):
+    "What a task keeps can be saved for a backward pass, whoever asked for it first."
+    ready.cache_clear()
+    with torch.inference_mode():
+        task = ready(name, **options).to("cpu")
+        next(task.eval_batches("valid", batch=3))
+        batch_of(task, SEEDS, 0)
+    x, y = batch_of(task, SEEDS, 1)
+    assert not any(v.is_inference() for v in (x if isinstance(x, Rows) else [x, y]))
+    ready.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------- arrays of one's own
+
+
+@pytest.mark.parametrize(
+    "goal", ["class at the end", "class at each step", "numbers at the end", "next step", "lengths"]
+)
+def test_what_is_asked_follows_from_y(goal):
+    task, (x, y) = ready("arrays", goal=goal), arrays(goal)
+    assert task.goal == {"numbers at the end": "numbers", "next step": "next step"}.get(goal, "classes")
+    assert task.every_step == (goal in ("class at each step", "next step", "lengths"))
+    assert task.output_size == {"numbers at the end": 2, "next step": 2}.get(goal, 3)
+    together = sum(len(part) for part in task.parts)
+    assert together == 100 == len({int(i) for part in task.parts for i in part})
+    numbers = task.parts[1].tolist()  # validation, written out
+    seen, target = next(task.eval_batches("valid"))
+    for b, i in enumerate(numbers):
+        n = len(x[i]) - (goal == "next step")
+        assert np.array_equal(seen[:n, b], x[i][:n]) and not seen[n:, b].any()
+        if goal == "next step":
+            assert np.array_equal(target[:n, b], x[i][1:]) and target[n:, b].isnan().all()
+        elif goal == "lengths":
+            assert target[:, b].tolist() == [NOT_DUE] * (n - 1) + [y[i]] + [NOT_DUE] * (9 - n)
+        else:
+            assert np.allclose(target[:, b] if task.every_step else target[b], y[i])
+
+
+def test_padding_changes_nothing():
+    "Loss, metrics and gradients of padded batches are those of each sequence alone, read at its own end; also of numbers."
+    for y in (np.arange(40) % 3, np.random.RandomState(0).standard_normal((40, 2))):
+        x = arrays("lengths", 40)[0]
+        task = ArrayTask(x, y, batch_size=10)
+        model = build_model(ModelConfig("wrnn", **task.sizes, n=7, c=2, V_init="normal"), 0).double()
+        x_batch, y_batch = (v[0] for v in batch_of(task, torch.tensor([3]), torch.tensor(0)))
+        loss = task.loss(model(x_batch.double()), y_batch)
+        alone = []
+        for i in task.parts[0][task.order[0, :10]].tolist():
+            out = model(torch.from_numpy(x[i]).double()[:, None])[-1]
+            target = torch.from_numpy(np.atleast_1d(y[i]))
+            alone.append(F.cross_entropy(out, target) if task.goal == "classes" else F.mse_loss(out[0], target.float()))
+        expected = torch.stack(alone).mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for a, b in zip(*(torch.autograd.grad(v, model.parameters()) for v in (loss, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_baselines_of_arrays_by_hand():
+    words = np.array(["a", "b", "b", "b", "c", "a"] * 10)
+    task = ArrayTask(np.zeros((60, 4, 1)), words, batch_size=4)
+    _, _, test = task.parts
+    assert list(task.classes) == ["a", "b", "c"] and task.baseline_text.endswith("commonest class, b")
+    assert math.isclose(task.baseline, (words[test] == "b").mean(), rel_tol=1e-6)
+    numbers = np.random.RandomState(0).standard_normal(60)
+    task = ArrayTask(np.zeros((60, 4)), numbers, batch_size=4)
+    train, _, test = task.parts
+    assert math.isclose(task.baseline, ((numbers[test] - numbers[train].mean()) ** 2).mean(), rel_tol=1e-5)
+    steps = np.tile(np.arange(5.0), (60, 1)) + numbers[:, None]  # always one more: "the same as now" costs 1
+    task = ArrayTask(list(steps), batch_size=4)
+    assert task.baseline_text == "the same as now" and math.isclose(task.baseline, 1, rel_tol=1e-5)
+
+
+def test_arrays_are_learned_by_a_population():
+    "Which of two tones? Two runs at once, lengths that differ, numbers and tensors alike."
+    speeds = torch.tensor([0.3, 0.9] * 60)
+    x = [torch.sin(s * torch.arange(20 + k % 9)) for k, s in enumerate(speeds)]
+    task = ArrayTask(x, speeds > 0.5, batch_size=20)
+    model = ModelConfig("wrnn", **task.sizes, n=16, c=2)
+    runs = [RunSettings(seed, 1e-2) for seed in (0, 1)]
+    results = fit(task, model, runs, steps=100, eval_every=20, log_every=20, device="cpu", progress=False)
+    assert all(r.test_best["accuracy"] > 0.9 > task.baseline for r in results)
+
+
+def test_a_checkpoint_of_other_arrays_is_known():
+    x, y = arrays("class at the end")
+    data = ArrayTask(x, y).options["data"]
+    assert data == ArrayTask(torch.from_numpy(x), torch.from_numpy(y)).options["data"]
+    changed = x.copy()
+    changed[3, 1, 0] += 1
+    assert data not in (ArrayTask(changed, y).options["data"], ArrayTask(x, y, seed=1).options["data"])
+
+
+def test_a_split_of_ones_own():
+    x, y = arrays("class at the end")
+    parts = range(60), range(60, 80), range(80, 100)  # by time, say
+    task = ArrayTask(x, y, batch_size=60, split=parts)
+    assert task.steps_per_epoch == 1 and [p.tolist() for p in task.parts] == [list(p) for p in parts]
+
+
+X, Y = arrays("class at the end", 20)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "message"),
+    [
+        ([], None, {}, "x: no sequences"),
+        (np.zeros((5, 4, 2, 1)), None, {}, "x[0]: expected shape [T, F], got [4, 2, 1]"),
+        ([np.zeros((4, 2)), np.zeros((4, 3))], None, {}, "x[1]: expected shape [T, 2], got [4, 3]"),
+        ([np.zeros(4), np.zeros(0)], None, {}, "x[1]: expected shape [T, 1], got [0, 1]"),
+        ([np.zeros(4), np.array([0, np.nan])], None, {}, "x[1] has values that are not finite"),
+        ([np.zeros(4), np.zeros(1)], None, {}, "x[1]: the next step needs two steps or more"),
+        (X, Y[:-1], {}, "y: expected one for each of 20 sequences, got 19"),
+        (X, np.zeros((20, 5), int), {}, "y[0]: expected 9 steps as in x, got 5"),
+        (X, np.full(20, np.inf), {}, "y[0] has values that are not finite"),
+        (X, Y, {"batch_size": 50}, "batch_size: expected a whole number from 1 to 14, got 50"),
+        (X, Y, {"valid": 0.6, "test": 0.4}, "valid=0.6, test=0.4: expected shares that leave some of 20"),
+        (X, Y, {"valid": 0}, "valid=0, test=0.15: expected shares"),
+        (X, Y, {"split": ([0, 1], [1], [2])}, "split: expected three lists of numbers from 0 to 19"),
+        (X, Y, {"split": ([0], [1], [20])}, "split: expected three lists"),
+        (X, Y, {"split": ([0], [1])}, "split: expected three lists"),
+    ],
+)
+def test_bad_arrays(x, y, options, message):
+    with pytest.raises(ConfigError) as caught:
+        ArrayTask(x, y, **{"batch_size": 4, **options})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- tasks of one's own
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    "What a test registers is forgotten afterwards."
+    monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_a_class_registers_in_one_line(registry):
+    @register_task
+    class Reversed(tasks.CopyTask):
+        name = "reversed_copy"
+
+    assert make_task("reversed_copy", T=3).length == 23 and find_task("reversed_copy") is Reversed
+    assert register_task(Reversed) is Reversed  # a notebook's cell may run again
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: type("T", (), {"name": "t"}), "expected a subclass of Task"),
+        (
+            lambda: type("T", (Task,), {"name": "No Name"}),
+            "T.name: expected lower-case letters, digits and underscores",
+        ),
+        (lambda: type("T", (Task,), {"name": "copy"}), "T.name: 'copy' is another task's name already"),
+        (lambda: type("T", (Task,), {"name": "t", "__init__": lambda self, T: None}), "the option 'T' needs a default"),
+    ],
+)
+def test_what_cannot_be_registered(made, message, registry):
+    with pytest.raises(ConfigError, match=message):
+        register_task(made())
+
+
+MODULE = """
+from pathlib import Path
+from wave_rnns.paper.tasks import CopyTask
+(Path(__file__).parent / "it ran").touch()
+class Mine(CopyTask):
+    name = "mine"
+"""
+
+
+def test_a_module_is_imported_only_where_it_is_trusted(tmp_path, registry, monkeypatch):
+    (tmp_path / "my_own_tasks.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    name, ran = "my_own_tasks:Mine", tmp_path / "it ran"
+    for untrusted in (find_task, make_task, task_options, lambda n: make_task(n, trusted=True)):
+        with pytest.raises(ConfigError, match="would import a module: only a file named on the command line"):
+            untrusted(name)
+    assert not ran.exists() and "my_own_tasks" not in sys.modules
+    assert find_task(name, trusted=True).name == "mine" and ran.exists()
+    assert make_task("mine", T=5).delay == 5  # from here on by its name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:X", "cannot be imported: No module named 'no_such_module'"),
+        ("json:NoSuchClass", "cannot be imported: module 'json' has no attribute 'NoSuchClass'"),
+        ("json:dumps", "expected a subclass of Task"),
+        ("os;x:y", "expected a name, or 'module:Class'"),
+        (":", "expected a name, or 'module:Class'"),
+    ],
+)
+def test_places_where_no_task_is(name, message, registry):
+    with pytest.raises(ConfigError, match=message):
+        find_task(name, trusted=True)

@@ -1,11 +1,16 @@
 __version__ = "0.1.0"
 
-__all__ = ["IdentityRNN", "WaveRNN"]  # the two names users come for
+import importlib
+import sys
+
+__all__ = ["IdentityRNN", "WaveRNN", "dense_scan", "wave_scan"]  # what users come for
 
 
 def __getattr__(name):
     if name in __all__:  # fetched when asked for: `wrnn_train --help` need not wait for torch
-        from wave_rnns import layer
-
-        return getattr(layer, name)
+        return getattr(importlib.import_module("wave_rnns.layer"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "torch" in sys.modules:  # nothing to wait for: register the operators that exported programs name
+    importlib.import_module("wave_rnns.layer")

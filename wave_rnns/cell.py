@@ -116,7 +116,7 @@ FREEZES = ("recurrent", "encoder")
 
 
 class Cell(nn.Module):
-    "What all cells share. A cell is one step: `step(x, h)`, also as `cell(x, h)`."
+    "What all cells share. A cell is one step: `cell(x, h)`. Given a scan, it is a whole sequence."
 
     choices = {"activation": ACTIVATIONS, "V_init": V_INITS}
     parts = {}  # what each name in FREEZES stands for: names of parameters
@@ -127,7 +127,7 @@ class Cell(nn.Module):
         for name, value in options.items():
             if name in self.choices:
                 check_choice(name, value, self.choices[name])
-            elif name == "bias":
+            elif name in ("bias", "recurrent_bias"):
                 check_choice(name, value, (True, False))
             elif name == "freeze":
                 value = (value,) if isinstance(value, str) else tuple(value)
@@ -156,8 +156,11 @@ class Cell(nn.Module):
         if h.shape != (len(x), *state):
             raise ConfigError(f"Expected hidden size {[len(x), *state]}, got {list(h.shape)}")
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.step(x, h)
+    def forward(self, x: Tensor, h: Tensor | None, scan=None, *options) -> Tensor:
+        "One step; or `scan` over a sequence. Hooks (pruning, weight norm) see both: a cell is called."
+        if scan is None:
+            return self.step(x, h)
+        return scan(x, *self.weights, h, self.activation, *options)
 
 # %% ../nbs/02_cell.ipynb #b138e8ff
 class WaveCell(Cell):
@@ -225,6 +228,11 @@ class WaveCell(Cell):
             return self.V.new_zeros(self.c, self.n)
         return self.V_bias.view(self.c, self.n) + self.u_bias.view(self.c, -1)
 
+    @property
+    def weights(self) -> tuple:
+        "What a scan needs: kernel, encoder [c, n, F], bias [c, n]."
+        return self.u, self.V_rings, self.drive_bias
+
     def convolve(
         self,
         h: Tensor,  # [B, c, n]
@@ -262,6 +270,13 @@ class LocalCell(WaveCell):
         if self.bias:
             nn.init.zeros_(self.u_bias)
 
+    @property
+    def drive_bias(self) -> Tensor:  # [c, n]
+        "V_bias + u_bias. The product keeps autograd from storing both gradients in one memory."
+        if not self.bias:
+            return super().drive_bias
+        return self.V_bias.view(self.c, self.n) + 1.0 * self.u_bias
+
     def convolve(
         self,
         h: Tensor,  # [B, c, n]
@@ -290,16 +305,23 @@ class DenseCell(Cell):
         U_init: str = "identity",  # 'identity', 'sigma' or 'random'
         V_init: str = "normal",  # 'sparse', 'normal' or 'uniform'
         bias: bool = True,
-        freeze: tuple = (),  # any of 'recurrent' (U) and 'encoder' (V); both together freeze b as well
+        freeze: tuple = (),  # any of 'recurrent' (U) and 'encoder' (V); both freeze b as well
         device=None,
         dtype=None,
+        recurrent_bias: bool = False,  # a second bias beside U, as nn.RNN has it
     ):
-        super().__init__(input_size=input_size, n=n, activation=activation, U_init=U_init, V_init=V_init, bias=bias,
-                         freeze=freeze)  # fmt: skip
+        super().__init__(input_size=input_size, n=n, activation=activation, U_init=U_init,
+                         V_init=V_init, bias=bias, freeze=freeze,
+                         recurrent_bias=recurrent_bias)  # fmt: skip
+        if recurrent_bias and not bias:
+            raise ConfigError("recurrent_bias: is the second bias, and bias=False leaves none")
+        if recurrent_bias:
+            self.parts = {"recurrent": ("U", "U_bias"), "encoder": ("V", "b")}
         new = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(n, n, **new))
         self.V = nn.Parameter(torch.empty(n, input_size, **new))
         self.b = nn.Parameter(torch.empty(n, **new)) if bias else None
+        self.U_bias = nn.Parameter(torch.empty(n, **new)) if recurrent_bias else None
         self.reset_parameters()
         self.apply_freeze()
         if bias and set(self.freeze) == set(FREEZES):  # b belongs to both parts
@@ -319,13 +341,25 @@ class DenseCell(Cell):
                 uniform_(
                     self.b, self.input_size
                 ) if self.V_init != "sparse" else self.b.zero_()
+                second = torch.zeros_like(self.b)
                 if self.U_init == "random":
-                    self.b.add_(uniform_(torch.empty_like(self.b), self.n))
+                    uniform_(second, self.n)
+                if self.recurrent_bias:
+                    self.U_bias.copy_(second)
+                else:
+                    self.b.add_(second)
 
     @property
     def drive_bias(self) -> Tensor:  # [n]
         "b of equation (2), what is added whatever the input; zeros without biases."
+        if self.recurrent_bias:
+            return self.b + self.U_bias
         return self.b if self.bias else self.V.new_zeros(self.n)
+
+    @property
+    def weights(self) -> tuple:
+        "What a scan needs: U, encoder [n, F], bias [n]."
+        return self.U, self.V, self.drive_bias
 
     def step(
         self,

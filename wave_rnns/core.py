@@ -50,7 +50,13 @@ class RecordError(WaveRNNError):
 # %% ../nbs/09_core.ipynb #e7212d82
 def data_root() -> Path:
     "Folder of the raw data sets: `$WAVE_RNNS_DATA`, or `~/.cache/wave_rnns` where that is not set."
-    return Path(os.environ.get("WAVE_RNNS_DATA") or "~/.cache/wave_rnns").expanduser()
+    root = os.environ.get("WAVE_RNNS_DATA") or "~/.cache/wave_rnns"
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:  # a container's user may have no home
+        raise DataError(
+            f"no home directory for {root}: set WAVE_RNNS_DATA to a folder for the data"
+        ) from error
 
 
 def default_device() -> torch.device:

@@ -19,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.kernels.wave import architecture_for, compile_kernel
 from wave_rnns.kernels.dense import SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.kernels.launch import architecture_for, compile_kernel
 from wave_rnns.kernels.wide import TILES, WideBackend, WidePlan
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 

@@ -23,6 +23,7 @@ import torch
 
 import wave_rnns.kernels.wave as K
 from wave_rnns.core import environment
+from wave_rnns.kernels.launch import architecture_for, compile_kernel
 from wave_rnns.scan import Rows, backend_for, rows, wave_loop, wave_scan
 
 # faithful: output within 8 times the float32 loop's error (which is at least one rounding), gradients 5e-5, or 1e-3 when a mask flips.
@@ -206,19 +207,19 @@ def cases(quick):
 
 def compile_all(todo):
     "All kernels at once, on all cores."
-    wanted, backend = {}, K.CudaBackend()
+    wanted = {}
     for k, precision in itertools.product(todo, ("faithful", "fast")):
         device, n, c, R, B, act = torch.device("cuda", 0), k["n"], k["c"], k["R"], k["B"], k["activation"]
-        F = k["F"] if k["kind"] == "x" and k["F"] <= backend.fused_features else 0
+        F = k["F"] if k["kind"] == "x" and k["F"] <= K.FEATURES else 0
         if k["kind"] == "x":
-            p = backend.plan(device, n, c, F, act, precision, not k["last"], R * B, emit=1)
+            p = K.plan_for(device, n, c, F, act, precision, not k["last"], R * B, emit=1)
         else:
             own = k["T"] // 3
             many = k["F"] if k["kind"] == "tokens" else k["T"] - own + own * B + 2
-            p = backend.rows_plan(device, n, c, many, R, B, act, precision, not k["last"])
+            p = K.rows_plan_for(device, n, c, many, R, B, act, precision, not k["last"])
         wanted[tuple(p.macros(False).items())] = None
         for states, keep in ((not k["last"], True), (True, False)):
-            q = backend.plan(device, n, c, F, act, precision, states, R * B, keep=keep, mt=p.mt)
+            q = K.plan_for(device, n, c, F, act, precision, states, R * B, keep=keep, mt=p.mt)
             wanted[tuple(q.macros(True).items())] = None
     start = time.time()
     build(wanted)
@@ -227,9 +228,9 @@ def compile_all(todo):
 
 def build(macros):
     "Compile modules into the cache, side by side."
-    arch = K.architecture_for(torch.cuda.get_device_capability())
+    arch = architecture_for(torch.cuda.get_device_capability())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: K.compile_kernel(K.WAVE_SOURCE, dict(m), arch, "wave scan"), macros))
+        list(pool.map(lambda m: compile_kernel(K.SOURCE, dict(m), arch, "wave scan"), macros))
 
 
 def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
@@ -241,7 +242,7 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
 
     def plan(n, c, F, state_bits, weight_bits):
         device, more = torch.device("cuda", 0), dict(state_bits=state_bits, weight_bits=weight_bits)
-        return K.CudaBackend().plan(device, n, c, F, "relu", "faithful", False, B, **more)
+        return K.plan_for(device, n, c, F, "relu", "faithful", False, B, **more)
 
     plans = [plan(n, c, F, *two) for n, c, _, F, _ in sizes for two in bits]
     build({tuple(p.macros(f).items()) for p in plans for f in (True, False)})

@@ -10,22 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .wave import CUDA_NUMBERS, _new, load_module, shared_limit
-from wave_rnns.kernels.dense import (
-    _MEMORY,
-    _NUMBERS,
-    _OUTER,
-    DenseBackend,
-    fit_outer,
-    outer_sum,
-    plan_for,
-)
+from .dense import DenseBackend, fit_outer, outer_sum, plan_for
+from .launch import cuda_source, load_module, new_tensor, shared_limit
 from ..scan import register_backend
 
 # %% ../../nbs/04_kernels_wide.ipynb #0d8f613f
 @dataclass(frozen=True)
 class WidePlan:
-    "How one step of `m` units is laid out on the GPU. A block is 8 warps; each adds up an eighth of the sums of the same tile."
+    """How one step of `m` units is laid out on the GPU.
+
+    A block is 8 warps; each adds up an eighth of the sums of the same tile."""
 
     m: int  # units
     units: int  # units of the tile in a lane; 4 times as many in the block
@@ -51,7 +45,7 @@ class WidePlan:
 
     @property
     def shared(self) -> int:
-        "Bytes of shared memory of a block: the pieces, and in their place at the end the eight shares of every sum."
+        "Bytes of shared memory: the pieces, and at the end eight shares of every sum."
         units, samples = self.tile
         return max(4 * 32 * self.pieces * (units + samples), 4 * 8 * units * (samples + 4))
 
@@ -82,7 +76,9 @@ def wide_plan_for(
     processors: int = 132,  # multiprocessors of the GPU
     limit: int = 227 << 10,  # bytes of shared memory that a block may use
 ) -> WidePlan:
-    "The tile that gives the busiest processor the least to do: its multiply-adds, and what it reads and hands on (weighed as measured below)."
+    """The tile that gives the busiest processor the least to do.
+
+    That is its multiply-adds, and what it reads and hands on, weighed as measured below."""
 
     def busiest(plan):
         across, along, _ = plan.grid(B, R)
@@ -93,156 +89,21 @@ def wide_plan_for(
     plans = (WidePlan(m, *tile) for tile in TILES)
     return fit_outer(min((plan for plan in plans if plan.shared <= limit), key=busiest), limit)
 
-# %% ../../nbs/04_kernels_wide.ipynb #5d00a7c1
-_SIZES = r"""
-constexpr int SLICES = 8, THREADS = 32 * SLICES;             // a warp adds up an eighth of every sum
-constexpr int TU = 4 * UNITS, TB = 8 * SAMPLES;              // units and samples of a block; UNITS x SAMPLES of each in a lane
-constexpr int UP = (M + TU - 1) / TU * TU;                   // a row of the matrix, padded to whole blocks
-constexpr int DEEP = 4 * SLICES, ROUNDS = (M + DEEP - 1) / DEEP, KP = ROUNDS * DEEP;   // summands of a round; padded length of the sums
-constexpr int LINE = (TU + TB) / 4, PIECE = 4 * LINE;        // float4 of one summand, and of the four that a warp adds in a round
-constexpr int COPIES = (PIECE + 31) / 32;                    // float4 of a piece that a lane brings
-constexpr int GROUP = 4;                                     // samples of one unit that a thread finishes together, a float4
-constexpr int ITEMS = TU * TB / GROUP, TURNS = (ITEMS + THREADS - 1) / THREADS;
-"""
-
-# %% ../../nbs/04_kernels_wide.ipynb #9f75c47a
-_COPY = r"""
-__device__ __forceinline__ void copy16(float4 *to, const float *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(smem(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void put(float *to, float4 v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
-"""
-
-# %% ../../nbs/04_kernels_wide.ipynb #b5a58684
-_START = r"""
-// forward:  w = U^T, in = drive of this step, out = states of this step or null, end = h_T (in the last step) or null
-// backward: w = U, in = dL/dh_t or null, y = states of this step, out = delta; in the last launch, end = dL/dh_0 and nothing else
-struct Step { const float *w, *in, *y, *now; float *next, *out, *end; i64 B, BP, run, in_run; };
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_step(const Step p) {
-    extern __shared__ float4 pool[];                         // [SLICES][PIECES][4][LINE], and in the end the shares [SLICES][TU][TB + 4]
-    const int tid = threadIdx.x, lane = tid & 31, slice = tid >> 5;
-    const int ti = (lane & 1) + (lane >> 4) * 2, tj = lane >> 1 & 7;   // so laid out, a read of 16 bytes a lane takes two turns, not four
-    const int u0 = blockIdx.x * TU, b0 = blockIdx.y * TB, B = (int)p.B;
-    const i64 r = blockIdx.z;
-
-    float4 *ring = pool + slice * PIECES * PIECE;
-    const float *from[COPIES];                               // a column of the matrix or of the state, whose rows go by
-    i64 stride[COPIES];
-#pragma unroll
-    for (int n = 0; n < COPIES; n++) {
-        const int e = n * 32 + lane, k = slice * 4 + e / LINE, c = 4 * (e % LINE);
-        from[n] = c < TU ? p.w + (r * KP + k) * UP + u0 + c : p.now + (r * KP + k) * p.BP + b0 + c - TU;
-        stride[n] = DEEP * (c < TU ? (i64)UP : p.BP);
-    }
-    auto fetch = [&](int round) {
-        if (round < ROUNDS)
-#pragma unroll
-            for (int n = 0; n < COPIES; n++) {
-                const int e = n * 32 + lane;
-                if (PIECE % 32 == 0 || e < PIECE) copy16(ring + round % PIECES * PIECE + e, from[n]);
-                from[n] += stride[n];
-            }
-        copy_commit();
-    };
-    for (int n = 0; n < PIECES - 1; n++) fetch(n);
-
-    float x[TURNS][GROUP] = {}, z[TURNS][GROUP] = {};        // what the end needs comes from far away: it is asked for now
-#pragma unroll
-    for (int n = 0; n < TURNS; n++) {
-        const int e = n * THREADS + tid, u = u0 + e % TU, b = b0 + e / TU * GROUP;
-        auto load = [&](float (&v)[GROUP], const float *from) {
-#pragma unroll
-            for (int s = 0; s < GROUP; s++)
-                if (e < ITEMS && u < M && b + s < B) v[s] = from[(i64)(b + s) * M + u];
-        };
-        if (p.in) load(x[n], p.in + r * p.in_run);
-        if (BACK && ACT && p.y) load(z[n], p.y + r * p.run);
-    }
-"""
-
-# %% ../../nbs/04_kernels_wide.ipynb #efec8e43
-_SUM = r"""
-    float acc[UNITS][SAMPLES] = {}, w[2][UNITS], h[2][SAMPLES];
-    auto look = [&](int round, int k) {                      // the lane's part of one summand, into registers
-        const float4 *row = ring + round % PIECES * PIECE + k % 4 * LINE;
-#pragma unroll
-        for (int i = 0; i < UNITS / 4; i++) put(w[k % 2] + 4 * i, row[4 * i + ti]);
-#pragma unroll
-        for (int i = UNITS / 4 * 4; i < UNITS; i++) w[k % 2][i] = ((const float *)row)[4 * i + ti];
-#pragma unroll
-        for (int i = 0; i < SAMPLES / 4; i++) put(h[k % 2] + 4 * i, row[TU / 4 + 8 * i + tj]);
-    };
-    copy_wait<PIECES - 2>();
-    __syncwarp();
-    look(0, 0);
-#pragma unroll 1
-    for (int n = 0; n < ROUNDS; n++) {
-        fetch(n + PIECES - 1);
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (k == 3) copy_wait<PIECES - 2>(), __syncwarp();   // the next piece is here, and all lanes are done with the last
-            look(n + (k == 3), k + 1);
-#pragma unroll
-            for (int i = 0; i < UNITS; i++)
-#pragma unroll
-                for (int s = 0; s < SAMPLES; s++) acc[i][s] = fmaf(w[k % 2][i], h[k % 2][s], acc[i][s]);
-        }
-    }
-"""
-
-# %% ../../nbs/04_kernels_wide.ipynb #3eb84c37
-_END = r"""
-    copy_wait<0>();
-    __syncthreads();
-    float *share = (float *)pool;
-#pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-        const int u = i < UNITS / 4 * 4 ? i / 4 * 16 + 4 * ti + i % 4 : 4 * i + ti;
-#pragma unroll
-        for (int s = 0; s < SAMPLES / 4; s++)
-            *(float4 *)(share + (slice * TU + u) * (TB + 4) + 32 * s + 4 * tj) =
-                make_float4(acc[i][4 * s], acc[i][4 * s + 1], acc[i][4 * s + 2], acc[i][4 * s + 3]);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < TURNS; n++) {
-        const int e = n * THREADS + tid, u = u0 + e % TU, b = b0 + e / TU * GROUP;
-        if (e >= ITEMS || u >= M) continue;
-        float v[GROUP] = {};
-#pragma unroll
-        for (int k = 0; k < SLICES; k++) {
-            float q[GROUP];
-            put(q, *(const float4 *)(share + (k * TU + u - u0) * (TB + 4) + b - b0));
-#pragma unroll
-            for (int s = 0; s < GROUP; s++) v[s] += q[s];
-        }
-#pragma unroll
-        for (int s = 0; s < GROUP; s++) {
-            v[s] += x[n][s];
-            if (!BACK) v[s] = act(v[s]);
-            else if (ACT == 1 && p.y) v[s] = z[n][s] <= 0.f ? 0.f : v[s];
-            else if (ACT == 2 && p.y) v[s] *= 1.f - z[n][s] * z[n][s];
-        }
-        auto store = [&](float *to) {
-#pragma unroll
-            for (int s = 0; s < GROUP; s++)
-                if (b + s < B) to[(i64)(b + s) * M + u] = v[s];
-        };
-        if (p.out) store(p.out + r * p.run);
-        if (p.end) store(p.end + r * B * M);
-        if (p.next) *(float4 *)(p.next + (r * KP + u) * p.BP + b) = make_float4(v[0], v[1], v[2], v[3]);
-    }
-}
-"""
-SOURCE = "".join([CUDA_NUMBERS, _SIZES, _NUMBERS, _MEMORY, _COPY, _START, _SUM, _END])
-OUTER = "".join([CUDA_NUMBERS, _NUMBERS, _MEMORY, _OUTER])
+# %% ../../nbs/04_kernels_wide.ipynb #efc5ffce
+SOURCE = cuda_source("common.cuh", "wide.cu")
+OUTER = cuda_source(  # the sum for dU, which does not care how wide a state is
+    "common.cuh",
+    *(
+        f"dense.cu:{part}"
+        for part in ("terms", "rows", "outer_setup", "outer_sum", "outer_pieces")
+    ),
+)
 
 # %% ../../nbs/04_kernels_wide.ipynb #631f8c73
 def _matrix(plan, U):
     "[R, m, m] -> [R, summands, units], both padded with zeros to whole rounds and tiles."
     R, m, width = U.shape[0], plan.m, plan.grid(1, 1)[0] * plan.tile[0]
-    w = _new("padded matrices", R, R, plan.summands, width, like=U).zero_()
+    w = new_tensor("padded matrices", R, R, plan.summands, width, like=U).zero_()
     w[:, :m, :m] = U
     return w
 
@@ -250,14 +111,16 @@ def _matrix(plan, U):
 def _states(plan, B, h_0, like):
     "Two states [R, summands, samples], padded with zeros: the first is h_0, or zero."
     R, samples = like.shape[0], plan.grid(B, 1)[1] * plan.tile[1]
-    both = _new("states of a step", R, 2, R, plan.summands, samples, like=like).zero_()
+    both = new_tensor("states of a step", R, 2, R, plan.summands, samples, like=like).zero_()
     if h_0 is not None:
         both[0, :, : plan.m, :B] = h_0.mT
     return both.unbind(0)
 
 
 def scan_forward(plan, drive, U, h_0, activation, states, end):
-    "Launch the forward scan: drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m] (either may be None), in place."
+    """Launch the forward scan, in place.
+
+    drive [R, T, B, m] -> `states` [R, T, B, m] and `end` [R, B, m]; either may be None."""
     R, T, B, m = drive.shape
     module = load_module(SOURCE, plan.macros(activation, False), drive.device, "wide scan")
     w, (now, after), drive = (
@@ -278,7 +141,10 @@ def scan_forward(plan, drive, U, h_0, activation, states, end):
 
 
 def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
-    "Launch the backward scan: dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` [R, T, B, m] and `dh_0` [R, B, m], in place."
+    """Launch the backward scan, in place.
+
+    dL/dh_t [R, T, B, m] or, `last`, dL/dh_T [R, B, m] -> `ddrive` (as the drive)
+    and `dh_0` [R, B, m]."""
     R, T, B, m = ddrive.shape
     module = load_module(
         SOURCE, plan.macros(activation, True), ddrive.device, "wide scan backward"
@@ -306,7 +172,9 @@ def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
 
 # %% ../../nbs/04_kernels_wide.ipynb #5714c159
 class WideBackend(DenseBackend):
-    "A launch a step: float32, NVIDIA GPU of compute capability 8.0 or later, matrices that the fused dense scan cannot hold (above 256 units; before 9.0, above 128)."
+    """A launch a step: float32, compute capability 8.0 or later.
+
+    For matrices that the fused scan cannot hold (above 256 units; before 9.0, above 128)."""
 
     def __init__(self, plan=wide_plan_for):  # a function like `wide_plan_for`
         super().__init__(plan)

@@ -227,7 +227,7 @@ def check(self: Population) -> tuple[str, ...]:
     "The names of the task's metrics. Raises ConfigError where the model's sizes are not the task's."
     task, config = self.task, self.config
     expected = (
-        task.input_size * (task.T if config.kind == "mlp" else 1),
+        task.input_size * (task.length if config.kind == "mlp" else 1),
         task.output_size,
         task.every_step,
     )
@@ -640,7 +640,7 @@ RESULT_MODULES = (
     "scan",
     "kernels/*",
     "layer",
-    *(f"paper/{name}" for name in ("random", "models", "tasks", "training")),
+    *(f"paper/{name}" for name in ("random", "models", "data", "tasks", "training")),
 )
 
 

@@ -1,0 +1,693 @@
+"Layers as PyTorch users treat them: nn.RNN's shapes and errors, hooks, packed batches, compile, export, func, autocast, copies, workers."
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import wave_rnns
+from wave_rnns import IdentityRNN, WaveRNN
+from wave_rnns.core import ConfigError
+from wave_rnns.layer import LocalRNN
+
+LAYERS = {
+    "wave": lambda **kw: WaveRNN(3, 8, c=2, **kw),
+    "identity": lambda **kw: IdentityRNN(3, 16, **kw),
+    "local": lambda **kw: LocalRNN(3, 8, c=2, **kw),
+}
+
+
+@pytest.fixture(params=LAYERS, ids=str)
+def make(request):
+    torch.manual_seed(0)
+    return LAYERS[request.param]
+
+
+@pytest.fixture(params=["wave", "identity"])
+def make_fast(request):
+    "Those that run operators; the plain loop of the third is unrolled by compilers."
+    torch.manual_seed(0)
+    return LAYERS[request.param]
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 3), (1, 1, 3)])
+def test_shapes_are_those_of_rnn(make, num_layers, batch_first, shape):
+    kw = dict(num_layers=num_layers, batch_first=batch_first)
+    layer, rnn, x = make(**kw), nn.RNN(3, 16, **kw), torch.randn(shape)
+    (y, h), (y_rnn, h_rnn) = layer(x), rnn(x)
+    assert (y.shape, h.shape) == (y_rnn.shape, h_rnn.shape)
+    h_0 = torch.rand_like(h)
+    assert_close(layer.final(x, h_0), layer(x, h_0)[1])
+    assert not torch.equal(layer(x, h_0)[0], y)
+
+
+def test_layers_on_top_of_each_other_are_the_cells_in_turn(make):
+    layer, x = make(num_layers=2), torch.randn(6, 4, 3)
+    h = [torch.zeros(4, *layer.state_shape) for _ in range(2)]
+    for x_t in x:
+        h[0] = layer.cells[0].step(x_t, h[0])
+        h[1] = layer.cells[1].step(layer.flat(h[0]), h[1])
+    assert_close(layer(x)[1], torch.stack([layer.flat(z) for z in h]))
+
+
+def test_streaming_in_pieces(make):
+    layer, x = make(num_layers=2), torch.randn(23, 4, 3)
+    whole, h_n = layer(x)
+    parts, h = [], None
+    for piece in x.split([1, 2, 7, 13]):
+        y, h = layer(piece, h)
+        parts.append(y)
+    assert_close(torch.cat(parts), whole)
+    assert_close(h, h_n)
+
+
+def leaves(layer, sequences, h_0):
+    "Everything that may want a gradient."
+    return [*layer.parameters(), *sequences, *([] if h_0 is None else [h_0])]
+
+
+def alone_and_packed(layer, lengths, h_0, enforce_sorted, in_pieces):
+    "Outputs, last states and gradients of sequences fed one by one, and packed."
+    layer.double()
+    sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
+    ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
+    alone = [y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1)
+    y, h_n = layer(pack_sequence(sequences, enforce_sorted=enforce_sorted), h_0, in_pieces=in_pieces)
+    padded = pad_packed_sequence(y)[0]
+    packed = [padded[:t, b] for b, t in enumerate(lengths)], h_n
+    grads = []
+    for ys, h in (alone, packed):
+        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(ys)) + h.tanh().sum()
+        grads.append(torch.autograd.grad(loss, leaves(layer, sequences, h_0)))
+    return (*alone, grads[0]), (*packed, grads[1])
+
+
+@pytest.mark.parametrize("lengths", [[9, 5, 2], [2, 9, 5], [4, 4, 4], [7, 1, 7, 3, 1]], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(num_layers=2, bidirectional=True)], ids=str)
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, lengths, options, start, in_pieces):
+    layer = make(**options)
+    h_0 = torch.rand(len(layer.cells), len(lengths), 16, dtype=torch.float64, requires_grad=True) if start else None
+    falling = lengths == sorted(lengths, reverse=True)
+    alone, packed = alone_and_packed(layer, lengths, h_0, falling, in_pieces)
+    assert_close(packed, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_packed_output_has_the_form_that_rnn_gives(make):
+    x = torch.randn(3, 9, 3)
+    packed = pack_padded_sequence(x, [2, 9, 5], batch_first=True, enforce_sorted=False)
+    y, h_n = make(batch_first=True)(packed)
+    y_rnn, h_rnn = nn.RNN(3, 16, batch_first=True)(packed)
+    assert torch.equal(y.batch_sizes, y_rnn.batch_sizes) and y.data.shape == y_rnn.data.shape
+    assert torch.equal(y.unsorted_indices, y_rnn.unsorted_indices) and h_n.shape == h_rnn.shape
+    layer = make()
+    assert_close(layer.final(packed), layer(packed)[1])
+
+
+def test_a_state_that_would_overflow_behind_its_end_does_not(make):
+    "Alone, five loud steps and 400 silent ones are harmless at a growth of 1.5 a step; padded, the first would reach 1.5 ** 400."
+    layer = make(bias=False)
+    with torch.no_grad():
+        for p in (layer.cells[0].u,) if hasattr(layer.cells[0], "u") else (layer.cells[0].U,):
+            p.mul_(1.5)
+    loud, silent = torch.rand(5, 3), torch.zeros(400, 3)
+
+    def gradients(*losses):
+        return torch.autograd.grad(sum(losses), tuple(layer.parameters()))
+
+    alone = gradients(layer(loud)[1].sum(), layer(silent)[1].sum())
+    for order in ([loud, silent], [silent, loud]):
+        got = gradients(layer(pack_sequence(order, enforce_sorted=False))[1].sum())
+        assert all(g.isfinite().all() for g in got)
+        assert_close(got, alone)
+
+
+def rnn_and_twin(**options):
+    "nn.RNN, and an IdentityRNN with its weights: the same network."
+    rnn = nn.RNN(3, 6, nonlinearity="relu", **options)
+    twin = IdentityRNN(3, 6, recurrent_bias=True, **options)
+    names = {"V": "weight_ih", "U": "weight_hh", "b": "bias_ih", "U_bias": "bias_hh"}
+    directions = 2 if rnn.bidirectional else 1
+    pairs = []
+    for i, cell in enumerate(twin.cells):
+        suffix = f"_l{i // directions}" + ("_reverse" if i % directions else "")
+        pairs += [(getattr(cell, ours), getattr(rnn, theirs + suffix)) for ours, theirs in names.items()]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+    return rnn, twin, pairs
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("form", ["batch", "batch_first", "unbatched", "packed"])
+def test_with_the_weights_of_rnn_it_is_rnn(num_layers, bidirectional, form):
+    torch.manual_seed(0)
+    options = dict(num_layers=num_layers, bidirectional=bidirectional, batch_first=form == "batch_first")
+    rnn, twin, pairs = rnn_and_twin(**options)
+    x = torch.randn(7, 3) if form == "unbatched" else torch.randn(7, 4, 3)
+    if form == "packed":
+        x = pack_padded_sequence(x, [3, 7, 7, 1], enforce_sorted=False)
+    theirs, ours = rnn(x), twin(x)
+    assert_close(ours, theirs)
+    h_0 = torch.rand_like(theirs[1])
+    theirs, ours = rnn(x, h_0), twin(x, h_0)
+    assert_close(ours, theirs)
+    for y, h in (theirs, ours):
+        ((y.data if form == "packed" else y).square().sum() + h.sum()).backward()
+    for mine, its in pairs:
+        assert_close(mine.grad, its.grad)
+    assert_close(twin.final(x, h_0), theirs[1])
+    assert twin.extra_repr().count("bidirectional") == 1
+
+
+def test_rings_of_both_directions():
+    layer = WaveRNN(3, 8, c=2, bidirectional=True, num_layers=2)
+    y, h_n = layer(torch.randn(5, 4, 3))
+    assert layer.rings(y).shape == (5, 4, 2, 2, 8) and layer.rings(h_n).shape == (4, 4, 2, 8)
+    assert torch.equal(layer.rings(y)[-1, :, 0].flatten(1), h_n[2]) and torch.equal(
+        layer.rings(y)[0, :, 1].flatten(1), h_n[3]
+    )
+
+
+def test_code_written_for_rnn_swaps_in_one_line():
+    class Model(nn.Module):
+        def __init__(self, rnn):
+            super().__init__()
+            self.rnn, self.out = rnn, nn.Linear(rnn.hidden_size * (2 if rnn.bidirectional else 1), 1)
+
+        def forward(self, x, lengths):
+            self.rnn.flatten_parameters()
+            h_0 = x.new_zeros(self.rnn.num_layers, x.size(0), self.rnn.hidden_size)
+            packed = pack_padded_sequence(x, lengths, batch_first=self.rnn.batch_first, enforce_sorted=False)
+            return self.out(self.rnn(packed, h_0)[1][-1])
+
+    def train(make_rnn):
+        torch.manual_seed(1)
+        rnn = make_rnn(2, 32, batch_first=True, num_layers=2)
+        model, x, lengths = Model(rnn), torch.randn(16, 10, 2), torch.randint(3, 10, (16,))
+        target, losses = x[:, 0, :1], []
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            loss = (model(x, lengths) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    for make_rnn in (nn.RNN, WaveRNN):
+        losses = train(make_rnn)
+        assert losses[-1] < 0.5 * losses[0]
+
+
+BAD_CALLS = [
+    (torch.randn(5, 4, 7), None, "input.size(-1) must be equal to input_size. Expected 3, got 7"),
+    (torch.randn(5, 4, 3), torch.randn(1, 2, 16), r"Expected hidden size (1, 4, 16), got [1, 2, 16]"),
+    (torch.randn(5, 4, 3), torch.randn(4, 16), r"Expected hidden size (1, 4, 16), got [4, 16]"),
+    (torch.randn(5, 3), torch.randn(1, 1, 16), r"Expected hidden size (1, 16), got [1, 1, 16]"),
+    (torch.randn(3), None, "expected a 3D input"),
+    (torch.randn(2, 5, 4, 3), None, "expected a 3D input"),
+    (torch.randn(0, 4, 3), None, "T"),
+    ([1.0, 2.0], None, "must be a Tensor"),
+    (torch.randn(5, 4, 3, dtype=torch.float64), None, "float64"),
+]
+
+
+@pytest.mark.parametrize("x, h_0, message", BAD_CALLS, ids=[m[:30] for *_, m in BAD_CALLS])
+def test_bad_calls_say_what_was_expected(make, x, h_0, message):
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as error:
+        make()(x, h_0)
+    assert message in str(error.value)
+
+
+def test_hidden_state_given_as_rings_gets_the_remedy():
+    with pytest.raises(RuntimeError, match=r"flatten"):
+        WaveRNN(3, 8, c=2)(torch.randn(5, 4, 3), torch.zeros(1, 4, 2, 8))
+
+
+BAD_LAYERS = [
+    (dict(u_init="shfit"), "u_init"),
+    (dict(V_init="dense"), "V_init"),
+    (dict(activation="gelu"), "activation"),
+    (dict(kernel_size=4), "kernel_size"),
+    (dict(n=2), "n"),
+    (dict(c=0), "c"),
+    (dict(num_layers=0), "num_layers"),
+    (dict(num_layers=True), "num_layers"),
+    (dict(dropout=1.5), "dropout"),
+    (dict(dropout=True), "dropout"),
+    (dict(dropout="0.1"), "dropout"),
+    (dict(freeze=("readout",)), "freeze"),
+    (dict(precision="half"), "precision"),
+]
+
+
+@pytest.mark.parametrize("options, name", BAD_LAYERS, ids=[n for _, n in BAD_LAYERS])
+def test_bad_options_are_named(options, name):
+    with pytest.raises(ConfigError, match=name):
+        WaveRNN(**(dict(input_size=3, n=8) | options))
+
+
+def test_compile_fullgraph_forward_and_backward(make_fast):
+    layer, x = make_fast(), torch.randn(6, 4, 3)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    expected, got = layer(x), compiled(x)
+    assert_close(got, expected)
+    expected[0].square().sum().backward()
+    got[0].square().sum().backward()
+    for (name, p), q in zip(layer.named_parameters(), compiled.parameters(), strict=True):
+        assert_close(q.grad, p.grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+def test_export_keeps_length_and_batch_open(make_fast):
+    layer, sizes = make_fast(), {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
+    exported = torch.export.export(layer, (torch.randn(6, 4, 3),), dynamic_shapes=(sizes,)).module()
+    x = torch.randn(17, 3, 3)
+    assert_close(exported(x), layer(x))
+
+
+def test_func_grad_and_vmap_of_grad(make):
+    layer, x = make(), torch.randn(6, 4, 3)
+    params = {k: v.detach() for k, v in layer.named_parameters()}
+
+    def loss(params, x):
+        return torch.func.functional_call(layer, params, (x,))[0].square().mean()
+
+    whole = torch.func.grad(loss)(params, x)
+    layer(x)[0].square().mean().backward()
+    for name, p in layer.named_parameters():
+        assert_close(whole[name], p.grad)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(params, x)  # unbatched input [T, F]
+    for name in params:
+        assert_close(each[name].mean(0), whole[name])
+
+
+def test_population_of_layers_under_vmap(make):
+    layers, x = [make() for _ in range(3)], torch.randn(6, 4, 3)
+    for seed, layer in enumerate(layers):
+        torch.manual_seed(seed)
+        layer.reset_parameters()
+    params, buffers = torch.func.stack_module_state(layers)
+    run = lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,))[0]  # noqa: E731
+    ys = torch.func.vmap(run)(params, buffers)
+    ys.square().sum().backward()
+    for r, layer in enumerate(layers):
+        y = layer(x)[0]
+        assert_close(ys[r], y)
+        y.square().sum().backward()
+        for name, p in layer.named_parameters():
+            assert_close(params[name].grad[r], p.grad)
+
+
+def test_autocast_computes_the_recurrence_in_float32(make):
+    layer, x = make(), torch.randn(6, 4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, h = layer(x)
+        z, _ = layer(nn.Linear(3, 3)(x))  # a bfloat16 input
+    assert y.dtype == h.dtype == z.dtype == torch.float32
+    assert_close(y, layer(x)[0])
+
+
+def test_double_and_dtype_argument(make):
+    layer = make(dtype=torch.float64)
+    assert layer(torch.randn(6, 4, 3, dtype=torch.float64))[0].dtype == torch.float64
+    assert make().double()(torch.randn(6, 4, 3, dtype=torch.float64))[0].dtype == torch.float64
+
+
+def test_state_dict_deepcopy_and_pickle(make):
+    layer, other, x = make(num_layers=2), make(num_layers=2), torch.randn(6, 4, 3)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.rand_like(p) * 0.1)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x)[0], layer(x)[0])
+
+
+class Encoded(torch.utils.data.Dataset):
+    "A data set that runs a layer in the worker process."
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return self.layer(torch.full((5, 3), float(i)))[0]
+
+
+def test_dataloader_workers():
+    data = Encoded(WaveRNN(3, 8, c=2))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    assert_close(torch.cat(list(loader)), torch.stack([data[i] for i in range(4)]))
+
+
+def test_freeze_trains_the_rest():
+    layer = WaveRNN(3, 8, freeze=("recurrent",))
+    layer(torch.randn(5, 4, 3))[0].sum().backward()
+    trained = {name for name, p in layer.named_parameters() if p.grad is not None}
+    assert trained == {"cells.0.V", "cells.0.V_bias"}
+
+
+def test_dropout_only_between_layers_and_in_training():
+    torch.manual_seed(0)
+    layer, x = WaveRNN(3, 8, num_layers=2, dropout=0.5, V_init="uniform"), torch.randn(6, 4, 3)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+    with pytest.warns(UserWarning, match="num_layers=1"):  # as nn.RNN warns
+        single = WaveRNN(3, 8, dropout=0.9)
+    assert torch.equal(single(x)[0], single(x)[0])
+
+
+def test_local_layer_with_equal_kernels_is_the_wave_layer():
+    torch.manual_seed(0)
+    wave, local, x = WaveRNN(3, 8, c=2, u_init="random"), LocalRNN(3, 8, c=2), torch.randn(6, 4, 3)
+    cell, tied = local.cells[0], wave.cells[0]
+    with torch.no_grad():
+        cell.u.copy_(tied.u.expand_as(cell.u))
+        cell.u_bias.copy_(tied.u_bias[:, None].expand_as(cell.u_bias))
+        cell.V.copy_(tied.V)
+        cell.V_bias.copy_(tied.V_bias)
+    assert_close(local(x)[0], wave(x)[0])
+
+
+# ------------------------------------------------------------------------------- hooks: what others hang onto a cell
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+HOOKS = {
+    "prune": lambda cell, name: prune.l1_unstructured(cell, name, 0.5),
+    "old weight_norm": lambda cell, name: nn.utils.weight_norm(cell, name),
+    "old spectral_norm": lambda cell, name: nn.utils.spectral_norm(cell, name),
+    "weight_norm": lambda cell, name: parametrizations.weight_norm(cell, name),
+    "parametrize": lambda cell, name: parametrize.register_parametrization(cell, name, Doubled()),
+}
+
+
+def recurrent(layer):
+    return "U" if isinstance(layer, IdentityRNN) else "u"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("hook", HOOKS, ids=str)
+@pytest.mark.parametrize("part", ["recurrent", "encoder"])
+def test_hooks_on_a_cell_run(make, hook, part):
+    "Weights changed behind a hook: the answer follows, also after loading them elsewhere and over several steps of training."
+    x, layer, other = torch.randn(6, 4, 3), make(), make()
+    with torch.no_grad():
+        for p in (*layer.parameters(), *other.parameters()):
+            p.add_(0.1 * torch.rand_like(p))
+    name = recurrent(layer) if part == "recurrent" else "V"
+    for each in (layer, other):
+        HOOKS[hook](each.cells[0], name)
+    layer(x)
+    layer.eval()  # spectral norm's estimate stands still
+    other.eval()
+    other.load_state_dict(layer.state_dict())
+    expected = layer(x)[0]
+    assert_close(other(x)[0], expected)
+    plain = make()
+    with torch.no_grad():
+        for key, p in plain.cells[0].named_parameters():
+            p.copy_(getattr(layer.cells[0], key))
+    assert_close(plain(x)[0], expected)
+
+    other.train()
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = other(x)[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_pruned_weight_stays_zero_while_training(make):
+    layer, x = make(), torch.randn(6, 4, 3)
+    prune.random_unstructured(layer.cells[0], "V", 0.5)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x)[0].square().mean().backward()
+        optimizer.step()
+    layer(x)
+    assert layer.cells[0].V[layer.cells[0].V_mask == 0].eq(0).all()
+
+
+def test_hooks_see_the_call(make):
+    layer, seen = make(num_layers=2), []
+    for cell in layer.cells:
+        cell.register_forward_pre_hook(lambda module, args: seen.append(module))
+    layer(torch.randn(5, 4, 3))
+    layer.register_forward_hook(lambda *_: seen.append("layer"))
+    layer.final(torch.randn(5, 4, 3))
+    assert seen == [*layer.cells, *layer.cells, "layer"]
+
+
+# --------------------------------------------------------------------------------- what nn.RNN takes, and what it refuses
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(bidirectional=True)], ids=str)
+def test_an_empty_batch(make, options):
+    layer, rnn, x = make(**options), nn.RNN(3, 16, **options), torch.randn(5, 0, 3, requires_grad=True)
+    ours, theirs = layer(x), rnn(x)
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    ours[0].sum().backward()
+    assert all(p.grad is None or p.grad.eq(0).all() for p in layer.parameters())
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(0, 0, 3))
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True)], ids=str)
+def test_in_place_dropout_on_the_output(make, options):
+    layer, x = make(**options), torch.randn(5, 4, 3)
+    expected = layer(x)[0]
+    y, h_n = layer(x)
+    nn.functional.dropout(y, 1.0, training=True, inplace=True)
+    h_n.mul_(2)
+    (y.sum() + h_n.sum() + expected.square().sum()).backward()  # every gradient of the scan is still right
+    got = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    (2 * layer(x)[1].sum() + layer(x)[0].square().sum()).backward()
+    assert_close(got, [p.grad for p in layer.parameters()])
+
+
+def test_dropout_warns_and_refuses_as_rnn_does(make):
+    for build in (make, lambda **kw: nn.RNN(3, 16, **kw)):
+        with pytest.warns(UserWarning, match="num_layers") as caught:
+            build(dropout=0.5)
+        with pytest.raises(ValueError, match="dropout"):
+            build(dropout=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            build(dropout=0.5, num_layers=2)
+    assert Path(caught[0].filename).name != "layer.py"
+
+
+BAD_OPTIONS = [
+    (lambda Layer: Layer(3, 8, 2), "num_layers=2"),
+    (lambda Layer: Layer(3, 8, 2, 3), "go by name"),
+    (lambda Layer: Layer(3, hidden_size=16), "hidden_size.*say n"),
+    (lambda Layer: Layer(3, 8, nonlinearity="tanh"), "nonlinearity.*say activation"),
+    (lambda Layer: Layer(3, 8, proj_size=2), "proj_size.*nn.Linear"),
+    (lambda Layer: Layer(3, 8, batchfirst=True), "batchfirst.*known are.*batch_first"),
+]
+
+
+@pytest.mark.parametrize("Layer", [WaveRNN, IdentityRNN, LocalRNN])
+@pytest.mark.parametrize("build, message", BAD_OPTIONS, ids=[m for _, m in BAD_OPTIONS])
+def test_options_that_mean_something_else_are_answered_by_name(Layer, build, message):
+    with pytest.raises(TypeError, match=f"{Layer.__name__}.*{message}"):
+        build(Layer)
+
+
+def test_the_signature_is_the_one_that_is_documented():
+    kinds = {name: p.kind for name, p in inspect.signature(WaveRNN).parameters.items()}
+    assert [n for n, k in kinds.items() if k is not inspect.Parameter.KEYWORD_ONLY] == ["input_size", "n"]
+    with pytest.raises(TypeError, match=r", or c=2 rings\?"):
+        WaveRNN(3, 8, 2)
+
+
+def test_tokens_are_one_hot_features(make):
+    tokens = torch.randint(0, 3, (7, 4))
+    floats = nn.functional.one_hot(tokens, 3).float()
+    for options in ({}, dict(bidirectional=True, num_layers=2)):
+        layer = make(**options)
+        assert_close(layer(tokens), layer(floats))
+        assert_close(layer(tokens[:, 0]), layer(floats[:, 0]))
+        packed = [pack_padded_sequence(t, [3, 7, 2, 7], enforce_sorted=False) for t in (tokens, floats)]
+        assert_close(*[layer(p)[0].data for p in packed])
+    assert_close(make(batch_first=True)(tokens.T)[0].shape, (4, 7, 16))
+
+
+# ------------------------------------------------------------------------------------------------ starts, biases, dtypes
+
+
+def test_layers_above_the_first_start_for_dense_inputs():
+    assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=3).cells] == ["sparse", "uniform", "uniform"]
+    assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=2, V_init="sparse").cells] == ["sparse"] * 2
+    torch.manual_seed(0)
+    x = torch.randn(100, 16, 8)
+    with torch.no_grad():
+        stacked = WaveRNN(8, 32, c=4, num_layers=2).final(x)
+        sparse = WaveRNN(8, 32, c=4, num_layers=2, V_init="sparse").final(x)
+    assert stacked[1].std() < 10 * stacked[0].std() and sparse[1].std() > 30 * sparse[0].std()
+
+
+@pytest.mark.parametrize(
+    "make_it", [LAYERS["local"], lambda: IdentityRNN(3, 16, recurrent_bias=True)], ids=["local", "identity"]
+)
+def test_gradients_of_two_biases_are_two_gradients(make_it):
+    layer, x = make_it(), torch.randn(6, 4, 3)
+    cell = layer.cells[0]
+    first, second = (cell.b, cell.U_bias) if isinstance(layer, IdentityRNN) else (cell.V_bias, cell.u_bias)
+    layer(x)[0].sum().backward()
+    once = first.grad.clone()
+    layer(x)[0].sum().backward()
+    assert_close(first.grad, 2 * once)
+    assert_close(second.grad.flatten(), 2 * once)
+    nn.utils.clip_grad_norm_([first, second], 1e-3)
+    assert_close(torch.stack([first.grad.flatten(), second.grad.flatten()]).norm(), torch.tensor(1e-3))
+
+
+def test_recurrent_bias_starts_where_the_authors_start_it():
+    for U_init in ("identity", "sigma"):
+        assert IdentityRNN(3, 16, recurrent_bias=True, U_init=U_init).cells[0].U_bias.eq(0).all()
+    two = IdentityRNN(3, 16, recurrent_bias=True, U_init="random").cells[0]
+    assert 0 < two.U_bias.abs().max() <= 16**-0.5
+    torch.manual_seed(3)
+    one = IdentityRNN(3, 16, U_init="random").cells[0]
+    torch.manual_seed(3)
+    two = IdentityRNN(3, 16, U_init="random", recurrent_bias=True).cells[0]
+    assert torch.equal(one.b, two.b + two.U_bias) and torch.equal(one.U, two.U)
+    frozen = IdentityRNN(3, 16, recurrent_bias=True, freeze=("recurrent",))
+    assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == {"cells.0.U", "cells.0.U_bias"}
+    with pytest.raises(ConfigError, match="recurrent_bias"):
+        IdentityRNN(3, 16, recurrent_bias=True, bias=False)
+
+
+def test_a_wrong_device_is_named(make):
+    with pytest.raises(RuntimeError, match="on cpu like the weights, got one on meta"):
+        make()(torch.randn(5, 4, 3, device="meta"))
+
+
+# ------------------------------------------------------------------------------------------- export, counting, packaging
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated")
+def test_torchscript_is_refused_in_one_line(make):
+    with pytest.raises(NotImplementedError, match="^torch.jit.script cannot compile .*torch.export.export") as e:
+        torch.jit.script(nn.Sequential(make()))
+    assert "\n" not in str(e.value)
+
+
+def test_onnx_gets_the_plain_loop(make, monkeypatch):
+    "No operator of ours is in the graph; the exporter itself needs onnxscript."
+    layer, x = make(num_layers=2, bidirectional=True), torch.randn(6, 4, 3)
+    expected = layer(x)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(layer, (x,))
+    assert_close(program.module()(x), expected)
+    assert not [n for n in program.graph.nodes if "wave_rnns" in str(n.target)]
+
+
+def test_onnx_export_runs_elsewhere(make_fast, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x = make_fast(), torch.randn(6, 4, 3)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close([torch.tensor(t) for t in got], list(layer(x)), rtol=1e-5, atol=1e-5)
+
+
+LOAD = "import torch, wave_rnns; print(tuple(torch.export.load({!r}).module()(torch.randn(17, 3, 3))[0].shape))"
+
+
+def test_an_exported_file_loads_after_a_plain_import(make_fast, tmp_path):
+    sizes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
+    path = str(tmp_path / "layer.pt2")
+    torch.export.save(torch.export.export(make_fast(), (torch.randn(6, 4, 3),), dynamic_shapes=(sizes,)), path)
+    run = subprocess.run([sys.executable, "-c", LOAD.format(path)], capture_output=True, text=True)
+    assert run.stdout.strip() == "(17, 3, 16)", run.stderr
+
+
+def test_a_plain_import_leaves_torch_alone():
+    code = "import sys, wave_rnns; assert 'torch' not in sys.modules; assert callable(wave_rnns.wave_scan); assert 'torch' in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_types_are_shipped(checkout):
+    assert (Path(wave_rnns.__file__).parent / "py.typed").exists()
+    assert '"py.typed"' in (checkout / "setup.py").read_text()
+    assert "py.typed" in (checkout / "MANIFEST.in").read_text()
+
+
+T, B, F, N, C = 6, 4, 3, 8, 2
+FLOPS = {  # of a forward and a backward pass without a gradient for the input
+    "wave": 2 * T * B * C * N * (3 * C * 3 + 2 * F),
+    "identity": 2 * T * B * 16 * (3 * 16 + 2 * F),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_the_flop_counter_sees_a_scan(name):
+    layer, x = LAYERS[name](), torch.randn(T, B, F)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)[0].sum().backward()
+    assert counter.get_total_flops() == FLOPS[name]
+    x.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        layer(x)[0].sum().backward()
+    assert counter.get_total_flops() == FLOPS[name] + 2 * T * B * 16 * F
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randint(0, F, (T, B)))
+    assert counter.get_total_flops() >= 2 * T * B * 16 * (3 * C if name == "wave" else 16)
+
+
+FRAMES = ["forward", "forward", "wave_scan"]  # the layer's, the cell's, the scan's
+
+
+def test_from_the_layer_to_the_scan_there_are_three_frames(monkeypatch):
+    seen = []
+
+    def recorder(*args):
+        package = Path(wave_rnns.__file__).parent
+        frames = [f for f in inspect.stack()[1:] if package in Path(f.filename).parents]
+        seen.append([f.function for f in frames][::-1])
+        return scan(*args)
+
+    scan = WaveRNN.scan
+    monkeypatch.setattr(WaveRNN, "scan", staticmethod(recorder))
+    WaveRNN(3, 8)(torch.randn(5, 4, 3))
+    assert [*seen[0], scan.__name__] == FRAMES

@@ -1,0 +1,222 @@
+"Models as data: the paper's parameter counts, seeds that give the same weights for ever, and no trace left behind."
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from wave_rnns.core import ConfigError
+from wave_rnns.paper.experiments import EXPERIMENTS, from_config, read_records, run_key
+from wave_rnns.paper.models import ModelConfig, build_model, count_parameters
+from wave_rnns.scan import rows
+
+
+@pytest.mark.parametrize("options", [dict(kind="lstm"), dict(readout="deep"), dict(n=0), dict(u_init="x")])
+def test_bad_model_configs_are_refused(options):
+    with pytest.raises(ConfigError):
+        build_model(ModelConfig(**(dict(kind="wrnn", input_size=1, output_size=2, n=8) | options)), seed=0)
+
+
+def test_models_take_tokens_and_rows_as_well_as_floats():
+    torch.manual_seed(0)
+    for kind in ("wrnn", "irnn"):
+        model = build_model(ModelConfig(kind, 10, 10, 12, every_step=True), seed=1)
+        tokens = torch.randint(0, 10, (7, 3))
+        floats = nn.functional.one_hot(tokens, 10).float()
+        assert_close(model(tokens), model(floats))
+        assert_close(model(rows(torch.eye(10), tokens)), model(floats))
+        assert model(tokens).shape == (7, 3, 10)
+        last = build_model(ModelConfig(kind, 10, 4, 12), seed=1)
+        assert last(tokens).shape == (3, 4)
+
+
+def test_building_is_seeded_and_leaves_the_global_state_alone():
+    config = ModelConfig("wrnn", 2, 1, 20, 3, u_init="random", V_init="normal")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a, b, other = build_model(config, 0), build_model(config, 0), build_model(config, 1)
+    assert torch.equal(torch.rand(3), expected)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        if name != "layer.cells.0.V_bias":
+            assert not torch.equal(p, r), name
+
+
+@pytest.mark.parametrize(
+    "config, without, with_biases",
+    [
+        (ModelConfig("irnn", 10, 10, 100, every_step=True), 12_000, None),
+        (ModelConfig("irnn", 10, 10, 625, every_step=True), 403_125, None),
+        (ModelConfig("irnn", 2, 1, 100), 10_300, None),
+        (ModelConfig("wrnn", 2, 1, 100, 27), 10_287, None),
+        (ModelConfig("irnn", 1, 10, 256), 68_352, None),
+        (ModelConfig("wrnn", 1, 10, 256, 16), 45_824, 49_946),
+        (ModelConfig("wrnn", 1, 10, 256, 16, readout="mlp"), None, 419_686),
+        (ModelConfig("wrnn", 96, 10, 256, 16), 434_944, None),
+        (ModelConfig("irnn", 96, 10, 529), 335_915, None),
+        (ModelConfig("mlp", 784, 10, 256), None, 784 * 256 + 256 + 2570),
+    ],
+)
+def test_parameter_counts_of_the_paper(config, without, with_biases):
+    model = build_model(config, seed=0)
+    assert without is None or count_parameters(model, biases=False) == without
+    assert with_biases is None or count_parameters(model) == with_biases
+
+
+# -------------------------------------------------------------------------------- the same weights, whatever the surroundings
+
+WEIGHTS = [  # of seed 7, computed by release 0.1.0
+    (dict(c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10), "4de6976b465ff85a"),
+    (dict(U_init="random", every_step=True, input_size=10, kind="irnn", n=100, output_size=10), "d987a44b6a6e4010"),
+    (dict(every_step=True, input_size=10, kind="irnn", n=100, output_size=10), "4dc95eec28583bc9"),
+    (
+        dict(V_init="normal", c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10),
+        "e0efe2e6de73747a",
+    ),
+    (
+        dict(c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10, u_init="random"),
+        "3d3f9d847048e868",
+    ),
+    (
+        dict(c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10, u_init="identity"),
+        "ae78c581b55e96ca",
+    ),
+    (
+        dict(V_init="normal", c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10, u_init="random"),
+        "4888204005d279d2",
+    ),
+    (dict(U_init="sigma", every_step=True, input_size=10, kind="irnn", n=100, output_size=10), "1dd4aefc6f8189c0"),
+    (
+        dict(U_init="sigma", V_init="sparse", every_step=True, input_size=10, kind="irnn", n=100, output_size=10),
+        "6b8ad34dc866a30b",
+    ),
+    (dict(c=27, input_size=2, kind="wrnn", n=100, output_size=1), "fa1e4ecae3b53cac"),
+    (dict(input_size=2, kind="irnn", n=100, output_size=1), "d501e1f9a52ff910"),
+    (dict(c=16, input_size=1, kind="wrnn", n=256, output_size=10, precision="fast", readout="mlp"), "0218baa40d3a90d7"),
+    (dict(V_init="uniform", input_size=1, kind="irnn", n=256, output_size=10), "c0072ae2267a034c"),
+    (dict(input_size=784, kind="mlp", n=256, output_size=10), "9bc2149e99522310"),
+]
+
+
+def weight_hash(model):
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        assert value.device.type == "cpu" and value.dtype == torch.float32
+        total.update(name.encode() + value.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("config, expected", WEIGHTS, ids=[h for _, h in WEIGHTS])
+def test_the_weights_of_a_seed_never_change(config, expected):
+    assert weight_hash(build_model(ModelConfig(**config), 7)) == expected
+
+
+KINDS = [
+    dict(kind="wrnn", c=2, u_init="random", V_init="normal"),
+    dict(kind="irnn", U_init="random"),
+    dict(kind="irnn", U_init="sigma", recurrent_bias=True, every_step=True),
+    dict(kind="local", c=2, u_init="xavier", V_init="uniform"),
+    dict(kind="wrnn", readout="mlp"),
+    dict(kind="mlp"),
+]
+
+
+@pytest.fixture(params=KINDS, ids=lambda c: "-".join(map(str, c.values())))
+def config(request):
+    return ModelConfig(input_size=3, output_size=4, n=8, **request.param)
+
+
+def test_the_default_dtype_does_not_matter(config):
+    expected = weight_hash(build_model(config, 1))
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert weight_hash(build_model(config, 1)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_device_does_not_matter_except_meta(config):
+    expected = weight_hash(build_model(config, 1))
+    with torch.device("cpu"):
+        assert weight_hash(build_model(config, 1)) == expected
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        model = build_model(config, 1)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(torch.get_rng_state(), before)
+    model.to_empty(device="cpu").load_state_dict(build_model(config, 1).state_dict())
+    assert weight_hash(model) == expected
+
+
+def test_the_random_state_is_left_as_it_was_also_after_an_error(config, monkeypatch):
+    before = torch.get_rng_state()
+    build_model(config, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(nn.Linear, "__init__", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_model(config, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_gpu_generator_is_seeded(config, monkeypatch):
+    "torch.manual_seed would seed every GPU's, now or, before CUDA has started, later; fork_rng(devices=[]) restores none of them."
+    seeded = []
+    for name in ("manual_seed", "manual_seed_all", "_lazy_call"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **_: seeded.append(args))
+    torch.manual_seed(0)
+    assert seeded, "the recorder sees what torch.manual_seed does"
+    seeded.clear()
+    with torch.random.fork_rng(devices=[]):
+        build_model(config, 1)
+    assert not seeded
+
+
+# ------------------------------------------------------------------------------------------------------------ keys of records
+
+
+def test_a_new_option_leaves_every_old_key_alone(checkout):
+    records = read_records(checkout / "nbs/results")
+    assert len(records) >= 90
+    for record in records:
+        config = {**record["config"], "model": dict(record["config"]["model"])}
+        if "recurrent_bias" not in config["model"]:  # made before there was one
+            assert not from_config(config).model.recurrent_bias
+        assert run_key(from_config(config), record["seed"]) == record["key"]
+
+
+def test_two_biases_are_another_run():
+    plain = EXPERIMENTS.config("smnist_wrnn")
+    one = from_config({**plain, "model": {**plain["model"], "kind": "irnn", "c": 1}})
+    two = from_config({**plain, "model": {**plain["model"], "kind": "irnn", "c": 1, "recurrent_bias": True}})
+    off = from_config({**plain, "model": {**plain["model"], "kind": "irnn", "c": 1, "recurrent_bias": False}})
+    assert run_key(one, 0) == run_key(off, 0) != run_key(two, 0)
+    with pytest.raises(ConfigError, match="recurrent_bias"):
+        ModelConfig("wrnn", 1, 2, 8, recurrent_bias=True)
+    with pytest.raises(ConfigError, match="recurrent_bias"):
+        ModelConfig("irnn", 1, 2, 8, bias=False, recurrent_bias=True)
+
+
+def test_a_second_bias_counts_as_a_bias():
+    counts = [
+        [
+            count_parameters(build_model(ModelConfig("irnn", 2, 1, 100, recurrent_bias=two), 0), biases)
+            for biases in (False, True)
+        ]
+        for two in (False, True)
+    ]
+    assert counts == [[10_300, 10_401], [10_300, 10_501]]
+
+
+def test_a_hook_on_the_layer_of_a_model_runs(config):
+    if config.kind == "mlp":
+        return
+    model, seen = build_model(config, 0), []
+    model.layer.register_forward_pre_hook(lambda *_: seen.append(1))
+    model(torch.randn(5, 2, 3))
+    model.states(torch.randn(5, 2, 3))
+    assert len(seen) == 2
+    assert model.states(torch.randn(5, 2, 3)).shape == (5, 2, *model.layer.state_shape)

@@ -1,0 +1,368 @@
+"The wave meter against waves of known speed: sizes, noises, mixtures, coverage; against scikit-image; bad input."
+
+import math
+import time
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from skimage.transform import radon
+
+from wave_rnns.core import ConfigError
+from wave_rnns.waves import WaveSpeed, draw_space_time, draw_spectrum, wave_spectrum, wave_speed
+
+matplotlib.use("Agg")
+SPEEDS = [sign * v for v in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0) for sign in (1, -1)]
+
+
+def sinusoid(T, n, speed, rng, cycles=None):
+    t, x = np.arange(T)[:, None], np.arange(n)
+    cycles = cycles or max(2, n // 12)
+    return np.cos(2 * np.pi * cycles * (x - speed * t) / n + rng.uniform(0, 2 * np.pi))
+
+
+def pulses(T, n, speed, rng, width=1.0):
+    t, x = np.arange(T)[:, None], np.arange(n)
+    h = np.zeros((T, n))
+    for start, height in zip(rng.uniform(0, n, max(2, n // 16)), rng.uniform(0.5, 1.5, n), strict=False):
+        h += height * np.exp(-(((x - start - speed * t + n / 2) % n - n / 2) ** 2) / (2 * width**2))
+    return h
+
+
+def staircase(T, n, speed, rng):
+    "Pulses of one neuron, at whole places only: they wait, and they jump."
+    t, h = np.arange(T), np.zeros((T, n))
+    for start, height in zip(rng.uniform(0, n, max(2, n // 8)), rng.uniform(0.5, 1.5, n), strict=False):
+        h[t, np.round(start + speed * t).astype(int) % n] += height
+    return h
+
+
+def train(T, n, speed, rng, rate=0.5):
+    "Pulses that enter at one neuron at random times, pass each neuron once, and leave: the ring is cut there."
+    steps = int(T + n / abs(speed)) + 1
+    inputs = rng.uniform(0.5, 1.5, steps) * (rng.random(steps) < rate)
+    arrival = np.arange(T)[:, None] - np.arange(n) / speed
+    return inputs[np.floor(arrival - arrival.min()).astype(int)]
+
+
+def white(T, n, rng):
+    return rng.normal(size=(T, n))
+
+
+def pink(T, n, rng):
+    f = np.maximum(np.fft.rfftfreq(T), 1 / T)[:, None]
+    return np.fft.irfft(np.fft.rfft(white(T, n, rng), axis=0) / np.sqrt(f), T, axis=0)
+
+
+def pink_in_both(T, n, rng):
+    "1/f in space and time: neighbours know each other, but nothing goes anywhere."
+    f = np.hypot(np.fft.fftfreq(T)[:, None], np.fft.fftfreq(n))
+    f[0, 0] = 1
+    return np.fft.ifft2(np.fft.fft2(white(T, n, rng)) / f).real
+
+
+def walk(T, n, rng):
+    return white(T, n, rng).cumsum(0)
+
+
+def neighbours(T, n, rng):
+    "White in time, smeared over five neurons."
+    h = white(T, n, rng)
+    return sum(np.roll(h, i, 1) for i in range(5))
+
+
+def with_noise(h, decibel, rng):
+    return h + white(*h.shape, rng) * (h - h.mean(0)).std() * 10 ** (-decibel / 20)
+
+
+# ----------------------------------------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("make", [sinusoid, pulses, staircase, train], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("T, n", [(200, 64), (784, 32), (784, 256), (400, 128), (120, 33)])
+def test_known_speeds(make, T, n):
+    "Every speed within 2 % at 6 dB, called a wave, both estimators near it."
+    rng = np.random.default_rng(T + n)
+    for speed in SPEEDS if n < 256 else SPEEDS[::2]:
+        m = wave_speed(with_noise(make(T, n, speed, rng), 6, rng), draws=19)
+        assert m.is_wave and not m.why, (speed, m)
+        assert abs(m.speed / speed - 1) < (0.03 if make is train and n < 64 else 0.02), (speed, m)
+        assert abs(m.lag_speed / speed - 1) < 0.1, (speed, m)
+
+
+@pytest.mark.parametrize("speed", [-0.07, 0.17, -0.33, 0.7, -1.23, 1.9, 2.6])
+@pytest.mark.parametrize("decibel", [20, 10, 6])
+def test_other_speeds_without_bias(speed, decibel):
+    "The mean over repeats is within 2 % of the truth above 6 dB, also on the smallest record."
+    rng = np.random.default_rng(7)
+    for T, n in ((60, 16), (150, 48)):
+        ms = [wave_speed(with_noise(pulses(T, n, speed, rng), decibel, rng), draws=19) for _ in range(10)]
+        assert abs(np.mean([m.speed for m in ms]) / speed - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    "make, speed", [(sinusoid, 0.25), (sinusoid, -1.0), (pulses, -1.0), (pulses, 0.5), (pulses, 2.0)]
+)
+@pytest.mark.parametrize("decibel", [15, 3])
+def test_intervals_cover_95_percent(make, speed, decibel):
+    rng = np.random.default_rng(99)
+    T, n, repeats = 100, 24, 200
+    inside = 0
+    for _ in range(repeats):
+        m = wave_speed(with_noise(make(T, n, speed, rng), decibel, rng), draws=19)
+        inside += m.interval[0] <= speed <= m.interval[1]
+    assert binomtest(inside, repeats, 0.95).pvalue > 0.01, f"{inside} of {repeats}"
+
+
+@pytest.mark.parametrize("make", [white, pink, pink_in_both, walk, neighbours], ids=lambda f: f.__name__)
+def test_noise_is_rarely_a_wave(make):
+    "At most 5 % of 200 noises; where neurons are independent and steady, the p-value is uniform too."
+    rng = np.random.default_rng(1)
+    sizes = [(60, 16), (100, 32)]
+    ms = [wave_speed(make(*sizes[i % 2], rng), draws=19, seed=i) for i in range(200)]
+    assert sum(m.is_wave for m in ms) <= 10
+    if make in (white, pink):
+        assert binomtest(sum(m.p_value <= 0.05 for m in ms), 200, 0.05).pvalue > 0.01
+        assert 0.4 < np.mean([m.p_value for m in ms]) < 0.65
+
+
+def test_signal_to_noise():
+    "From 20 to 0 dB: the error grows, the interval grows with it, the travelling share falls to a half."
+    rng = np.random.default_rng(3)
+    ms = {
+        d: [wave_speed(with_noise(pulses(200, 64, -0.5, rng), d, rng), draws=19) for _ in range(20)]
+        for d in (20, 10, 6, 0)
+    }
+    width = [np.median([m.interval[1] - m.interval[0] for m in row]) for row in ms.values()]
+    error = [np.median([abs(m.speed + 0.5) for m in row]) for row in ms.values()]
+    assert width == sorted(width) and error == sorted(error)
+    assert all(m.is_wave for row in ms.values() for m in row)
+    for d, row in ms.items():
+        expected = 1 / (1 + 10 ** (-d / 10))
+        assert np.mean([m.travelling for m in row]) == pytest.approx(expected, abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------- hard cases
+
+
+@pytest.mark.parametrize(
+    "T, n, cycles, period", [(784, 256, 5, 40), (100, 32, 3, 13.3), (60, 16, 2, 9), (200, 64, 1, 25)]
+)
+@pytest.mark.parametrize("decibel", [math.inf, 10, 0])
+def test_standing_waves(T, n, cycles, period, decibel):
+    t, x = np.arange(T)[:, None], np.arange(n)
+    h = np.cos(2 * np.pi * cycles * x / n) * np.cos(2 * np.pi * t / period)
+    m = wave_speed(with_noise(h, decibel, np.random.default_rng(0)), draws=19)
+    assert m.travelling < 0.15 and not m.is_wave
+
+
+def test_standing_pulses():
+    "The same pulses run both ways."
+    h = pulses(300, 64, 1.0, np.random.default_rng(0))
+    m = wave_speed(h + h[:, ::-1], draws=19)
+    assert m.travelling < 0.05 and not m.is_wave and abs(m.speed) == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("v, w", [(1.0, -0.5), (1.0, 0.5), (-2.0, 0.25), (-1.5, -0.7)])
+def test_two_speeds(v, w):
+    "One of two equal waves is reported with its share; of two unequal ones it is the stronger."
+    rng = np.random.default_rng(2)
+    one, two = pulses(400, 128, v, rng), pulses(400, 128, w, rng)
+    m = wave_speed(one + two, draws=19)
+    assert min(abs(m.speed / v - 1), abs(m.speed / w - 1)) < 0.02 and 0.2 < m.travelling < 0.8
+    m = wave_speed(one + 0.5 * two, draws=19)
+    assert m.is_wave and abs(m.speed / v - 1) < 0.02 and m.travelling < 0.95
+
+
+def test_a_speed_that_changes():
+    rng = np.random.default_rng(5)
+    h = np.concatenate([pulses(200, 64, -1.0, rng), pulses(200, 64, -0.5, rng)])
+    m = wave_speed(h, draws=19)
+    assert min(abs(m.speed + 1), abs(m.speed + 0.5)) < 0.03 and 0.2 < m.travelling < 0.8
+    for half, speed in ((h[:200], -1.0), (h[200:], -0.5)):
+        assert wave_speed(half, draws=19).speed == pytest.approx(speed, rel=0.01)
+    back = np.concatenate([h[:200], h[:200][::-1]])
+    assert not wave_speed(back, draws=19).is_wave
+
+
+def test_what_stays_or_swings_together_is_no_wave():
+    rng, t, x = np.random.default_rng(0), np.arange(300)[:, None], np.arange(64)
+    hill = np.exp(-((x - 20.0) ** 2) / 20)
+    together = np.sin(t / 9) * np.ones(64)
+    for h in (hill + 0.05 * white(300, 64, rng), hill * np.sin(t / 9) + 0.05 * white(300, 64, rng)):
+        assert not wave_speed(h, draws=39).is_wave
+    assert not wave_speed(together + 0.05 * white(300, 64, rng), draws=39).is_wave
+    assert wave_speed(together, draws=19).why == "all neurons change alike"
+    m = wave_speed(20 * hill + 3 * together + pulses(300, 64, 0.4, rng), draws=19)
+    assert m.is_wave and m.speed == pytest.approx(0.4, rel=0.01)
+
+
+def test_aliases():
+    "A sinusoid of wavelength L is known up to L / 2; beyond, the slower alias. Pulses have no such limit."
+    rng = np.random.default_rng(0)
+    for speed, seen in ((3.5, 3.5), (4.5, -3.5), (7.0, -1.0), (-5.0, 3.0)):
+        assert wave_speed(sinusoid(200, 64, speed, rng, cycles=8), draws=19).speed == pytest.approx(seen, rel=1e-3)
+    m = wave_speed(pulses(300, 64, -6.0, rng, width=3), draws=19, max_speed=16)
+    assert m.is_wave and m.speed == pytest.approx(-6, rel=0.01)
+    assert not wave_speed(pulses(300, 64, -6.0, rng, width=3), draws=19, max_speed=3).is_wave  # outside the search
+
+
+def test_against_the_radon_transform():
+    "Projections of the space-time picture have the largest variance along the wave; angle 0 sums over steps."
+    for speed in (-0.5, 0.25, 1.0, -2.0):
+        h = pulses(128, 128, speed, np.random.default_rng(1))
+        h = h - h.mean(0)
+        y, x = np.mgrid[-1:1:128j, -1:1:128j]
+        angles = np.linspace(-85, 85, 681)
+        projected = radon(h * (x**2 + y**2 < 1), theta=angles, circle=True)
+        best = np.tan(np.deg2rad(angles[projected.var(0).argmax()]))
+        m = wave_speed(h, draws=19)
+        assert abs(best) == pytest.approx(abs(speed), rel=0.03) and abs(m.speed) == pytest.approx(abs(best), rel=0.03)
+        assert np.sign(best) == -np.sign(-speed) or np.sign(best) == -np.sign(speed)
+
+
+@pytest.mark.parametrize("courant, tolerance", [(1.0, 0.005), (0.5, 0.05), (0.25, 0.06)])
+def test_upwind_rings(courant, tolerance):
+    "A ring driven at one neuron, with the kernel [0, 1 - C, C]: to lower index at C, and the interval holds it mostly."
+    inside = 0
+    for seed in range(12):
+        rng, state, h = np.random.default_rng(seed), np.zeros(64), []
+        for _ in range(400):
+            state = (1 - courant) * state + courant * np.roll(state, -1)
+            state[0] += rng.random()
+            h.append(state)
+        m = wave_speed(np.array(h), draws=19)
+        assert m.is_wave and abs(m.speed / -courant - 1) < tolerance, m
+        inside += m.interval[0] <= -courant <= m.interval[1]
+    assert inside >= 8
+
+
+# ----------------------------------------------------------------------------------------------- the interface
+
+
+def test_shapes_types_and_seeds():
+    rng = np.random.default_rng(0)
+    rings = np.stack([pulses(120, 32, v, rng) for v in (-1.0, 0.5)], axis=1)  # [T, c, n]
+    one = wave_speed(rings[:, 0], draws=19)
+    both = wave_speed(rings, draws=19)
+    assert isinstance(one, WaveSpeed) and both[0] == one and len(both) == 2
+    batch = np.stack([rings, -rings])
+    found = wave_speed(batch, draws=19)
+    assert [[round(m.speed, 6) for m in row] for row in found] == [[-1, 0.5]] * 2
+    assert wave_speed(batch.swapaxes(0, 1), draws=19, batch_first=False) == found
+    for other in (torch.tensor(rings), torch.tensor(rings, requires_grad=True)):
+        assert wave_speed(other, draws=19) == both
+    for other in (rings.astype(np.float32), torch.tensor(rings).float(), torch.tensor(rings).bfloat16()):
+        assert [m.speed for m in wave_speed(other, draws=19)] == pytest.approx([-1, 0.5], rel=2e-3)
+    noise = white(100, 32, rng)
+    assert wave_speed(noise, seed=3) == wave_speed(noise, seed=3)
+    assert {wave_speed(noise, seed=s).p_value for s in range(4)} != {wave_speed(noise).p_value}
+    with pytest.raises(AttributeError):
+        one.speed = 0.0
+    assert isinstance(one.speed, float) and isinstance(one.is_wave, bool) and isinstance(one.agree, bool)
+
+
+def test_mirror_and_scale():
+    "Seen in a mirror the speed changes sign; units and offsets do not matter; neurons may be renumbered around the ring."
+    rng = np.random.default_rng(0)
+    h = with_noise(pulses(150, 40, 0.6, rng), 10, rng)
+    m = wave_speed(h, draws=19)
+    assert wave_speed(h[:, ::-1], draws=19).speed == pytest.approx(-m.speed, rel=1e-6)
+    assert wave_speed(h[::-1], draws=19).speed == pytest.approx(-m.speed, rel=1e-6)
+    assert wave_speed(1e-9 * h, draws=19).speed == pytest.approx(m.speed, rel=1e-6)
+    assert wave_speed(1e9 * h + np.arange(40), draws=19).speed == pytest.approx(m.speed, rel=1e-6)
+    assert wave_speed(np.roll(h, 17, 1), draws=19).speed == pytest.approx(m.speed, rel=1e-6)
+    shuffled = h[:, rng.permutation(40)]
+    assert not wave_speed(shuffled, draws=39).is_wave  # a wave is a matter of places
+
+
+@pytest.mark.parametrize("T, n", [(16, 4), (16, 64), (17, 5), (60, 4), (784, 7), (31, 9), (1000, 6)])
+def test_small_sizes_do_not_fail(T, n):
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        assert not math.isnan(wave_speed(white(T, n, rng), draws=19).p_value)
+        m = wave_speed(sinusoid(T, n, -0.5, rng, cycles=1), draws=19)
+        if T >= 60 and n < 8:
+            assert m.speed == pytest.approx(-0.5, rel=0.02), m
+
+
+@pytest.mark.parametrize(
+    "states, words",
+    [
+        (np.zeros((15, 8)), "15 steps are too few"),
+        (np.zeros((0, 8)), "0 steps are too few"),
+        (np.zeros((50, 3)), "3 neurons are too few"),
+        (np.zeros((50, 0, 8)), "no rings"),
+        (np.zeros(50), r"expected \[T, n\] or \[T, c, n\]"),
+        (np.zeros((2, 2, 50, 2, 8)), r"expected \[T, n\] or \[T, c, n\]"),
+        (np.zeros((50, 8), complex), "real numbers"),
+        (np.array([["a"] * 8] * 50), "real numbers"),
+        (np.where(np.arange(400).reshape(50, 8) == 83, np.nan, 1.0), "nan at step 10, ring 0, neuron 3"),
+        (np.where(np.arange(400).reshape(50, 8) == 83, np.inf, 1.0), "inf at step 10"),
+    ],
+)
+def test_bad_states(states, words):
+    with pytest.raises(ConfigError, match=words):
+        wave_speed(states)
+
+
+def test_bad_options():
+    h = white(50, 8, np.random.default_rng(0))
+    for options in (dict(draws=0), dict(draws=18), dict(draws=19.5), dict(draws=True)):
+        with pytest.raises(ConfigError, match="draws"):
+            wave_speed(h, **options)
+    for speed in (0, -1, math.nan):
+        with pytest.raises(ConfigError, match="max_speed"):
+            wave_speed(h, max_speed=speed)
+    with pytest.raises(ConfigError, match="one ring"):
+        wave_spectrum(np.zeros((50, 2, 8)))
+    with pytest.raises(ConfigError, match="inputs: expected 50 steps"):
+        draw_space_time(h, np.zeros(49))
+    plt.close("all")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_constant_states_are_no_wave(dtype):
+    for value in (0, 3):
+        m = wave_speed(np.full((60, 16), value, dtype))
+        assert m.why == "nothing changes in time" and not m.is_wave and m.p_value == 1 and math.isnan(m.speed)
+    rounding = np.full((60, 16), 0.1, np.float32) + np.float32(1e-8) * white(60, 16, np.random.default_rng(0)).astype(
+        np.float32
+    )
+    assert not wave_speed(rounding).is_wave
+
+
+def test_spectrum_axes_and_null():
+    T, n, v = 160, 40, -0.5
+    s = wave_spectrum(sinusoid(T, n, v, np.random.default_rng(0), cycles=4))
+    w, k = np.unravel_index(s.power.argmax(), s.power.shape)
+    assert s.frequency[w] == pytest.approx(-v * s.wavenumber[k]) and abs(s.wavenumber[k]) == pytest.approx(0.1)
+    assert s.power.shape == (T // 2 + 1, n) and s.null.shape == (T // 2 + 1, 1)
+    np.testing.assert_allclose(
+        s.power.mean(1, keepdims=True), s.null, atol=1e-9
+    )  # the null keeps each frequency's power
+
+
+def test_pictures():
+    rng = np.random.default_rng(0)
+    h = np.stack([pulses(60, 16, v, rng) for v in (-1.0, 0.5)], axis=1)
+    fig = draw_space_time(torch.tensor(h), torch.zeros(60, 3), normalise=True, speed=-1.0)
+    assert len([a for a in fig.axes if a.get_images()]) >= 3
+    image = fig.axes[1].get_images()[0].get_array()
+    assert image.shape == (16, 60) and np.allclose(image.max(0), 1)
+    raw = draw_space_time(h[:, 0] - 0.5).axes[0].get_images()[0].get_array()
+    np.testing.assert_array_equal(raw, h[:, 0].T - 0.5)
+    line = draw_spectrum(h[:, 0], -1.0).get_lines()[0]
+    k, w = line.get_data()
+    assert np.nanmax(abs(w - k)) < 1e-9  # w = -v k
+    plt.close("all")
+
+
+def test_fast_enough():
+    h = with_noise(pulses(784, 256, -1.0, np.random.default_rng(0)), 6, np.random.default_rng(1))
+    start = time.process_time()
+    wave_speed(h)
+    assert time.process_time() - start < 4  # about one second; twice the promise for a slow machine
