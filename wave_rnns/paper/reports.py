@@ -701,7 +701,7 @@ SUMMARY = {  # task -> (label, measure, experiments in order of preference)
 
 def run_or_older(name: str, records: list[dict]) -> str:
     "The experiment, or where it has no run the same model at an older setting that has."
-    settings = [name, *(f"{name}_{s}" for s in ("lr5", "rerun", "lr3"))]
+    settings = [name, *(f"{name}_{s}" for s in ("lr5", "lr3", "rerun"))]
     settings = [n for n in settings if n in EXPERIMENTS]
     return next((n for n in settings if records_of(n, records)), name)
 
