@@ -32,7 +32,7 @@ import pytest
 import tiny_task
 import torch
 
-from wave_rnns.kernels import wave as kernels
+from wave_rnns.kernels import launch as kernels
 from wave_rnns.paper import bench, checkpoints, records, sweeps, training
 from wave_rnns.paper import data as raw
 from wave_rnns.paper import experiments as ex
