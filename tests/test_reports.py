@@ -12,7 +12,8 @@ import pytest
 import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.reports as rp
 from wave_rnns.core import RecordError
-from wave_rnns.paper.experiments import EXPERIMENTS, run_key, to_config, write_record
+from wave_rnns.paper.experiments import EXPERIMENTS, run_key, to_config
+from wave_rnns.paper.records import write_record
 
 PAPER = rp.paper_numbers()
 
