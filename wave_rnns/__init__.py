@@ -3,12 +3,13 @@ __version__ = "0.1.0"
 import importlib
 import sys
 
-__all__ = ["IdentityRNN", "WaveRNN", "dense_scan", "wave_scan"]  # what users come for
+__all__ = ["IdentityRNN", "WaveRNN", "dense_scan", "load", "wave_scan"]  # what users come for
 
 
 def __getattr__(name):
     if name in __all__:  # fetched when asked for: `wrnn_train --help` need not wait for torch
-        return getattr(importlib.import_module("wave_rnns.layer"), name)
+        home = "wave_rnns.paper.weights" if name == "load" else "wave_rnns.layer"
+        return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -84,8 +84,10 @@ def convert(path: Path) -> tuple[str, dict[str, bytes]]:
     nb.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\(([\w-]+\.ipynb[^)]*)\)", r"](nbs/\1)", text)
-    text = text.replace("](../", "](").replace(
-        "\n```\n\n\n```python\n", "\n\n"
+    text = (
+        text.replace("](images/", "](nbs/images/")
+        .replace("](../", "](")
+        .replace("\n```\n\n\n```python\n", "\n\n")
     )  # cells in a row are one piece of code
     note = "<!-- Written by `make readme` from nbs/index.ipynb. Edit the notebook, not this file. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", pictures
