@@ -859,6 +859,7 @@ def test_every_reading_function_is_among_them():
                     "read_trusted",
                     "read_config",
                     "read_records",
+                    "read_cached",
                 )
                 assert inside or f".{name}(" in source, f"{module.__name__}.{name} is not fuzzed"
 

@@ -26,9 +26,9 @@ from wave_rnns.paper.experiments import (
     checked_device,
     read_curve,
     run_path,
-    train,
     usage_error,
 )
+from .sweeps import train
 
 # %% ../../nbs/19_demo.ipynb #f3d6c014
 def digits_at_hand() -> str:
