@@ -31,7 +31,9 @@ def tiny(tmp_path):
 
 
 def test_entry_points_exist():
-    assert entry_points().keys() == {f"wrnn_{name}" for name in ("train", "todo", "sweep", "tables", "demo", "bench")}
+    assert entry_points().keys() == {
+        f"wrnn_{name}" for name in ("train", "todo", "sweep", "tables", "demo", "bench", "show")
+    }
     for name, module in entry_points().items():
         assert callable(getattr(importlib.import_module(module), name))
 

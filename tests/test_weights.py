@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from wave_rnns.core import CheckpointError, ConfigError
 from wave_rnns.paper import weights
-from wave_rnns.paper.experiments import EXPERIMENTS, read_record, run_key
+from wave_rnns.paper.experiments import EXPERIMENTS, run_key
+from wave_rnns.paper.records import read_record
 from wave_rnns.paper.tasks import have_data, make_task
 from wave_rnns.paper.weights import SHIPPED, load, median_run, shipped_weights
 
@@ -29,7 +30,10 @@ def evaluate(name: str, most: int | None = None) -> float:
     return total / seen
 
 
-@pytest.mark.parametrize("name", CARDS)
+RECORDED = [name for name, card in CARDS.items() if card.get("record", True)]  # the page's small networks keep none
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_card_says_what_the_record_says(name):
     card, e = CARDS[name], EXPERIMENTS[SHIPPED[name]]
     record = read_record(ROOT / f"nbs/results/runs/{card['task']}/{card['key']}.json")

@@ -180,6 +180,7 @@ def build(out: Path) -> list[Room]:
         if out.exists():
             shutil.rmtree(out)
         shutil.copytree(pages / "site", out)
+        shutil.copy(ROOT / "wave_rnns/paper/play.html", out)  # the page to play with, as it is
     return rooms
 
 

@@ -18,16 +18,9 @@ from pathlib import Path
 
 from fastcore.script import Param, call_parse, store_true
 
-from wave_rnns.paper.experiments import (
-    EXPERIMENTS,
-    Experiment,
-    Run,
-    answer,
-    checked_device,
-    read_curve,
-    run_path,
-    usage_error,
-)
+from .config import answer, usage_error
+from .experiments import EXPERIMENTS, Experiment, Run, checked_device
+from .records import read_curve, run_path
 from .sweeps import train
 
 # %% ../../nbs/19_demo.ipynb #f3d6c014
