@@ -71,14 +71,14 @@ def test_a_glimpse_without_display_home_or_mnist(script, tmp_path, backend):
 def test_ctrl_c_saves_and_the_same_command_goes_on(script, tmp_path):
     args = [sys.executable, script("wrnn_demo"), "--device", "cpu", "--no_digits"]
     process = subprocess.Popen(args, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("wrnn_demo/results/checkpoints/*/runs.json")):
+    while not list(tmp_path.glob("wrnn_demo/results/checkpoints/*.lock")):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 75 and err.count("\n") == 1 and "start again to go on" in err, err
-    assert list(tmp_path.glob("wrnn_demo/results/checkpoints/*/*.safetensors"))
+    assert list(tmp_path.glob("wrnn_demo/results/checkpoints/*.safetensors"))
     assert not (tmp_path / "wrnn_demo" / "index.html").exists()
 
 

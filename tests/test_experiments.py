@@ -177,6 +177,7 @@ def test_integers_and_floats_are_one_number():
         ({"halving": [[20, 1]]}, "halving must be pairs"),
         ({"halving": [[5, 1], [10, 2]]}, "halving must be pairs"),
         ({"halving": 3}, "halving must be tuple"),
+        ({"task_options": {"T": float("nan")}}, "task_options must be what JSON can hold"),
         ({"model": None}, "model: expected an object"),
         ({"model": {"kind": "wrnn"}}, "model: missing"),
         ({"stesp": 3}, "did you mean 'steps'"),

@@ -847,7 +847,9 @@ def test_every_reading_function_is_among_them():
         "load_module",
         "read_small",
         "read_object",
-    }  # sums from the device; a kernel onto it; parts of most of the above
+        "read_address",
+        "read_back",
+    }  # sums from the device; a kernel onto it; parts of most of the above; an address; a signal
     for module in {m for n, m in sys.modules.items() if n.startswith("wave_rnns.")}:
         for name in getattr(module, "__all__", ()):
             if re.match(r"(read|load)_", name) and name not in not_files:
@@ -859,6 +861,7 @@ def test_every_reading_function_is_among_them():
                     "read_trusted",
                     "read_config",
                     "read_records",
+                    "read_cached",
                 )
                 assert inside or f".{name}(" in source, f"{module.__name__}.{name} is not fuzzed"
 

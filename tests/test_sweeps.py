@@ -283,6 +283,26 @@ def test_killed_between_two_records_of_a_population(tmp_path, monkeypatch):
     assert runs[0].path(tmp_path).read_bytes() == first and not list(tmp_path.glob("checkpoints/*"))
 
 
+def test_killed_before_the_files_were_removed(tmp_path, monkeypatch):
+    "All records are there: the next worker trains nothing and clears up, whatever state the checkpoint is in."
+    from wave_rnns.paper.checkpoints import CheckpointFile
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    remove = CheckpointFile.remove
+    monkeypatch.setattr(CheckpointFile, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(RUNS[:2], tmp_path, "cpu", **QUIET)
+    monkeypatch.setattr(CheckpointFile, "remove", remove)
+    monkeypatch.setattr(sw, "fit_population", lambda *_, **__: pytest.fail("trained twice"))
+    files = list(tmp_path.glob("checkpoints/*.safetensors"))
+    files[0].write_bytes(b"junk")
+    (tmp_path / "checkpoints" / f".{files[0].name}.1-ab.tmp").write_text("half a checkpoint")
+    assert trained(tmp_path) == RUNS[:2] and work(RUNS[:2], tmp_path, "cpu", **QUIET) == {}
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 def test_a_claimed_population_is_left_alone(tmp_path, capsys):
     with sw.claimed(population_path(tmp_path, RUNS[:2])) as ours, sw.claimed(population_path(tmp_path, RUNS[:2])) as no:
         assert ours and not no

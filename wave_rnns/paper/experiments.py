@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LARGEST', 'RECIPE', 'EXPERIMENTS', 'declare', 'FINAL_SEEDS', 'BEST', 'COPY_BEST', 'IRNN', 'TWO_BIASES', 'ONE_BIAS',
            'PAPER_IRNN', 'IMAGE_IRNN', 'COPY_MODELS', 'ABLATIONS', 'ADDING_BEST', 'FAST', 'PSMNIST', 'UNSEEDED',
-           'PERMUTATIONS', 'RERUN', 'DEMO', 'Experiment', 'check_numbers', 'to_config', 'from_config', 'run_key',
-           'Registry', 'read_object', 'read_experiment', 'select', 'sequence_length', 'Run', 'record_of', 'todo',
-           'rhythm_of', 'rungs_of', 'checked_device']
+           'PERMUTATIONS', 'RERUN', 'DEMO', 'Experiment', 'check_numbers', 'is_json', 'to_config', 'from_config',
+           'run_key', 'Registry', 'read_object', 'read_experiment', 'select', 'sequence_length', 'Run', 'record_of',
+           'todo', 'rhythm_of', 'rungs_of', 'checked_device']
 
 # %% ../../nbs/16_experiments.ipynb #77324f1c
 import contextlib
@@ -92,6 +92,7 @@ def check_numbers(e: Experiment) -> None:
             "must be given where the length is in steps",
         ),
         ("seeds", seeds, "must be whole numbers from 0 up"),
+        ("task_options", is_json(e.task_options), "must be what JSON can hold, without NaN"),
     ]
     for name in ("drop_every", "steps", "epochs", "eval_every", "log_every"):
         rules.insert(0, (name, getattr(e, name) >= 0, "must not be negative"))
@@ -100,6 +101,15 @@ def check_numbers(e: Experiment) -> None:
             raise ConfigError(
                 f"experiment {e.name!r}: {name} {rule}, got {getattr(e, name)!r}"
             )
+
+
+def is_json(value) -> bool:
+    "Can strict JSON hold it? Then it can be hashed and stored."
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 # %% ../../nbs/16_experiments.ipynb #2aa65d80
 def to_config(experiment: Experiment) -> dict:
@@ -570,8 +580,10 @@ def record_of(results: Path, run: Run) -> dict | None:
     if record is None:
         return None
     then, now = record["config"], to_config(run.experiment)
-    changed = []
-    for a, b, where in ((then, now, ""), (then.get("model", {}), now["model"], "model.")):
+    changed, model = [], then.get("model", {})
+    if not isinstance(model, dict):
+        changed, model = [f"model: {model!r} then"], {}
+    for a, b, where in ((then, now, ""), (model, now["model"], "model.")):
         for k in a.keys() & b.keys() - {*WORDS, "model"}:
             if a[k] != b[k]:
                 changed.append(f"{where}{k}: {a[k]!r} then, {b[k]!r} now")

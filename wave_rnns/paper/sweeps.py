@@ -6,9 +6,9 @@
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'IRNN_AXES', 'ROWS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES',
            'OWN_SETTINGS', 'FULL', 'BROKEN', 'WORKER', 'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied',
            'point_name', 'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'populations', 'population_path',
-           'claimed', 'half_finished', 'train_population', 'fit_population', 'work', 'note_failure', 'label', 'train',
-           'ranking', 'winners', 'ranking_text', 'be_worker', 'start_worker', 'stop_workers', 'sweep', 'run_workers',
-           'what_is_there', 'is_done', 'failures', 'cores', 'sbatch_text']
+           'claimed', 'half_finished', 'train_population', 'fit_population', 'work', 'left_overs', 'note_failure',
+           'label', 'train', 'ranking', 'winners', 'ranking_text', 'be_worker', 'start_worker', 'stop_workers', 'sweep',
+           'run_workers', 'what_is_there', 'is_done', 'failures', 'cores', 'sbatch_text']
 
 # %% ../../nbs/17_sweeps.ipynb #e93034f3
 import contextlib
@@ -331,8 +331,8 @@ def train_population(
     place = CheckpointFile(path)
     if anew:
         place.remove()
-    keys = half_finished(place)
     left = [run for run in runs if anew or record_of(results, run) is None]
+    keys = half_finished(place) if left else []
     members = [run for run in runs if run.key in keys] or left
     if left and runs[0].experiment.halving:
         members = runs  # a rank says nothing where others are missing
@@ -414,12 +414,13 @@ def work(
             try:
                 path = population_path(results, group)
                 done = not anew and all(record_of(results, run) for run in group)
-                if done or not held.enter_context(claimed(path)):
+                if (done and not left_overs(path)) or not held.enter_context(claimed(path)):
                     continue
                 start = time.monotonic()
                 trained = train_population(group, results, device, anew, **options)
-                took = f"trained in {time.monotonic() - start:.0f} s"
-                print(f"{label(trained)}: {took}", file=sys.stderr) if keep_going else None
+                if trained and keep_going:
+                    seconds = time.monotonic() - start
+                    print(f"{label(trained)}: trained in {seconds:.0f} s", file=sys.stderr)
             except Interrupted:
                 raise
             except Exception as e:
@@ -433,6 +434,12 @@ def work(
         if interrupt is not None and interrupt():
             raise Interrupted("stopped between two populations: start again to go on")
     return failed
+
+
+def left_overs(path: Path) -> bool:
+    "Has a population files here, as one has that was killed before it could remove them?"
+    names = [p.name for p in path.parent.glob(f"*{path.stem}*")]
+    return any(".broken" not in name for name in names)
 
 
 BROKEN = 70  # the exit code of a worker whose process can do nothing more: a fresh one may
