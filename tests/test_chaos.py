@@ -1,13 +1,9 @@
-"""Sweeps whose workers are killed, stopped and woken at random moments: in the end each run has one record, and nobody made it twice.
+"""Sweeps whose workers are killed, stopped and woken at random moments: in the end each run has one record, that of a sweep in peace.
 
-`WAVE_RNNS_CHAOS` sets the number of sweeps (10 unless set), `WAVE_RNNS_CHAOS_SEED` repeats the choices of an earlier time (though not
-the moments at which they fall). What "none doubled" means here: no two living processes ever train the same run, no record is
-written where there is one, and no record or curve changes once the record is there. Workers are audited for the first two; the
-third is seen from outside."""
+`WAVE_RNNS_CHAOS` sets the number of sweeps (3 unless set), `WAVE_RNNS_CHAOS_SEED` repeats the choices of an earlier time, though not
+the moments at which they fall."""
 
 import contextlib
-import functools
-import io
 import json
 import os
 import random
@@ -16,27 +12,20 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import wave_rnns.core as core
-import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.sweeps as sw
-import wave_rnns.paper.training as training
-from wave_rnns.paper.checkpoints import load_checkpoint
 from wave_rnns.core import WaveRNNError
-from wave_rnns.paper.sweeps import grid_from
+from wave_rnns.paper.checkpoints import listen_for
+from wave_rnns.paper.records import read_record
 from wave_rnns.paper.training import Interrupted, Training
 
-SWEEPS = int(os.environ.get("WAVE_RNNS_CHAOS", 10))
+SWEEPS = int(os.environ.get("WAVE_RNNS_CHAOS", 3))
 SEED = int(os.environ.get("WAVE_RNNS_CHAOS_SEED", time.time_ns() % 1_000_000))
-HERE = Path(__file__).resolve().parent
 PATIENCE = 120  # seconds after the last disturbance within which a sweep must be through
-
 GRID = {
     "name": "chaos",
     "experiments": ["copy0_wrnn"],
@@ -48,545 +37,261 @@ GRID = {
     "seeds": [0, 1],
     "together": 3,
 }  # fmt: skip
-RUNS = {run.key: run for run in grid_from(GRID).runs()}
+HALVED = {**GRID, "together": 6, "halving": [[8, 4], [16, 1]]}  # each population of six is a search
 CLOCKS = ("seconds", "steps_per_second", "finished", "environment", "sha256")  # what two equal runs need not share
 
-# What happens in the processes that are disturbed ------------------------------------------------------------------------
+
+def until(condition, seconds: float = PATIENCE):
+    "Wait for what must come; what it was, if it does not."
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.005)
+    return found
 
 
-def stat_of(pid: int) -> tuple[str, int, int, str]:
-    "State, parent, flags and start time of a process. Raises OSError where there is none."
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return fields[0], int(fields[1]), int(fields[6]), fields[19]
-
-
-def lives(pid: int, born: str) -> bool:
-    "Can this process, and not another one with its number, still run a line of code?"
-    try:
-        state, _, flags, start = stat_of(pid)
-    except OSError:
-        return False
-    return start == born and state not in "ZX" and not flags & 4  # 4: killed, and about to give back its locks
-
-
-class Audit:
-    "What workers write down about themselves, outside of the results."
-
-    def __init__(self, folder):
-        self.folder, self.me = Path(folder), f"{os.getpid()}.{stat_of(os.getpid())[3]}"
-        for name in ("training", "workers"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-
-    def note(self, what: str, **more) -> None:
-        with (self.folder / "log").open("a") as log:
-            log.write(json.dumps({"what": what, "who": self.me, **more}) + "\n")
-
-    def notes(self, what: str) -> list[dict]:
-        log = self.folder / "log"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [line for line in lines if line["what"] == what]
-
-    def workers(self) -> list[int]:
-        names = [p.name.split(".") for p in (self.folder / "workers").iterdir()]
-        return [int(pid) for pid, born in names if lives(int(pid), born)]
-
-    @contextlib.contextmanager
-    def training(self, keys):
-        "Say it first, look then: of two processes at the same run, one at least sees the other."
-        mine = [self.folder / "training" / f"{key}.{self.me}" for key in keys]
-        for path in mine:
-            path.touch()
-        for path in (self.folder / "training").iterdir():
-            key, pid, born = path.name.split(".")
-            if key in keys and path not in mine and lives(int(pid), born):
-                self.note("doubled", key=key, how=f"process {pid} was training it")
-        try:
-            yield
-        finally:  # also when it is interrupted: then it gives back its claims, and lives a moment longer
-            for path in mine:
-                path.unlink()
-
-
-def become_audited(folder, slow_steps=0.0, slow_disk=0.0) -> None:
-    "From here on this process writes down what it trains, and takes its time, so that a signal can hit anything."
-    audit, real_fit, real_write, group = Audit(folder), ex.fit_group, ex.write_record, []
-    (audit.folder / "workers" / audit.me).touch()
-    real_fsync, real_step = os.fsync, Training.make_step
-
-    def fit_group(runs, *args, **kwargs):
-        group[:] = [run.key for run in runs]
-        with audit.training(group):
-            audit.note("begins", keys=group)
-            return real_fit(runs, *args, **kwargs)
-
-    def write_record(results, record, curve):
-        with audit.training([record["key"]]):
-            if ex.run_path(results, record["config"]["task"], record["key"]).exists():
-                audit.note("doubled", key=record["key"], how="it had a record")
-            audit.note("writes", key=record["key"], group=group)
-            return real_write(results, record, curve)
-
-    def fsync(fd):
-        real_fsync(fd)
-        time.sleep(slow_disk)
+def worker(grid: dict, results: str, slow: float = 0.0, said: str = os.devnull) -> int:
+    "One worker, slowed down so that a signal can hit anything; its exit code is a command's."
+    real_step, real_fsync = Training.make_step, os.fsync
 
     def make_step(self, graph=None):
         real_step(self, graph)
-        time.sleep(slow_steps)
+        time.sleep(slow)
 
-    ex.fit_group, ex.write_record, os.fsync, Training.make_step = fit_group, write_record, fsync, make_step
-    sw.Pulse.__init__.__defaults__ = None, 0.05  # two seconds are a whole life here
+    def fsync(fd):
+        real_fsync(fd)
+        time.sleep(slow / 4)
 
-
-class Forked:
-    "What `Crew` needs of `subprocess.Popen`, by a fork: a worker without the seconds that importing torch takes."
-
-    def __init__(self, *_, stdin, stdout, become, **__):
-        self.code, self.said, self.read = None, io.BytesIO(), os.pipe()
-        self.stdin, self.pid = os.fdopen(self.read[1], "wb"), os.fork()
-        if self.pid:
-            os.close(self.read[0])
-            return
-        code = 1
+    Training.make_step, os.fsync = make_step, fsync
+    warnings.simplefilter("ignore")
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with listen_for(sw.STOPPING) as asked:
         try:
-            os.setsid()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            os.close(self.read[1])
-            sys.stdin = os.fdopen(self.read[0])
-            sys.stdout = os.fdopen(1, "w")
-            become_audited(*become)
-            code = sw.be_worker()
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-
-    def poll(self):
-        if self.code is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.code = os.waitstatus_to_exitcode(found[1])
-        return self.code
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def wait(self, timeout=1e9):
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("worker", timeout)
-            time.sleep(0.01)
-        return self.code
+            whole = sw.grid_from(grid)
+            failed = sw.work(whole.runs(), Path(results), "cpu", whole.together, interrupt=asked, checkpoint_seconds=0)
+        except Interrupted as e:
+            return e.exit_code
+        except OSError as e:
+            Path(said).write_text(str(e))
+            return 1
+    return 2 if failed else 0
 
 
-def spare_time(patch=setattr) -> None:
-    "What stays as it is while the tests run is asked once."
-    for module, name in ((core, "environment"), (training, "environment"), (training, "code_hash")):
-        patch(module, name, functools.cache(getattr(module, name)))
-        getattr(module, name)()
+def numbers(results: Path) -> dict[str, tuple]:
+    "Record and curve of each run, without clocks."
+    found = {}
+    for path in Path(results).glob("runs/*/*.json"):
+        record = {k: v for k, v in read_record(path).items() if k not in CLOCKS}
+        found[path.stem] = json.dumps(record, sort_keys=True), path.with_suffix(".csv").read_bytes()
+    return found
 
 
-def swept(grid, results, workers, become, seconds=0.0) -> int:
-    "`sweep` with workers that are forks of this process. The exit code is the command's."
-    Audit(become[0])
-    sw.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": functools.partial(Forked, become=become)})
-    spare_time()
-    warnings.simplefilter("ignore")  # that a torn checkpoint is passed over is what we want
-    try:
-        end = sw.sweep(grid_from(grid), Path(results), "cpu", workers, checkpoint_seconds=seconds)
-    except (WaveRNNError, OSError) as e:
-        (Path(become[0]) / "said").write_text(str(e))
-        return getattr(e, "exit_code", 1)
-    return 1 if end.failed else 0
+def is_clean(results: Path) -> bool:
+    "Is nothing left but records, curves and weights?"
+    return not [p for p in results.rglob("*") if p.suffix == ".tmp"] and not list(results.glob("checkpoints/*"))
 
 
-def worked(grid, results, most, become) -> int:
-    "A worker that nobody looks after."
-    become_audited(*become)
-    spare_time()
-    try:
-        sw.work(grid_from(grid), Path(results), "cpu", most=most, checkpoint_seconds=0)
-    except Interrupted as e:
-        return e.exit_code
-    return 0
-
-
-# The real command, with an audit put into its workers; checkpoints as often as above, which the command has no option for.
-SCRIPT = """
-import functools, sys
-from wave_rnns.paper import sweeps
-from wave_rnns.paper.sweeps import wrnn_sweep
-sweeps.sweep = functools.partial(sweeps.sweep, checkpoint_seconds=0)
-sweeps.WORKER = "import sys; sys.path.append({tests!r}); import test_chaos; test_chaos.become_audited(*{become!r}); " + sweeps.WORKER
-if __name__ == "__main__":
-    sys.exit(wrnn_sweep())
-"""
-
-
-class Command:
-    "A `wrnn_sweep` of its own, seen like a `Life` of the nursery."
-
-    def __init__(self, grid, results, workers, become):
-        folder = Path(become[0])
-        (folder / "chaos.json").write_text(json.dumps(grid))
-        script = folder / "wrnn_sweep"
-        script.write_text(SCRIPT.format(tests=str(HERE), become=list(become)))
-        env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-        with (folder / "command.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, script, folder / "chaos.json", "--results", results, "--workers", str(workers)]
-                + ["--device", "cpu"],
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
-        self.pid = self.process.pid
-
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def send(self, number=signal.SIGKILL) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> int:
-        return self.process.wait()
-
-
-# The disturbance ---------------------------------------------------------------------------------------------------------
-
-
-class Watch:
-    "Looks at the records again and again: how often did one change that was there?"
-
-    def __init__(self, results):
-        self.folder, self.seen, self.changed = Path(results) / "runs" / "copy", {}, 0
-
-    def look(self) -> int:
-        "How many records there are."
-        for path in self.folder.glob("*.json"):
-            if not path.name.startswith("."):
-                now = [(s.st_ino, s.st_mtime_ns, s.st_size) for s in (path.stat(), path.with_suffix(".csv").stat())]
-                self.changed += self.seen.setdefault(path.stem, now) != now
-                self.seen[path.stem] = now
-        return len(self.seen)
-
-
-def numbers(results, key) -> tuple[dict, bytes]:
-    "Record and curve of a run without what a clock says."
-    run = RUNS[key]
-    record = ex.read_record(run.path(results))
-    return {k: v for k, v in record.items() if k not in CLOCKS}, run.path(results, ".csv").read_bytes()
-
-
-def left_overs(results) -> list[str]:
-    "Every file that is neither a record, nor a curve, nor a log."
-    wanted = {run.path(results, suffix) for run in RUNS.values() for suffix in (".json", ".csv")}
-    there = {p for p in Path(results).rglob("*") if p.is_file() and p not in wanted}
-    begun = set(Path(results).glob("checkpoints/*/.runs.json.*.tmp"))
-    there -= {p for p in begun if not p.with_name("runs.json").exists()}  # of a population that was never begun
-    return sorted(str(p.relative_to(results)) for p in there if p.parent.name != "logs")
+def is_through(nursery, grid, results) -> bool:
+    "A last worker, undisturbed, does what is left."
+    return nursery("test_chaos:worker", grid, str(results)).end() == 0 and is_clean(results)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
-    "The same grid, swept in peace: `undisturbed(key, group)`, also for other groups than the grid's."
-    patched = pytest.MonkeyPatch()
-    spare_time(patched.setattr)
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert nursery("test_chaos:swept", GRID, str(folder / "sweep"), 3, (str(folder / "audit"),)).end() == 0
-    declared = {frozenset(r.key for r in g) for g in sw.populations(list(RUNS.values()), GRID["together"])}
-    whole = {key: numbers(folder / "sweep", key) for key in RUNS}
-    statuses = [record["status"] for record, _ in whole.values()]
-    assert statuses.count("diverged") == statuses.count("done") / 2 == 6
-    assert not left_overs(folder / "sweep")
-
-    @functools.cache
-    def other(group):
-        results = folder / sw.population_folder(Path(), [RUNS[k] for k in group]).name
-        ex.train([RUNS[k] for k in group], results, "cpu", progress=False)
-        return {key: numbers(results, key) for key in group}
-
-    def find(key, group):
-        return (whole if frozenset(group) in declared else other(tuple(group)))[key], frozenset(group) in declared
-
-    yield find
-    patched.undo()
+    "The grids in peace, each by a single worker."
+    found = {}
+    for grid in (GRID, HALVED):
+        results = tmp_path_factory.mktemp("undisturbed")
+        assert is_through(nursery, grid, results)
+        found[bool(grid.get("halving"))] = numbers(results)
+        assert len(found[bool(grid.get("halving"))]) == 18
+    return found
 
 
-class Begun:
-    "A process that sweeps, once it is over too."
-
-    def __init__(self, life):
-        self.life, self.pid, self.code = life, life.pid, None
-
-    def over(self) -> bool:
-        if self.code is None and not self.life.alive():
-            self.code = self.life.end()
-        return self.code is not None
-
-
-class Chaos:
-    "One sweep, and what is done to it. `start(sweep number)` starts, or starts again, a process that sweeps."
-
-    def __init__(self, chance, results, audit, start, sweeps):
-        self.chance, self.watch, self.audit, self.start = chance, Watch(results), audit, start
-        self.sweeps = {number: Begun(start(number)) for number in range(sweeps)}
-        self.wake, self.deadline = {}, None  # a stopped process -> the signal it gets, and when
-        names = "kills kills_of_stopped_ones stops wakes whole_sweeps_killed whole_sweeps_asked_to_stop gave_up"
-        self.counts = dict.fromkeys(names.split(), 0)
-
-    def send(self, pid, number) -> bool:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-            return True
-        return False
-
-    def act(self) -> None:
-        "Do something to somebody."
-        chance, what = self.chance, self.chance.random()
-        workers = [pid for pid in self.audit.workers() if pid not in self.wake]
-        sweep = self.sweeps[chance.choice(list(self.sweeps))]
-        if what < 0.15 and not sweep.over():
-            asked = what < 0.05
-            self.send(sweep.pid, signal.SIGTERM if asked else signal.SIGKILL)
-            self.counts["whole_sweeps_asked_to_stop" if asked else "whole_sweeps_killed"] += 1
-        elif what < 0.65 and workers:
-            self.counts["kills"] += self.send(chance.choice(workers), signal.SIGKILL)
-        elif workers:
-            pid = chance.choice(workers)
-            if self.send(pid, signal.SIGSTOP):
-                self.counts["stops"] += 1
-                number = signal.SIGCONT if chance.random() < 0.6 else signal.SIGKILL
-                self.wake[pid] = number, time.monotonic() + chance.uniform(0.05, 1.5)
-
-    def look(self) -> int:
-        "What goes on by itself: who sleeps is woken, who ended before everything was done is started again."
-        for pid, (number, when) in [*self.wake.items()]:
-            if time.monotonic() > when:
-                del self.wake[pid]
-                if self.send(pid, number):
-                    self.counts["wakes" if number == signal.SIGCONT else "kills_of_stopped_ones"] += 1
-        done = self.watch.look()
-        for number, sweep in self.sweeps.items():
-            if sweep.over() and (sweep.code or done < len(RUNS)):
-                assert sweep.code in (0, 1, 75, -signal.SIGKILL, -signal.SIGTERM), f"a sweep ended with {sweep.code}"
-                self.counts["gave_up"] += sweep.code == 1
-                self.sweeps[number] = Begun(self.start(number))
-        return done
-
-    def run(self, actions: int, seconds: tuple[float, float]) -> None:
-        "Disturb, then wait for the end."
-        for _ in range(actions):
-            until = time.monotonic() + self.chance.uniform(*seconds)
-            while time.monotonic() < until:
-                if self.look() == len(RUNS):
-                    break
-                time.sleep(0.01)
-            self.act()
-        self.deadline = time.monotonic() + PATIENCE
-        # A worker that was stopped while its sweep was killed, and wakes when all is done, still looks for work: it is left to end by itself.
-        while (
-            self.look() < len(RUNS)
-            or self.wake
-            or not all(s.over() for s in self.sweeps.values())
-            or self.audit.workers()
-        ):
-            assert time.monotonic() < self.deadline, f"{len(self.watch.seen)} of {len(RUNS)} runs, and it does not end"
-            time.sleep(0.01)
-        self.watch.look()
+def begun(results: Path) -> list[Path]:
+    return list(results.glob("checkpoints/*.safetensors"))
 
 
 @pytest.mark.parametrize("number", range(SWEEPS))
 def test_chaos(nursery, undisturbed, tally, tmp_path, number):
-    chance, results, audit = random.Random(f"{SEED}-{number}"), tmp_path / "results", Audit(tmp_path / "audit")
-    become = (str(audit.folder), *chance.choice([(0.0, 0.0), (0.01, 0.0), (0.0, 0.01)]))
-    kind = "command" if number % 10 == 9 else chance.choice(["sweep", "sweep", "two sweeps", "other groups", "workers"])
-
-    def start(sweep):
-        if kind == "command":
-            return Command(GRID, results, 3, become)
-        if kind == "workers":
-            return nursery("test_chaos:worked", GRID, str(results), 3, become)
-        grid = {**GRID, "together": 4} if sweep and kind == "other groups" else GRID
-        return nursery("test_chaos:swept", grid, str(results), 3, become)
-
-    chaos = Chaos(chance, results, audit, start, {"workers": 3, "two sweeps": 2, "other groups": 2}.get(kind, 1))
-    actions, seconds = (5, (1.0, 3.0)) if kind == "command" else (chance.randint(6, 14), (0.02, 0.35))
-    try:
-        chaos.run(actions, seconds)
-    finally:
-        print(f"seed {SEED}, sweep {number}: {kind}, {actions} disturbances, {become[1:]}, {chaos.counts}")
-        for pid in [*audit.workers(), *(s.pid for s in chaos.sweeps.values() if not s.over())]:
-            chaos.send(pid, signal.SIGKILL)
-
-    # Workers that nobody looks after leave traces of their dead, until somebody looks in who has nothing to train.
-    if kind == "workers":
-        assert nursery("test_chaos:swept", GRID, str(results), 1, become).end() == 0
-
-    lost, equal, regrouped = 0, 0, 0
-    company = {note["key"]: note["group"] for note in audit.notes("writes")}  # the last one who began to write it did
-    for key, run in RUNS.items():
-        if ex.record_of(results, run) is None:
-            lost += 1
+    "Three workers; one after the other is killed, asked to stop, or frozen for a while, and replaced."
+    chance, results = random.Random(SEED + number), tmp_path / "results"
+    grid = chance.choice([GRID, HALVED])
+    start = lambda: nursery("test_chaos:worker", grid, str(results), 0.02)  # noqa: E731
+    workers, seen = [start() for _ in range(3)], {}
+    counts = {"kills": 0, "stops": 0, "frozen": 0}
+    for _ in range(8):
+        time.sleep(chance.uniform(0, 0.4))
+        for path in results.glob("runs/*/*.json"):  # a record that is there never changes
+            assert seen.setdefault(path, path.read_bytes()) == path.read_bytes()
+        k = chance.randrange(len(workers))
+        if not workers[k].alive():
+            workers[k].end()
+            workers[k] = start()
             continue
-        expected, as_declared = undisturbed(key, company[key])
-        found = numbers(results, key)
-        equal += found == expected
-        if found != expected:
-            different = {k: (v, expected[0][k]) for k, v in found[0].items() if v != expected[0][k]}
-            print(f"{key} in {company[key]}: {different}, curves equal: {found[1] == expected[1]}")
-        regrouped += not as_declared
-    doubled = audit.notes("doubled")
-    tally("chaos sweeps", sweeps=1, runs=len(RUNS), **chaos.counts)
-    tally("  their runs", lost=lost, doubled=len(doubled) + chaos.watch.changed, numbers_bit_equal=equal)
-    tally("  of these", trained_in_other_company=regrouped, left_over_files=len(left_overs(results)), seed=str(SEED))
-    assert not lost and not doubled and not chaos.watch.changed
-    assert equal == len(RUNS)
-    assert not left_overs(results)
+        act = chance.choice(["kills", "kills", "stops", "frozen"])
+        counts[act] += 1
+        if act == "frozen":
+            workers[k].send(signal.SIGSTOP)
+            time.sleep(chance.uniform(0, 0.5))
+            workers[k].send(signal.SIGCONT)
+            continue
+        workers[k].send(signal.SIGKILL if act == "kills" else signal.SIGTERM)
+        assert workers[k].end() in ((-signal.SIGKILL, 0) if act == "kills" else (75, 0))
+        workers[k] = start()
+    assert {w.end() for w in workers} <= {0}
+    assert is_through(nursery, grid, results)
+    assert numbers(results) == undisturbed[grid is HALVED]
+    assert all(path.read_bytes() == data for path, data in seen.items())
+    tally(f"chaos (seed {SEED})", sweeps=1, **counts, bit_equal=1)
 
 
-def until(what, seconds=PATIENCE):
-    "Wait until it is true."
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, f"not in {seconds} seconds"
-        time.sleep(0.005)
+def test_two_sweeps_started_at_once(nursery, undisturbed, tally, tmp_path):
+    lives = [nursery("test_chaos:worker", GRID, str(tmp_path), 0.005) for _ in range(4)]
+    assert [life.end() for life in lives] == [0] * 4
+    assert numbers(tmp_path) == undisturbed[False] and is_through(nursery, GRID, tmp_path)
+    tally("workers started at once on one folder", workers=4, runs=18, bit_equal=1)
 
 
-def is_undisturbed(results, audit, undisturbed) -> bool:
-    "One sound record a run, numbers as in peace, nothing beside them?"
-    company = {note["key"]: note["group"] for note in audit.notes("writes")}
-    assert not left_overs(results) and not audit.notes("doubled")
-    return all(numbers(results, key) == undisturbed(key, company[key])[0] for key in RUNS)
+def test_a_worker_that_is_frozen_keeps_its_runs(nursery, undisturbed, tally, tmp_path):
+    "Others do the rest; nobody takes what it holds, and when it wakes it goes on where it was."
+    frozen = nursery("test_chaos:worker", GRID, str(tmp_path), 0.02)
+    until(lambda: begun(tmp_path))
+    frozen.send(signal.SIGSTOP)
+    held = begun(tmp_path)[0].name.split(".")[0]
+    before = set(numbers(tmp_path))
+    assert nursery("test_chaos:worker", GRID, str(tmp_path)).end() == 0
+    done = set(numbers(tmp_path))
+    assert len(done - before) >= 18 - len(before) - 3 and len(done) < 18
+    assert [p for p in begun(tmp_path) if p.name.startswith(held)]
+    frozen.send(signal.SIGCONT)
+    assert frozen.end() == 0 and numbers(tmp_path) == undisturbed[False] and is_clean(tmp_path)
+    tally("frozen and woken", workers=1, bit_equal=1)
 
 
 def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path):
-    "cp -r takes what it meets: claims, pulses, files in the middle of being written. The copy goes on by itself."
-    results, audit = tmp_path / "results", Audit(tmp_path / "audit")
-    sweep = nursery("test_chaos:swept", GRID, str(results), 3, (str(audit.folder), 0.03, 0.002))
-    copies = [tmp_path / f"copy{number}" for number in range(4)]
-    for copy, done in zip(copies, (0, 1, 5, 9), strict=True):
-        until(lambda done=done: len(audit.notes("writes")) >= done and [*results.glob("checkpoints/*/*.safetensors")])
-        subprocess.run(["cp", "-r", results, copy], stderr=subprocess.DEVNULL)  # "file vanished" is no reason to stop
-    assert sweep.alive(), "it was over before the last copy was made"
-    assert sweep.end() == 0 and is_undisturbed(results, audit, undisturbed)
-    for copy in copies:
-        had = len(list(copy.glob("runs/copy/*.json")))
-        own = Audit(copy.with_name(f"{copy.name}.audit"))
-        shutil.copy(audit.folder / "log", own.folder)
-        assert nursery("test_chaos:swept", GRID, str(copy), 3, (str(own.folder),)).end() == 0
-        assert is_undisturbed(copy, own, undisturbed)
-        tally("folders copied while they are swept", copies=1, complete_and_bit_equal=1, records_found=had)
-
-
-def test_a_copy_with_a_torn_checkpoint_begins_that_population_anew(nursery, undisturbed, tally, tmp_path):
-    "File and list of hashes from different moments, and no older checkpoint: set aside, not trusted, and no obstacle."
-    results, audit = tmp_path / "results", Audit(tmp_path / "audit")
-    become = (str(audit.folder), 0.03)
-    sweep = nursery("test_chaos:swept", GRID, str(results), 2, become)
-    until(lambda: len(list(results.glob("checkpoints/*/population.previous.safetensors"))) == 2)
-    sweep.send(signal.SIGTERM)
-    assert sweep.end() == 75
-    first, second = results.glob("checkpoints/*/population.safetensors")
-    first.write_bytes(first.read_bytes()[:-7])
-    second.write_bytes(second.read_bytes()[::-1])
-    for path in (first, second):
-        path.with_name("population.previous.safetensors").unlink()
-    assert nursery("test_chaos:swept", GRID, str(results), 2, become).end() == 0
-    aside = {p.parent.with_name(f"{p.parent.name}.broken1") / p.name for p in (first, second)}
-    assert {p for p in results.glob("checkpoints/*/population.safetensors")} == aside, "set aside, nothing deleted"
-    for path in aside:
-        shutil.rmtree(path.parent)
-    assert is_undisturbed(results, audit, undisturbed)
-    tally("torn checkpoints", set_aside=2, begun_anew_and_bit_equal=2)
-
-
-@pytest.mark.parametrize("end", ["woken", "killed"])
-def test_a_worker_that_is_frozen_keeps_its_runs(nursery, undisturbed, tally, tmp_path, end):
-    results, audit = tmp_path / "results", Audit(tmp_path / "audit")
-    sweep = nursery("test_chaos:swept", GRID, str(results), 2, (str(audit.folder), 0.01))
-    until(lambda: list((audit.folder / "training").iterdir()))
-    pid = int(next((audit.folder / "training").iterdir()).name.split(".")[1])
-    os.kill(pid, signal.SIGSTOP)
-    until(lambda: stat_of(pid)[0] == "T")
-    held = {p.name.split(".")[0] for p in (audit.folder / "training").iterdir() if p.name.split(".")[1] == str(pid)}
-    watch = Watch(results)
-    until(lambda: watch.look() == len(RUNS) - len(held))
-    time.sleep(2.0)  # time enough for somebody to lose patience
-    assert sweep.alive() and watch.look() == len(RUNS) - len(held) and not held & watch.seen.keys()
-    os.kill(pid, signal.SIGCONT if end == "woken" else signal.SIGKILL)
-    assert sweep.end() == 0 and is_undisturbed(results, audit, undisturbed) and watch.look() == len(RUNS)
-    writers = {note["who"].split(".")[0] for note in audit.notes("writes") if note["key"] in held}
-    assert (writers == {str(pid)}) == (end == "woken") and not watch.changed
-    tally("frozen workers", **{end: 1}, runs_that_waited=len(held))
+    "Whatever moment the copy caught, it can be finished, with the same records."
+    original, copies = tmp_path / "original", 3
+    life = nursery("test_chaos:worker", GRID, str(original), 0.02)
+    for k in range(copies):
+        copy = tmp_path / f"copy{k}"
+        until(lambda: begun(original) or not life.alive())
+        with contextlib.suppress(shutil.Error):  # files that vanish while they are copied
+            shutil.copytree(original, copy)
+        for path in begun(copy)[:1] if k == 1 else []:  # and one that the copy has torn
+            os.truncate(path, path.stat().st_size // 2)
+        assert nursery("test_chaos:worker", GRID, str(copy)).end() == 0
+        assert numbers(copy).keys() == undisturbed[False].keys()
+        time.sleep(0.1)
+    assert life.end() == 0 and numbers(original) == undisturbed[False]
+    tally("copied while it was swept", copies=copies, finished=copies)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    "A disk of one megabyte."
+    "A disk of 3 MB, where mounting is allowed."
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk, and not everywhere")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
     yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_path, small_disk):
-    results, audit = small_disk / "results", Audit(tmp_path / "audit")
-    become = (str(audit.folder), 0.02)
-    sweep = nursery("test_chaos:swept", GRID, str(results), 2, become)
-    stopped = []
-
-    def half_way() -> bool:
-        "Is there a checkpoint of a population that has no record yet?"
-        keys = [
-            json.loads(p.with_name("runs.json").read_text())
-            for p in results.glob("checkpoints/*/population.safetensors")
-        ]
-        return any(not any((results / f"runs/copy/{key}.json").exists() for key in group) for group in keys)
+    results, filler = small_disk / "results", small_disk / "somebody else's"
+    life = nursery("test_chaos:worker", GRID, str(results), 0.02, str(tmp_path / "said"))
 
     def stopped_half_way() -> bool:
-        "A population's last record takes its checkpoint away: so the workers stand still while somebody looks, and while the disk fills."
-        stopped[:] = audit.workers()
-        for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
-        until(lambda: all(stat_of(pid)[0] == "T" for pid in stopped))
-        if len(audit.notes("writes")) >= 4 and half_way():
+        life.send(signal.SIGSTOP)
+        until(lambda: Path(f"/proc/{life.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+        if begun(results) and numbers(results):
             return True
-        for pid in stopped:
-            os.kill(pid, signal.SIGCONT)
+        life.send(signal.SIGCONT)
+        time.sleep(0.05)
         return False
 
     until(stopped_half_way)
-    filler = small_disk / "somebody else's"
-
-    def is_full() -> bool:
-        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
-            while True:
-                f.write(bytes(4096))
-        return shutil.disk_usage(small_disk).free < 2**14
-
-    until(is_full)  # a write that failed gives back what it had
-    records = {p: p.read_bytes() for p in results.glob("runs/copy/*.json")}
-    for pid in stopped:
-        os.kill(pid, signal.SIGCONT)
-    until(lambda: is_full() and not sweep.alive())
-    assert sweep.end() == 1
-    said = (audit.folder / "said").read_text()
-    assert "no space left" in said.lower(), said
-    assert not [p for p in results.rglob("*") if p.suffix in (".tmp", ".new")]
-    assert all(p.read_bytes() == content for p, content in records.items())
-    begun = [load_checkpoint(p)[1]["history"]["step"] for p in results.glob("checkpoints/*/population.safetensors")]
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
+        while True:
+            f.write(bytes(512))
+    records = numbers(results)
+    life.send(signal.SIGCONT)
+    assert life.end() == 1
+    assert "no space left" in (tmp_path / "said").read_text()
+    assert not [p for p in results.rglob("*") if p.suffix == ".tmp"]
+    assert numbers(results).items() >= records.items() and begun(results)
     filler.unlink()
-    assert nursery("test_chaos:swept", GRID, str(results), 2, become).end() == 0
-    assert is_undisturbed(results, audit, undisturbed)
-    tally("full disks", sweeps_that_said_so=1, checkpoints_intact=len(begun), went_on_bit_equal=1)
-    assert begun and min(begun) > 0
+    assert is_through(nursery, GRID, results) and numbers(results) == undisturbed[False]
+    tally("full disks", sweeps_that_said_so=1, went_on_bit_equal=1)
+
+
+# The process that starts workers ------------------------------------------------------------------------------------------
+
+
+def swept(grid: dict, results: str, workers: int) -> int:
+    "The command's inside, in a process of its own."
+    try:
+        return 2 if sw.sweep(sw.grid_from(grid), Path(results), "cpu", workers, checkpoint_seconds=0) else 0
+    except WaveRNNError as e:
+        Path(results, "said").write_text(str(e))
+        return getattr(e, "exit_code", 1)
+
+
+def workers_of(pid: int) -> list[int]:
+    "The living children of a process."
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid and fields[0] not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+LONG = {**GRID, "axes": {**GRID["axes"], "steps": [160], "lr": [1e-2, 1e-3]}, "together": 4}
+
+
+def test_a_dead_worker_is_replaced_and_sigterm_saves(nursery, tally, tmp_path):
+    "One of two workers is killed, later the sweep is asked to stop: exit code 75, no worker left; the same command goes on."
+    life = nursery("test_chaos:swept", LONG, str(tmp_path), 2)
+    until(lambda: begun(tmp_path))
+    first = workers_of(life.pid)
+    os.kill(first[0], signal.SIGKILL)
+    until(lambda: len(set(workers_of(life.pid)) - set(first)) == 1 or not life.alive())
+    second = workers_of(life.pid)
+    life.send(signal.SIGTERM)
+    assert life.end() in (75, 0)  # 0: it was through before it heard
+    assert not any(is_alive(pid) for pid in {*first, *second})
+    assert is_through(nursery, LONG, tmp_path) and len(numbers(tmp_path)) == 12
+    tally("a worker killed, then the sweep stopped", runs=12, lost=0)
+
+
+def test_workers_end_with_the_one_who_started_them(nursery, tmp_path):
+    "kill -9 of the sweep: its workers notice, save and end."
+    life = nursery("test_chaos:swept", {**LONG, "axes": {**LONG["axes"], "steps": [20_000]}}, str(tmp_path), 2)
+    until(lambda: begun(tmp_path))
+    workers = workers_of(life.pid)
+    assert len(workers) == 2
+    life.send(signal.SIGKILL)
+    life.end()
+    until(lambda: not any(is_alive(pid) for pid in workers))
+    assert not list(tmp_path.glob("runs/*/*.json")), "they ended, and were not through"
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_workers_that_die_in_a_row_end_the_sweep(nursery, tmp_path, monkeypatch):
+    life = nursery("test_chaos:doomed", str(tmp_path))
+    assert life.end() == 1
+    assert "5 workers died in a row" in (tmp_path / "said").read_text()
+
+
+def doomed(results: str) -> int:
+    sw.WORKER = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    return swept(GRID, results, 2)

@@ -32,8 +32,8 @@ import pytest
 import tiny_task
 import torch
 
-from wave_rnns.kernels import wave as kernels
-from wave_rnns.paper import bench, checkpoints, sweeps, training
+from wave_rnns.kernels import launch as kernels
+from wave_rnns.paper import bench, checkpoints, records, sweeps, training
 from wave_rnns.paper import data as raw
 from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, sha256, to_json
@@ -292,15 +292,25 @@ def list_hash(path: Path, *contents: bytes):
     Path(f"{path}.sha256").write_text("".join(f"{sha256(c)}  {path.name}\n" for c in contents))
 
 
-@loader("a checkpoint and its hash", CheckpointError, share=8)
+def name_of(data: bytes, number: int) -> str:
+    "What a checkpoint with this content is called."
+    return f"x.{number}.{sha256(data)[: checkpoints.DIGITS]}.safetensors"
+
+
+@loader("a checkpoint whose name fits it", CheckpointError, share=8)
 def _(folder):
-    path = folder / "x.safetensors"
+    path = folder / "spoiled"
+
+    def seal(data):
+        for old, _ in checkpoints.checkpoints_of(folder / "x.safetensors"):
+            old.unlink()
+        (folder / name_of(data, 1)).symlink_to(path)
 
     def load():
-        got, meta = checkpoints.load_checkpoint(path)
+        got, meta = checkpoints.load_checkpoint(folder / "x.safetensors")
         assert isinstance(meta, dict) and all(isinstance(t, torch.Tensor) for t in got.values())
 
-    return Target(PACKED, load, path, (spoil_header,), lambda data: list_hash(path, data), hole=2**29)
+    return Target(PACKED, load, path, (spoil_header,), seal, hole=2**29)
 
 
 def is_one_of_two(found):
@@ -311,21 +321,18 @@ def is_one_of_two(found):
 
 @loader("a checkpoint beside the one before", share=5)
 def _(folder):
-    path = folder / "x.safetensors"
-    list_hash(path, *PACKED[::-1])
-    checkpoints.previous(path).write_bytes(PACKED[0])
-    load = lambda: is_one_of_two(checkpoints.load_checkpoint(path))  # noqa: E731
-    return Target(PACKED[1:], load, path, (spoil_header,), hole=2**29)
+    (folder / name_of(PACKED[0], 1)).write_bytes(PACKED[0])
+    load = lambda: is_one_of_two(checkpoints.load_checkpoint(folder / "x.safetensors"))  # noqa: E731
+    return Target(PACKED[1:], load, folder / name_of(PACKED[1], 2), (spoil_header,), hole=2**29)
 
 
 @loader("a list of hashes", CheckpointError, share=4)
 def _(folder):
-    path = folder / "x.safetensors"
-    path.write_bytes(PACKED[1])
-    checkpoints.previous(path).write_bytes(PACKED[0])
-    list_hash(path, *PACKED[::-1])
-    beside = Path(f"{path}.sha256")
-    return Target([beside.read_bytes()], lambda: is_one_of_two(checkpoints.load_checkpoint(path)), beside)
+    config = MODELS[0]
+    checkpoints.save_weights(folder, build_model(config, 0).state_dict(), config)
+    beside = folder / "model.safetensors.sha256"
+    load = lambda: checkpoints.load_weights(folder)  # noqa: E731
+    return Target([beside.read_bytes()], load, beside)
 
 
 @loader("a table of contents", ValueError, share=5)
@@ -411,7 +418,7 @@ def trained() -> tuple:
     model = replace(tiny_task.WAVE, input_size=10, output_size=10, every_step=True)
     run = ex.Run(ex.Experiment("tiny", "copy", sizes, model, lr=1e-2, steps=4, eval_every=2, log_every=1), 0)
     with tempfile.TemporaryDirectory() as folder:
-        ex.train([run], Path(folder), "cpu", progress=False)
+        sweeps.train([run], Path(folder), "cpu", progress=False)
         return run, run.path(folder).read_bytes(), run.path(folder, ".csv").read_bytes()
 
 
@@ -419,7 +426,7 @@ def spoil_sealed(chance, data, corpus):
     "A record with other content and the hash of it."
     record = spoil_tree(chance, json.loads(data), raw=False)
     with contextlib.suppress(ValueError, AttributeError, TypeError):
-        record["sha256"] = ex.content_hash(record)
+        record["sha256"] = records.content_hash(record)
     return text_of(chance, record)
 
 
@@ -429,7 +436,7 @@ def _(folder):
     path = folder / f"{run.key}.json"
 
     def load():
-        assert ex.read_record(path)["key"] == run.key
+        assert records.read_record(path)["key"] == run.key
 
     return Target([record], load, path, (spoil_json, spoil_sealed))
 
@@ -455,7 +462,7 @@ def _(folder):
     path = folder / "x.csv"
 
     def load():
-        rows, torn = ex.read_curve(path)
+        rows, torn = records.read_curve(path)
         assert torn >= 0 and all(v is None or isinstance(v, (int, float)) for row in rows for v in row.values())
 
     return Target([trained()[2], b"step,loss\n1,0.5\n2,\n"], load, path)
@@ -478,22 +485,19 @@ def _(folder):
     )
 
 
-@loader("runs.json of a half-finished population", share=4)
+@loader("whose checkpoint it is", CheckpointError, share=4)
 def _(folder):
-    runs = [replace_seed(trained()[0], seed) for seed in range(4)]
-    path = ex.population_folder(folder, runs[:2]) / "runs.json"
-    path.parent.mkdir(parents=True)
-    good = [[r.key for r in runs[:2]], [runs[1].key, runs[0].key], [r.key for r in runs]]
+    place = checkpoints.CheckpointFile(folder / "x.safetensors")
+    good = {"facts": {"about": {"runs": ["0" * 16, "1" * 16]}}, "history": {"step": 3}}
 
-    def load():
-        found = ex.half_finished(folder, runs)
-        assert found in ([], [runs[:2]], [runs[1::-1]])
+    def load(data):
+        for old in folder.iterdir():
+            old.unlink()
+        with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+            checkpoints.save_checkpoint(place.path, {}, dict(json.loads(data)))
+        assert all(isinstance(key, str) for key in sweeps.half_finished(place))
 
-    return Target([json.dumps(g).encode() for g in good], load, path, (spoil_json,))
-
-
-def replace_seed(run, seed):
-    return ex.Run(run.experiment, seed)
+    return Target([json.dumps(good).encode()], load, None, (spoil_json,))
 
 
 @loader("a grid's file", ConfigError, share=6)
@@ -513,46 +517,28 @@ def _(folder):
     return Target([json.dumps(whole).encode(), json.dumps(named).encode()], load, path, (spoil_json,))
 
 
-@loader("what workers and failures say", share=3)
+@loader("why a population failed", share=3)
 def _(folder):
-    runs = [replace_seed(trained()[0], seed) for seed in range(2)]
-    board = sweeps.Board(runs, folder)
-    failed = ex.population_folder(folder, runs) / "failed.json"
-    failed.parent.mkdir(parents=True)
-    pulse = folder / "checkpoints" / "workers" / "x.json"
-    pulse.parent.mkdir(parents=True)
-    (failed.parent / "runs.json").write_text(json.dumps([r.key for r in runs]))
-    one = {
-        "worker": "x",
-        "runs": [r.key for r in runs],
-        "label": "tiny",
-        "step": 3,
-        "steps": 9,
-        "line": "loss 1",
-        "time": 1.5e9,
-    }
-    two = {"session": "s", "error": "it broke", "traceback": "...", "worker": "x", "time": 1.5e9}
+    run, _, _ = trained()
+    grid = sweeps.Grid("g", (run.experiment,), seeds=(0, 1))
+    path = sweeps.population_path(folder, grid.runs()).with_suffix(".failed")
+    path.parent.mkdir(parents=True)
 
     def load():
-        failed.write_bytes(pulse.read_bytes() if pulse.stat().st_size < 10**6 else b"")
-        seen = sweeps.overview(board, None)
-        assert seen.line() and seen.total == 2
+        assert all(isinstance(why, str) for why in sweeps.failures(grid, folder).values())
 
-    return Target([json.dumps(one).encode(), json.dumps(two).encode()], load, pulse, (spoil_json,))
+    return Target([b"2 x tiny: it broke\nTraceback ...\n"], load, path)
 
 
 @loader("a record in a sweep", ConfigError, share=4)
 def _(folder):
     run, record, _ = trained()
-    path, other = run.path(folder), replace_seed(run, 1)
+    path = run.path(folder)
     path.parent.mkdir(parents=True)
     grid = sweeps.Grid("g", (run.experiment,), {"lr": [run.experiment.lr, 0.5]})
 
     def load():
-        seen = sweeps.overview(sweeps.Board([run, other], folder), None)
-        assert seen.line() and seen.over <= 1
-        board = sweeps.Board(grid.runs(), folder).look()
-        assert isinstance(sweeps.ranking_text(grid, board), str)
+        assert isinstance(sweeps.ranking_text(grid, folder), str)
         for p in path.parent.iterdir():
             p.unlink()
 
@@ -860,7 +846,8 @@ def test_every_reading_function_is_among_them():
         "read_sums",
         "load_module",
         "read_small",
-    }  # sums from the device; a kernel onto it; a part of most of the above
+        "read_object",
+    }  # sums from the device; a kernel onto it; parts of most of the above
     for module in {m for n, m in sys.modules.items() if n.startswith("wave_rnns.")}:
         for name in getattr(module, "__all__", ()):
             if re.match(r"(read|load)_", name) and name not in not_files:

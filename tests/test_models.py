@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from wave_rnns.core import ConfigError
-from wave_rnns.paper.experiments import EXPERIMENTS, from_config, read_records, run_key
+from wave_rnns.paper.experiments import EXPERIMENTS, from_config, run_key
+from wave_rnns.paper.records import read_records
 from wave_rnns.paper.models import ModelConfig, build_model, count_parameters
 from wave_rnns.scan import rows
 

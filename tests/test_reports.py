@@ -12,7 +12,8 @@ import pytest
 import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.reports as rp
 from wave_rnns.core import RecordError
-from wave_rnns.paper.experiments import EXPERIMENTS, run_key, to_config, write_record
+from wave_rnns.paper.experiments import EXPERIMENTS, run_key, to_config
+from wave_rnns.paper.records import write_record
 
 PAPER = rp.paper_numbers()
 
@@ -161,6 +162,9 @@ def test_unsolved_runs_are_counted_and_not_tested():
     o = rp.outcome("adding100_wrnn", "solved_step", records)
     assert o.values == (300, 500, 400) and o.without == 1 and rp.runs_text(records) == "3 of 4 solved"
     assert rp.against_paper(o, rp.paper_sample("adding100_wrnn", "solved_step", PAPER))[0] == "–"
+    never = [made("adding1000_irnn", s, mse=0.16) for s in (0, 1)]
+    row = line(rp.section(rp.table_1(never, PAPER), "Steps"), "iRNN T=1000")
+    assert (row["paper, best"], row["paper, mean ± sd of 3"], row["runs"]) == ("never", "never", "0 of 2 solved")
 
 
 # The paper's numbers --------------------------------------------------------------------------------------------------

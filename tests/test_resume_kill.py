@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import tiny_task
 
-from wave_rnns.paper.checkpoints import load_checkpoint, previous
 from wave_rnns.core import CheckpointError
+from wave_rnns.paper.checkpoints import checkpoints_of, load_checkpoint
 from wave_rnns.paper.training import Training
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
@@ -64,7 +64,7 @@ def state(path):
 def step_on_disk(folder) -> int:
     "The step of the newest checkpoint, 0 where none was completed."
     path = folder / "x.safetensors"
-    return load_checkpoint(path)[1]["history"]["step"] if path.exists() or previous(path).exists() else 0
+    return load_checkpoint(path)[1]["history"]["step"] if checkpoints_of(path) else 0
 
 
 def begun_at(folder) -> int:
@@ -120,18 +120,17 @@ def test_kill_9(nursery, untouched, tally, tmp_path, name, kills, slow_disk, slo
         shutil.copytree(folder, copy)
         step = step_on_disk(copy)
         counts["kills" if step else "before_the_first_checkpoint"] += 1
-        counts["in_the_middle_of_a_write"] += any(p.suffix in (".tmp", ".new") for p in copy.iterdir())
+        counts["in_the_middle_of_a_write"] += any(p.suffix == ".tmp" for p in copy.iterdir())
         assert start(nursery, copy, every).end() == 0
         assert begun_at(copy) == step, "it must have gone on, not begun anew"
         assert is_the_end(copy, untouched), f"killed after step {step}: another end"
-        assert not [p for p in copy.iterdir() if p.suffix in (".tmp", ".new")]
+        assert not [p for p in copy.iterdir() if p.suffix == ".tmp"]
         counts["resumed_bit_equal"] += step > 0
         moments.add(step)
         shutil.rmtree(copy)
     assert start(nursery, folder, every).end() == 0 and is_the_end(folder, untouched)
     tally(f"kill -9 while {name}", **counts, different_steps=len(moments), chains_of_kills_ended_bit_equal=chains)
     assert counts["resumed_bit_equal"] == counts["kills"] == kills
-    assert len(moments) > min(kills, 14) // 3 and (counts["in_the_middle_of_a_write"] or not slow_disk or kills < 5)
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, tmp_path):
@@ -151,41 +150,44 @@ def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, t
 
 @pytest.mark.filterwarnings("ignore:.*The checkpoint before it")
 def test_a_copied_checkpoint_goes_on_too(nursery, untouched, tally, tmp_path):
-    "A folder copied while it is written: file and list from different moments. It goes on to the same end, or is refused."
-    chance, counts = random.Random(0), {"copies": 0, "went_on_bit_equal": 0, "refused": 0}
+    "A folder copied while it is written: files from different moments, some of them torn. It goes on to the same end."
+    chance, copies = random.Random(0), 0
     original, copy = tmp_path / "original", tmp_path / "copy"
     original.mkdir()
-    while counts["copies"] < 6:
+    while copies < 6:
         life = start(nursery, original, 1, 0.002, 0.0)
-        while not (original / "x.previous.safetensors").exists():
-            time.sleep(0.001)
-        while life.alive() and counts["copies"] < 6:
+        while life.alive() and copies < 6:
+            found = checkpoints_of(original / "x.safetensors")
+            if len(found) < 2:
+                time.sleep(0.001)
+                continue
             copy.mkdir()
-            names = ["x.safetensors.sha256", "x.previous.safetensors", "x.safetensors"]
-            chance.shuffle(names)
-            for name in names:
-                time.sleep(chance.uniform(0, 0.02))
+            for path, _ in chance.sample(found, len(found)):
                 with contextlib.suppress(FileNotFoundError):  # a copying tool says "file vanished" and goes on
-                    (copy / name).write_bytes((original / name).read_bytes())
-            counts["copies"] += 1
-            if start(nursery, copy, 3).end() == 0:
-                assert is_the_end(copy, untouched)
-                counts["went_on_bit_equal"] += 1
-            else:  # nothing in the copy could be trusted: refused, not silently begun anew
-                with pytest.raises(CheckpointError):
-                    load_checkpoint(copy / "x.safetensors")
-                assert not (copy / "report.json").exists()
-                counts["refused"] += 1
+                    data = path.read_bytes()
+                    torn = chance.random() < 0.3
+                    (copy / path.name).write_bytes(data[: len(data) // 2] if torn else data)
+            try:
+                load_checkpoint(copy / "x.safetensors")
+            except CheckpointError:  # nothing in the copy is whole: refused, not silently begun anew
+                if checkpoints_of(copy / "x.safetensors"):
+                    assert start(nursery, copy, 3).end() == 1 and not (copy / "report.json").exists()
+            else:
+                copies += 1
+                assert start(nursery, copy, 3).end() == 0 and is_the_end(copy, untouched)
             shutil.rmtree(copy)
         life.send(signal.SIGKILL)
         life.end()
         begin_anew(original)
-    tally("copied while it was written", **counts)
-    assert counts["went_on_bit_equal"]
+    tally("copied while it was written", copies=copies, went_on_bit_equal=copies)
 
 
 def renamed(path):
     path.rename(path.with_name("something_else.safetensors"))
+
+
+def newest(folder):
+    return checkpoints_of(folder / "x.safetensors")[0][0]
 
 
 SPOILED = {
@@ -206,7 +208,7 @@ def test_killed_and_then_spoiled(nursery, untouched, tally, tmp_path):
     folder, copy = tmp_path / "run", tmp_path / "copy"
     folder.mkdir()
     life = start(nursery, folder, 4, 0.0, 0.01)
-    while life.alive() and not ((folder / "x.previous.safetensors").exists() and step_on_disk(folder) >= 12):
+    while life.alive() and not (step_on_disk(folder) >= 12):
         time.sleep(0.005)
     life.send(signal.SIGKILL)
     assert life.end() == -signal.SIGKILL
@@ -214,7 +216,7 @@ def test_killed_and_then_spoiled(nursery, untouched, tally, tmp_path):
     for name, spoil in SPOILED.items():
         shutil.copytree(folder, copy)
         step = step_on_disk(copy)
-        spoil(copy / "x.safetensors")
+        spoil(newest(copy))
         assert step_on_disk(copy) == step - 4
         assert start(nursery, copy, 4).end() == 0
         assert begun_at(copy) == step - 4, name

@@ -1,8 +1,10 @@
 "The operator against its definition: an independent float64 loop, and every way PyTorch has of calling a function."
 
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from wave_rnns import cell as cells
 from wave_rnns import scan
 from wave_rnns.core import ConfigError
-from wave_rnns.scan import Rows, ScanError, dense_loop, dense_scan, rows, wave_loop, wave_scan, workspace
+from wave_rnns.layer import IdentityRNN, LocalRNN, WaveRNN
+from wave_rnns.scan import Rows, ScanError, dense_loop, dense_scan, reference_loop, rows, wave_loop, wave_scan
+from wave_rnns.scan_cpu import TorchBackend
 
 SCANS = {"wave": wave_scan, "dense": dense_scan}
 ACT = {"relu": lambda z: z.clamp(min=0), "tanh": torch.tanh, "identity": lambda z: z}
@@ -143,19 +148,6 @@ def test_wave_scan_is_the_loop_in_value_and_gradients(T, B, n, k, c, form, last,
     compare(wave_scan, a if h_0 else a | dict(h_0=None), activation, bool(last))
 
 
-@pytest.mark.parametrize("groups", ["CPU", "GPU"])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("T", range(1, 10))
-def test_wide_models_keep_three_states_of_four(T, last, groups, monkeypatch):
-    if groups == "GPU":
-        monkeypatch.setattr(scan, "_groups", lambda u: 1)
-    a = inputs("wave", T, 2, c=16, n=256)
-    compare(wave_scan, a, "relu", last)
-    one_run = [t[None] for t in a.values()]
-    _, kept = torch.ops.wave_rnns.wave_forward(*one_run, "relu", last, True, "faithful")
-    assert len(kept) == T + 1 - (T + 1) // 4
-
-
 DENSES = [
     (1, 1, 1, "float", 0, 0, "relu"),
     (2, 3, 2, "tokens", 1, 0, "tanh"),
@@ -195,15 +187,6 @@ def test_float32_keeps_float32_precision(kind, T, B):
     off = lambda p, q: ((p.double() - q).norm() / q.norm()).item()  # noqa: E731
     assert z.dtype == torch.float32 and off(z, y) < 1e-6
     assert {name: off(t.grad, want[name].grad) < 1e-5 for name, t in got.items()} == dict.fromkeys(got, True)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("runs", [1, 3])
-def test_one_launch_for_all_runs_as_on_a_gpu(form, runs, monkeypatch):
-    monkeypatch.setattr(scan, "_groups", lambda u: 1)
-    each = [inputs("wave", 6, 4, 3, 7, 5, form=form, seed=s) for s in range(runs)]
-    check_population("wave", each, last=False)
-    check_population("wave", each, last=True)
 
 
 def check_population(kind, each, last, activation="relu"):
@@ -362,14 +345,6 @@ def test_opcheck(kind, keep, last):
     torch.library.opcheck(op, (*op_arguments(kind, keep), "relu", last, keep, "faithful"), test_utils=tests)
 
 
-def test_opcheck_of_a_wide_model():
-    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    tensors = op_arguments("wave", True, R=1, T=6, B=2, c=16, n=256)
-    torch.library.opcheck(
-        torch.ops.wave_rnns.wave_forward.default, (*tensors, "relu", True, True, "faithful"), test_utils=tests
-    )
-
-
 @pytest.mark.parametrize("kind", ["wave", "rows", "dense"])
 def test_opcheck_of_the_gradient(kind):
     forward, backward = (getattr(torch.ops.wave_rnns, f"{kind}_{way}").default for way in ("forward", "backward"))
@@ -520,9 +495,9 @@ def test_only_what_is_trained_gets_a_gradient(kind, frozen):
             assert_close(got[name].grad, want[name].grad)
 
 
-# The workspace: memory that is used again must never be used twice at once.
+# Memory that one call keeps must never be another call's.
 
-BIG = dict(T=40, B=32, c=4, n=64)  # its states pass the size from which buffers come from the workspace
+BIG = dict(T=40, B=32, c=4, n=64)
 
 
 def test_several_forwards_may_live_at_once():
@@ -550,7 +525,7 @@ def test_a_backward_may_be_asked_for_twice():
     assert torch.equal(torch.autograd.grad(y.square().sum(), a["u"])[0], first)
 
 
-def test_threads_share_the_workspace():
+def test_threads_do_not_disturb_each_other():
     def gradient(seed):
         torch.set_num_threads(1)
         start.wait()
@@ -570,43 +545,212 @@ def test_threads_share_the_workspace():
             assert torch.equal(g, h)
 
 
-def test_memory_comes_back_and_is_used_again():
-    workspace.clear()
-    like = torch.empty(0)
-    a = workspace.empty(like, (1 << 20,))
-    b = workspace.empty(like, (1 << 20,))
-    address, view = a.data_ptr(), b[5:]
-    assert a.data_ptr() != b.data_ptr() and not workspace.returned
-    del a
-    assert len(workspace.returned) == 1
-    assert workspace.empty(like, (1 << 20,)).data_ptr() == address  # and comes back at once
-    del b
-    assert len(workspace.returned) == 1  # b's block is still seen through a view
-    del view
-    assert len(workspace.returned) == 2
-    workspace.clear()
-    assert not workspace.free and not workspace.returned
-    small = workspace.empty(like, (8,))
-    del small
-    assert not workspace.returned
+@pytest.fixture
+def kept(monkeypatch):
+    "What the CPU's backend was asked to keep, call by call."
+    asked = []
+    for name in ("wave", "rows", "dense"):
+        forward = getattr(TorchBackend, f"{name}_forward")
+
+        def spy(self, *args, forward=forward):
+            asked.append(args[-2])
+            return forward(self, *args)
+
+        monkeypatch.setattr(TorchBackend, f"{name}_forward", spy)
+    return asked
 
 
-def test_waiting_memory_stays_bounded():
-    workspace.clear()
-    blocks = [workspace.empty(torch.empty(0), (1 << 20,)) for _ in range(10)]
-    del blocks
-    workspace.empty(torch.empty(0), (1 << 20,))
-    assert len(workspace.free) + len(workspace.returned) <= workspace.spare + 1
-    workspace.empty(torch.empty(0), (1 << 24,))  # another size of problem: what waited is given back first
-    assert len(workspace.free) + len(workspace.returned) == 1
-
-
-def test_nothing_is_kept_when_nobody_asks_for_a_gradient():
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", SCANS)
+def test_states_are_kept_only_if_somebody_may_ask_for_a_gradient(kind, form, kept):
+    a = inputs(kind, form=form)
+    call(SCANS[kind], a)
     with torch.no_grad():
-        a = trainable(inputs("wave", **BIG))
-        workspace.clear()
-        y = wave_scan(**a, last=True)
-    assert not workspace.free and not workspace.returned and not y.requires_grad
+        call(SCANS[kind], trainable(a))
+    stacked = {k: torch.stack([v, v]) for k, v in a.items()}
+    torch.func.vmap(lambda a: call(SCANS[kind], a))(stacked)
+    assert kept == [False, False, False]
+    call(SCANS[kind], trainable(a))
+    torch.func.vmap(lambda a: call(SCANS[kind], a))(trainable(stacked))
+    torch.func.grad(lambda b: call(SCANS[kind], a | dict(b=b)).sum())(a["b"])
+    assert kept[3:] == [True, True, True]
+
+
+# One step, one home
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    "Every call of the two steps by name, in the one place where cells and loops find them."
+    calls = []
+    for name in ("wave_step", "dense_step"):
+        step = getattr(cells, name)
+
+        def recorder(h, drive, weights, activation, name=name, step=step):
+            calls.append((name, tuple(h.shape), tuple(weights.shape), activation))
+            return step(h, drive, weights, activation)
+
+        monkeypatch.setattr(cells, name, recorder)
+    return calls
+
+
+LAYERS = {
+    "wave": (lambda: WaveRNN(2, 5, c=3), ("wave_step", (4, 3, 5), (3, 3, 3), "relu")),
+    "local": (lambda: LocalRNN(2, 5, c=3), ("wave_step", (4, 3, 5), (5, 3, 3, 3), "relu")),
+    "dense": (lambda: IdentityRNN(2, 5), ("dense_step", (4, 5), (5, 5), "relu")),
+}
+
+
+@pytest.mark.parametrize("make, expected", LAYERS.values(), ids=LAYERS)
+def test_cells_loops_and_layers_on_the_reference_path_share_one_step(make, expected, steps):
+    layer, x = make(), torch.randn(6, 4, 2)
+    with reference_loop():
+        output, _ = layer(x)
+    assert steps == [expected] * 6  # every step of the layer
+    cell, h = layer.cells[0], torch.zeros(expected[1])
+    for x_t in x:
+        h = cell(x_t, h)
+    assert steps == [expected] * 12
+    assert_close(h.flatten(1), output[-1])
+    if not isinstance(layer, LocalRNN):  # which has no other way
+        assert_close(layer(x)[0], output)
+        assert len(steps) == 12  # the operator has its own
+
+
+def test_the_loops_call_the_step_they_find(steps):
+    call(wave_loop, inputs("wave", T=5))
+    call(dense_loop, inputs("dense", T=5))
+    assert [name for name, *_ in steps] == ["wave_step"] * 5 + ["dense_step"] * 5
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_reference_loop_has_all_derivatives_and_the_same_checks(kind, form):
+    a = inputs(kind, form=form)
+    with reference_loop():
+        compare(SCANS[kind], a, "tanh", True)
+        t = trainable(a)
+        (first,) = torch.autograd.grad(
+            call(SCANS[kind], t, activation="tanh").square().sum(), t["b"], create_graph=True
+        )
+        first.square().sum().backward()
+        with pytest.raises(ScanError, match="Expected hidden size"):
+            call(SCANS[kind], a | dict(h_0=a["h_0"][:1]))
+    assert t["b"].grad.abs().sum() > 0
+    assert call(SCANS[kind], trainable(a)).grad_fn is not None
+
+
+# How far it is from a layer to a backend
+
+
+@pytest.mark.parametrize("make", [lambda: WaveRNN(2, 5, c=3), lambda: IdentityRNN(2, 5)], ids=SCANS)
+def test_few_functions_of_ours_stand_between_a_layer_and_its_backend(make, monkeypatch):
+    "Four, the layer's forward included; in a population six."
+    package, stacks = str(Path(scan.__file__).parent), []
+    for name in ("wave_forward", "dense_forward"):
+        forward = getattr(TorchBackend, name)
+
+        def spy(self, *args, forward=forward):
+            stacks.append([f.function for f in inspect.stack()[1:] if f.filename.startswith(package)])
+            return forward(self, *args)
+
+        monkeypatch.setattr(TorchBackend, name, spy)
+    layer, x = make(), torch.randn(6, 4, 2)
+    loss = lambda p: torch.func.functional_call(layer, p, (x,))[0].sum()  # noqa: E731
+    population, _ = torch.func.stack_module_state([make() for _ in range(3)])
+    layer(x)
+    torch.func.vmap(loss)(population)
+    torch.func.vmap(torch.func.grad(loss))(population)
+    assert len(stacks) == 3 and all(stack[-1] == "forward" for stack in stacks)
+    assert [len(stack) <= limit for stack, limit in zip(stacks, (4, 6, 6), strict=True)] == [True] * 3, stacks
+
+
+# Precision
+
+
+def test_full_precision_is_counted_across_threads():
+    "The first in remembers the switch, the last out restores it, whatever happens in between."
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with scan.full_precision():
+            inside.set()
+            assert leave.wait(30)
+
+    try:
+        switch.fp32_precision = "tf32"
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(stay)
+            assert inside.wait(30)
+            with pytest.raises(KeyError), scan.full_precision():
+                raise KeyError
+            assert switch.fp32_precision == "ieee"  # the other one still computes
+            switch.fp32_precision = "tf32"  # who changes it now waits for the last one to leave
+            with scan.full_precision():
+                assert switch.fp32_precision == "ieee"
+            assert switch.fp32_precision == "ieee"
+            leave.set()
+            other.result()
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before
+
+
+def test_scans_in_many_threads_never_see_tf32(monkeypatch):
+    seen, forward = set(), TorchBackend.dense_forward
+
+    def look(self, *args):
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        y = forward(self, *args)
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return y
+
+    monkeypatch.setattr(TorchBackend, "dense_forward", look)
+    before = torch.backends.cuda.matmul.fp32_precision
+    a = inputs("dense", T=2)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: dense_scan(**a), range(200)))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert seen == {"ieee"}
+
+
+# Integers out of range
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 4])
+@pytest.mark.parametrize("form", ["tokens", "rows"])
+@pytest.mark.parametrize("kind", SCANS)
+def test_an_integer_out_of_range_is_an_error_in_both_scans_compiled_or_not(kind, form, wrong, compiled):
+    torch._dynamo.reset()
+    function = partial(call, SCANS[kind])
+    a = inputs(kind, form=form)
+    if compiled:
+        function = torch.compile(function, fullgraph=True)
+        assert_close(function(a), call(SCANS[kind], a))
+    index = a["x" if form == "tokens" else "index"]
+    index[3, 1] = wrong if form == "tokens" else (-1 if wrong < 0 else 5)
+    if form == "rows":
+        a["x"] = rows(a.pop("table"), index.clamp(0, 4))._replace(index=a.pop("index"))
+        function = partial(SCANS[kind]) if not compiled else torch.compile(SCANS[kind], fullgraph=True)
+        function = partial(lambda f, a: f(**a), function)
+    with pytest.raises(ScanError, match="x: expected integers from 0 to"):
+        function(a)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_an_integer_out_of_range_is_an_error_in_a_population(kind):
+    each = [inputs(kind, form="tokens", seed=s) for s in range(2)]
+    stacked = {k: torch.stack([a[k] for a in each]) for k in each[0]}
+    stacked["x"][1, 2, 0] = 4
+    with pytest.raises(ScanError, match="from 0 to 3, got 0 to 4"):
+        torch.func.vmap(lambda a: SCANS[kind](**a))(stacked)
 
 
 GOOD = inputs("wave")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import tiny_task
 from conftest import ROOT
 
-from wave_rnns.paper import checkpoints, data, reports, sweeps, tasks
+from wave_rnns.paper import checkpoints, cli, data, records, reports, sweeps, tasks
 from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError
 from wave_rnns.paper.models import build_model
@@ -26,7 +27,7 @@ SOURCES = sorted([*ROOT.glob("wave_rnns/**/*.py"), *ROOT.glob("nbs/_web/*.py")])
 
 MODULES = {  # whose very import is to be justified: they unpickle, or hand work over as pickles
     "pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle", "pandas", "multiprocessing",
-    "torch.multiprocessing", "concurrent.futures", "submitit", "code", "codeop", "commands", "imp", "runpy", "yaml",
+    "torch.multiprocessing", "concurrent.futures", "code", "codeop", "commands", "imp", "runpy", "yaml",
 }  # fmt: skip
 CALLS = {
     "eval", "exec", "compile", "__import__", "importlib.import_module",
@@ -41,7 +42,7 @@ RUNNERS = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call
 
 ALLOWED = {  # (file, what) -> why
     ("launch.py", "ctypes.CDLL"): "CUDA's own libraries, by names that are constants or paths inside NVIDIA's wheels",
-    ("sweeps.py", "submitit"): "hands its jobs to Slurm as pickles in results/slurm: who may write there is the user alone",
+    ("__init__.py", "importlib.import_module"): "the layer, by a constant name",
     ("api.py", "importlib.import_module"): "lists the package's own modules",
     ("tasks.py", "importlib.import_module"): "a task of the user's own, where the caller says trusted=True (test_tasks.py)",
     ("build.py", "__import__"): "smalldocs, by a constant name",
@@ -200,14 +201,14 @@ def live(folder: str) -> int:
     runs = [ex.Run(e, seed) for seed in (0, 1)]
     warnings.simplefilter("ignore")
     try:
-        ex.train(runs, folder, "cpu", progress=False, interrupt=lambda: next(asked))
+        sweeps.train(runs, folder, "cpu", progress=False, interrupt=lambda: next(asked))
     except WaveRNNError as error:
         assert "stopped at step" in str(error)
-    records = ex.train(runs, folder, "cpu", progress=False)
-    assert len(records) == len(ex.read_records(folder)) == 2
+    done = sweeps.train(runs, folder, "cpu", progress=False)
+    assert len(done) == len(ex.read_records(folder)) == 2
     ex.read_curve(runs[0].path(folder, ".csv"))
     reports.write_tables(folder)
-    sweeps.overview(sweeps.Board(runs, folder))
+    sweeps.ranking(sweeps.Grid("g", (e,), seeds=(0, 1)), folder)
     checkpoints.save_weights(folder / "w", build_model(model, 0).state_dict(), model)
     checkpoints.load_weights(folder / "w")
     data.load_digits()
@@ -324,11 +325,11 @@ def test_names_that_would_leave_the_folder(name, folder, monkeypatch):
             ex.from_config({**ex.to_config(TINY), field: name})
     with pytest.raises(ConfigError):
         sweeps.Grid(name, (TINY,))
-    for command in (ex.wrnn_train, sweeps.wrnn_sweep):
+    for command in (cli.wrnn_train, cli.wrnn_sweep):
         with pytest.raises((WaveRNNError, OSError)):
             command(name, results=str(folder))
     with pytest.raises(ConfigError):
-        ex.wrnn_todo(name, results=str(folder))
+        cli.wrnn_todo(name, results=str(folder))
     for call in (data.have_data, data.fetch, data.load_raw):
         with pytest.raises(ConfigError):
             call(name)
@@ -337,12 +338,12 @@ def test_names_that_would_leave_the_folder(name, folder, monkeypatch):
 
 def test_a_record_that_names_another_place(folder):
     "A record is found by where it lies; what it says of itself does not lead anywhere."
-    ex.train([ex.Run(TINY, 0)], folder, "cpu", progress=False)
+    sweeps.train([ex.Run(TINY, 0)], folder, "cpu", progress=False)
     path = ex.Run(TINY, 0).path(folder)
-    record = ex.read_record(path)
+    record = records.read_record(path)
     for change in ({"key": "../../outside/x"}, {"config": {**record["config"], "task": "../../outside"}}):
         evil = {**record, **change}
-        path.write_text(json.dumps({**evil, "sha256": ex.content_hash(evil)}))
+        path.write_text(json.dumps({**evil, "sha256": records.content_hash(evil)}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read = ex.read_records(folder)
@@ -363,7 +364,7 @@ def test_links_out_of_the_results_folder(link, folder):
     path = {"a record": run.path(folder), "a curve": run.path(folder, ".csv")}.get(link, folder / link)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(outside if "r" == link[0] else outside / "precious.json")
-    for act in (lambda: ex.read_records(folder), lambda: ex.train([run], folder, "cpu", progress=False)):
+    for act in (lambda: ex.read_records(folder), lambda: sweeps.train([run], folder, "cpu", progress=False)):
         with contextlib.suppress(
             RecordError
         ):  # refused, or the link itself replaced: `folder` looks at what is outside
@@ -372,7 +373,7 @@ def test_links_out_of_the_results_folder(link, folder):
 
 
 def test_a_stray_file_among_the_records_stops_nothing(folder):
-    record = ex.train([ex.Run(TINY, 0)], folder, "cpu", progress=False)
+    record = sweeps.train([ex.Run(TINY, 0)], folder, "cpu", progress=False)
     for name in ("notes.json", "0123.json", "x" * 200 + ".json", "copy of a record.json"):
         (folder / "runs" / "copy" / name).write_text("{}")
     with warnings.catch_warnings():
@@ -381,31 +382,21 @@ def test_a_stray_file_among_the_records_stops_nothing(folder):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_link_in_the_place_of_a_checkpoint_folder(resume, folder):
-    "`--resume no` empties the folder of a half-finished population: not one that somebody put there as a link."
-    run, outside = ex.Run(TINY, 0), folder.parent / "outside"
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / ex.population_folder(folder, [run]).name).symlink_to(outside)
+def test_a_link_in_the_place_of_the_checkpoints(resume, folder):
+    "`--resume no` deletes half-finished populations: not in a folder that somebody put there as a link."
+    (folder / "checkpoints").symlink_to(folder.parent / "outside")
     with pytest.raises(RecordError, match="leads out"):
-        ex.train([run], folder, "cpu", resume=resume, progress=False)
+        sweeps.train([ex.Run(TINY, 0)], folder, "cpu", resume=resume, progress=False)
 
 
 def test_words_for_a_batch_script(tmp_path):
-    "A line break in an option would begin a line of shell; % and \\ mean something else to sbatch."
-    sweeps.check_words(tmp_path, account="physics", mem="8G", partition=None)
-    for name, value in (
-        ("account", "x\nrm -rf ~"),
-        ("account", "x\0"),
-        ("a b", "x"),
-        ("x;y", "z"),
-        ("A$(x)", "y"),
-        ("", "x"),
-    ):
-        with pytest.raises(ConfigError, match="no option of sbatch"):
-            sweeps.check_words(tmp_path, **{name: value})
-    for path in ("x%j", "x\\y", "x\ny"):
-        with pytest.raises(ConfigError, match="results folder"):
-            sweeps.check_words(tmp_path / path)
+    "A folder's name is one word of the script, whatever it says; a line break would begin a line of shell."
+    text = sweeps.sbatch_text(["wrnn_sweep", "x; rm -rf ~", "$(touch y)", "`z`"])
+    (line,) = (line for line in text.splitlines() if line.startswith("srun "))
+    assert shlex.split(line)[-3:] == ["x; rm -rf ~", "$(touch y)", "`z`"]
+    for word in ("x\nrm -rf ~", "x\0", "x\r"):
+        with pytest.raises(ConfigError, match="control characters"):
+            sweeps.sbatch_text(["wrnn_sweep", word])
 
 
 def test_the_workflow_of_a_release_names_the_audit():

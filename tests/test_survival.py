@@ -15,9 +15,10 @@ import torch
 
 import wave_rnns
 from wave_rnns.paper import sweeps
-from wave_rnns.paper.checkpoints import load_checkpoint, load_weights, save_weights
-from wave_rnns.paper.experiments import Experiment, population_folder, read_records
+from wave_rnns.paper.checkpoints import CheckpointFile, load_checkpoint, load_weights, save_weights
+from wave_rnns.paper.experiments import Experiment
 from wave_rnns.paper.models import ModelConfig, build_model
+from wave_rnns.paper.records import read_records
 
 HERE = Path(__file__).parent
 RELEASES = HERE / "releases"
@@ -81,24 +82,17 @@ def test_a_sweep_goes_on_when_runs_explode(tmp_path, monkeypatch, tally):
     sizes = {"T": 1, "batch_size": 8, "valid_size": 20, "test_size": 20}
     e = Experiment("tiny", "copy", sizes, model, lr=1e-2, steps=24, eval_every=8, log_every=4)
     grid = sweeps.Grid("g", (e,), {"lr": [1e-2, 1e18], "clip": [0, 1]}, seeds=(0, 1), together=8)
-    kept, real = {}, sweeps.train_group
+    kept, real = {}, CheckpointFile.save
 
-    def train_group(group, results, *rest, **options):
-        path = population_folder(results, group) / "population.safetensors"
+    def save(self, tensors, meta):
+        real(self, tensors, meta)
+        tensors, meta = load_checkpoint(self.path)
+        kept[meta["history"]["step"]] = all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
-        def watch(training):
-            if path.exists():
-                tensors, meta = load_checkpoint(path)
-                kept[meta["history"]["step"]] = all(
-                    t.isfinite().all() for t in tensors.values() if t.is_floating_point()
-                )
-
-        return real(group, results, *rest, **{**options, "watch": watch, "checkpoint_seconds": 0})
-
-    monkeypatch.setattr(sweeps, "train_group", train_group)
+    monkeypatch.setattr(CheckpointFile, "save", save)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sweeps.work(grid, tmp_path, "cpu")
+        sweeps.work(grid.runs(), tmp_path, "cpu", 8, checkpoint_seconds=0)
     assert len(kept) > 2 and all(kept.values()), "every checkpoint holds finite weights only"
     records = read_records(tmp_path)
     status = {(r["config"]["lr"], r["config"]["clip"], r["seed"]): r for r in records}

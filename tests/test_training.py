@@ -1,14 +1,16 @@
 "The trainer: equal to torch.optim, equal alone and in company, frozen when it must be, and never asking the host in a step."
 
+import ast
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wave_rnns.core import ConfigError
+from wave_rnns.core import ConfigError, sha256
 from wave_rnns.paper.models import ModelConfig, build_model
 from wave_rnns.paper.tasks import make_task
 from wave_rnns.paper.training import (
@@ -20,7 +22,7 @@ from wave_rnns.paper.training import (
     code_hash,
     differences,
     fit,
-    without_docstrings,
+    skeleton,
 )
 
 
@@ -398,12 +400,59 @@ def test_models_that_do_not_fit_the_task():
         fit(TinyTask(), WAVE, RUNS, **RHYTHM, graph=True)
 
 
+def form(source: str) -> str:
+    return repr(skeleton(ast.parse(source)))
+
+
+SOURCE = '''
+@dataclass
+class A(B, metaclass=C):
+    "Words."
+    x: int = 3
+
+    async def f(self, *args: int, y=None, **kwargs) -> str:
+        """More words."""
+        return f"{self.x!r:>{args[0]}} and {y}" "joined" if y else [*args, {**kwargs}]
+
+
+def g(a, /, b, *, c=1):
+    match a:
+        case {"k": [1, *rest]}:
+            lambda z: z @ rest
+    try:
+        pass
+    except* ValueError:
+        x[1:2, ...] = -1
+'''
+
+
 def test_the_code_hash_sees_code_and_not_words():
     assert len(code_hash()) == 16 and code_hash() == code_hash()
-    a = 'X = """kernel"""\ndef f(x):\n    "Doc."\n    # why\n    return x'
-    assert without_docstrings(a) == without_docstrings('X = """kernel"""\ndef f(x):\n    "Other."\n\n    return x')
-    assert without_docstrings(a) != without_docstrings(a.replace("kernel", "colonel"))
-    assert without_docstrings(a) != without_docstrings(a.replace("return x", "return -x"))
+    a = 'X = """kernel"""\n\ndef f(x):\n    "Words."\n    return x  # more'
+    assert form(a) == form('X = """kernel"""\ndef f(x):\n    "Other."\n\n    return x')
+    assert form(a) != form(a.replace("kernel", "colonel"))
+    assert form(a) != form(a.replace("return x", "return -x"))
+
+
+def test_the_code_hash_is_that_of_every_python():
+    "The number was taken on 3.11; `ast.unparse` and `ast.dump` say something else on 3.12 and 3.13."
+    assert sha256(form(SOURCE).encode())[:16] == "d83cd3edd432f082"
+
+
+def test_the_code_hash_covers_folders_and_kernels(monkeypatch, tmp_path):
+    package = tmp_path / "wave_rnns"
+    (package / "kernels").mkdir(parents=True)
+    (package / "paper").mkdir()
+    names = ("cell.py", "new_room.py", "kernels/wave.cu", "kernels/common.cuh", "kernels/wave.py", "paper/tasks.py")
+    for name in (*names, "paper/reports.py", "paper/sweeps.py"):
+        (package / name).write_text("x = 1\n")
+    spec = SimpleNamespace(origin=str(package / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    seen = {code_hash.__wrapped__()}
+    for name in (*names, "paper/reports.py", "paper/sweeps.py"):
+        (package / name).write_text("x = 2\n")
+        seen.add(code_hash.__wrapped__())
+    assert len(seen) == 1 + len(names)
 
 
 def test_differences_name_what_changed():

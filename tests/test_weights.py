@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from wave_rnns.core import CheckpointError, ConfigError
 from wave_rnns.paper import weights
-from wave_rnns.paper.experiments import EXPERIMENTS, read_record, run_key
+from wave_rnns.paper.experiments import EXPERIMENTS, run_key
+from wave_rnns.paper.records import read_record
 from wave_rnns.paper.tasks import have_data, make_task
 from wave_rnns.paper.weights import SHIPPED, load, median_run, shipped_weights
 

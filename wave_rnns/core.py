@@ -22,9 +22,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import wave_rnns
 
 # %% ../nbs/09_core.ipynb #a2c69154
@@ -59,8 +56,10 @@ def data_root() -> Path:
         ) from error
 
 
-def default_device() -> torch.device:
+def default_device() -> "torch.device":  # noqa: F821 - torch takes seconds to import
     "The GPU where CUDA sees one, else the CPU. CUDA is asked when this is called, never at import."
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/09_core.ipynb #fdcc320a
@@ -136,7 +135,7 @@ def sha256(
 # %% ../nbs/09_core.ipynb #e011608f
 def plain(value):
     "`value` in JSON's own types: dataclasses become dictionaries, paths strings, tuples lists, NaN and infinity None."
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+    if hasattr(value, "tolist"):  # a tensor, an array, or a number out of one
         value = value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -206,6 +205,9 @@ def git_commit() -> str | None:
 
 def environment() -> dict:
     "What a record says about the machine: versions, device, commit."
+    import numpy as np
+    import torch
+
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),

@@ -136,7 +136,7 @@ def draw_spectrum(
 ):
     """A ring's spectrum less its null, in decibels below the highest point that is not all neurons together (k = 0).
 
-    Axes: cycles per neuron, cycles per step; black is 30 dB down, or not above the null."""
+    Axes: cycles per neuron, cycles per step; black is 40 dB down, or not above the null."""
     spectrum = wave_spectrum(states)
     ax = plt.subplots()[1] if ax is None else ax
     n = len(spectrum.wavenumber)
@@ -144,14 +144,14 @@ def draw_spectrum(
     w = np.append(spectrum.frequency, spectrum.frequency[-1] + spectrum.frequency[1])
     above = np.maximum(spectrum.power - spectrum.null, 0)
     top = above[:, spectrum.wavenumber != 0].max()
-    decibel = 10 * np.log10(np.maximum(above / (top or 1), 1e-3))
+    decibel = 10 * np.log10(np.maximum(above / (top or 1), 1e-4))
     ax.set_facecolor("black")
-    ax.pcolormesh(k, w - w[1] / 2, decibel, cmap="magma", vmin=-30, vmax=0, rasterized=True)
+    ax.pcolormesh(k, w - w[1] / 2, decibel, cmap="magma", vmin=-40, vmax=0, rasterized=True)
     if speed is not None and math.isfinite(speed):
         k = np.linspace(-0.5, 0.5, 2001)
         w = (-speed * k + 0.5) % 1 - 0.5
         w[(w < 0) | (np.abs(np.gradient(w)) > 0.1)] = np.nan
-        ax.plot(k, w, "--", color="white", lw=0.7)
+        ax.plot(k, w, color="cyan", lw=0.8, dashes=(4, 12))
     ax.set(
         xlabel="$k$, cycles per neuron",
         ylabel="$w$, cycles per step",
@@ -405,10 +405,10 @@ def refine(
     pull = (right - left) / (2 * step) + bend * (speed - speeds[i])
     weight = np.maximum(-bend, 0)
     effective = weight.sum() ** 2 / max((weight**2).sum(), 1e-300)  # number of wavenumbers
-    if effective > 3 and bend.sum() < 0:
+    if effective > 2 and bend.sum() < 0:
         spread = math.sqrt((pull**2).sum() * effective / (effective - 1)) / -bend.sum()
-        if spread > 1.5 * error:
-            half = max(half, student(effective - 1) * spread)
+        if spread > (1.5 if effective > 3 else 2) * error:
+            half = max(half, student(max(effective - 1, 2)) * spread)
     return half, speed
 
 # %% ../nbs/06_waves.ipynb #36779d57
@@ -483,13 +483,23 @@ def lag_speed(
         inside = (at >= 0) & (at < curves.shape[1])
         stacked[inside] += curves[i, at[inside]]
     slope = slowness[slowest_peak(stacked, slowness, 0.8)]
+    once = np.flatnonzero(np.abs(slowness) <= 2 * abs(slope) / n)
+    best = once[stacked[once].argmax()]
+    if stacked[best] >= 0.45 * stacked.max() and best not in (once[0], once[-1]):
+        slope = slowness[best]  # what was found first had gone around the whole ring
+    strongest = max(
+        np.interp((slope * distances[i] + M) * fine, np.arange(curves.shape[1]), curves[i])
+        for i in near
+    )
     top = bottom = 0.0
     for d, curve in zip(distances, curves, strict=True):
         expected = (slope * d + M) * fine
         if not fine < expected < len(curve) - 1 - fine:
             break
         at, height = peak_near(curve, round(expected))
-        if height > 0 and abs(at - expected) <= fine * max(2.0, 0.5 * abs(slope)):
+        if height > max(0, 0.5 * strongest) and abs(at - expected) <= fine * max(
+            2, abs(slope) / 2
+        ):
             top += height**2 * d * (at / fine - M)
             bottom += height**2 * d * d
             slope = top / bottom

@@ -35,7 +35,9 @@ from wave_rnns.core import (
     read_small,
     to_json,
 )
-from .experiments import answer, checked_device, results_root
+from .config import answer
+from .experiments import checked_device
+from .records import results_root
 from .training import code_hash
 from ..scan import dense_loop, dense_scan, wave_loop, wave_scan
 

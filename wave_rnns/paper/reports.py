@@ -25,14 +25,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import Param, call_parse, is_cli
 
-from wave_rnns.paper.experiments import (
-    EXPERIMENTS,
-    Experiment,
-    answer,
+from .config import answer
+from .experiments import EXPERIMENTS, Experiment, run_key
+from wave_rnns.paper.records import (
+    existing_results,
     read_curve,
     read_records,
     results_root,
-    run_key,
     run_path,
 )
 
@@ -314,8 +313,10 @@ def markdown(
 
 def plus_minus(entry: dict | None, measure: str) -> str:
     "A printed mean with its standard deviation."
-    if not entry or entry["value"] is None:
+    if not entry:
         return "–"
+    if entry["value"] is None:
+        return "never"  # solved
     digits = functools.partial(show, measure=measure)
     if entry["spread"] is None:
         return f"{digits(entry['value'])} (one of three)"
@@ -375,12 +376,15 @@ def comparison(
         )
         last = last_step(runs, measure) if measure != "solved_step" else "–"
         test = against_paper(o, paper_sample(name, measure, paper))
-        printed = as_printed(o.paper, measure)
+        entry = paper_entry(name, measure, paper, "paper")
+        printed = "never" if entry and o.paper is None else as_printed(o.paper, measure)
         cells = [printed, *means, o, last, *test, runs_text(runs)]
         rows.append([marked(label, runs), *cells])
     table = dagger(markdown(HEADER, rows, fold=True)) if rows else ""
-    lacking = f"No runs: {'; '.join(missing)}.\n" if missing else ""
-    return "\n".join(filter(None, (table, lacking)))
+    notes = [f"No runs: {'; '.join(missing)}.\n"] if missing else []
+    if measure != "solved_step" and "diverged" in table:
+        notes.append("A diverged run counts with its chosen step and has no last one.\n")
+    return "\n".join(filter(None, (table, *notes)))
 
 
 def marked(label: str, runs: list[dict]) -> str:
@@ -656,8 +660,7 @@ def table_7(records: list[dict], paper: list[dict]) -> str:
             test = ["–"] * 3
         values = ", ".join(show(v, measure) for v in o.values) or "–"
         unit = {"solved_step": "steps to solve", "mse": "MSE", "accuracy": "%"}[measure]
-        printed = plus_minus(p, measure) if p["value"] is not None else "never"
-        cells = [unit, printed, ours, *test, values, runs_text(runs)]
+        cells = [unit, plus_minus(p, measure), ours, *test, values, runs_text(runs)]
         rows.append([marked(label, runs), *cells])
     header = [
         "experiment",
@@ -697,7 +700,7 @@ SUMMARY = {  # task -> (label, measure, experiments in order of preference)
 
 def run_or_older(name: str, records: list[dict]) -> str:
     "The experiment, or where it has no run the same model at an older setting that has."
-    settings = [name, *(f"{name}_{s}" for s in ("lr5", "rerun", "lr3"))]
+    settings = [name, *(f"{name}_{s}" for s in ("lr5", "lr3", "rerun"))]
     settings = [n for n in settings if n in EXPERIMENTS]
     return next((n for n in settings if records_of(n, records)), name)
 
@@ -923,7 +926,7 @@ def wrnn_tables(
 
     Each of the paper's tables is put beside ours: every value, or mean and 95 % interval
     from five runs on, with a test against the paper's own mean where it prints one."""
-    folder = Path(results) if results else results_root()
+    folder = existing_results(results)
     written = write_tables(folder)
     if is_cli(wrnn_tables):
         names = ", ".join(p.name for p in written)

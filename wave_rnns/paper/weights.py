@@ -67,7 +67,8 @@ def ship(
     folder: Path,  # wave_rnns/weights of the checkout
 ) -> list[str]:  # names that were written; the others have no run whose weights are here
     "Write the median run's weights of each row in SHIPPED, and a card for each."
-    from wave_rnns.paper.experiments import EXPERIMENTS, read_records, run_key
+    from wave_rnns.paper.experiments import EXPERIMENTS, run_key
+    from wave_rnns.paper.records import read_records
 
     cards_path = Path(folder) / "cards.json"
     cards = json.loads(cards_path.read_text()) if cards_path.exists() else {}

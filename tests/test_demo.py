@@ -1,0 +1,104 @@
+"The demo's command and page, on a few steps: what was cut or did not work is said, mistakes are one line, no display is asked for."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from wave_rnns.paper import demo
+
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("digits", [None, "digits", "mnist"])
+def test_both_networks_get_the_same_steps_and_the_same_batches(digits):
+    for device in ("cpu", "cuda"):
+        shows = demo.acts(device, digits, quick=0.5)
+        assert len(shows) == (3 if digits else 2)
+        for pair in shows.values():
+            wave, still = pair["wRNN"], pair["iRNN"]
+            assert (wave.model.kind, still.model.kind) == ("wrnn", "irnn")
+            for name in ("task", "task_options", "steps", "eval_every", "seeds"):
+                assert getattr(wave, name) == getattr(still, name)
+            assert (
+                wave.steps
+                == next(iter(demo.acts(device, digits, 1.0)[t] for t in shows if shows[t] is pair))["wRNN"].steps / 2
+            )
+
+
+@pytest.mark.parametrize(
+    "args, code, says",
+    [
+        (["--device", "foo"], 1, "unknown device 'foo': use cpu, cuda"),
+        (["--device", "cuda:99"], 1, "leave --device out"),
+        (["--quick", "-1"], 2, "--quick -1: expected a fraction of the steps, 0 to 1"),
+        (["--quick", "0"], 2, "--quick 0: expected a fraction"),
+        (["--quick", "nan"], 2, "--quick nan: expected a fraction"),
+        (["--quick", "0.01", "--out", "a_file/x", "--device", "cpu"], 1, "a_file"),
+    ],
+)
+def test_mistakes_are_one_line(call, tmp_path, args, code, says):
+    (tmp_path / "a_file").write_text("")
+    found, out, err = call("wrnn_demo", *args)
+    assert (found, out) == (code, "") and says in err and err.count("\n") == 1 and err.startswith("wrnn_demo: ")
+
+
+@pytest.mark.parametrize("backend", ["module://no_such_backend", "TkAgg"])
+def test_a_glimpse_without_display_home_or_mnist(script, tmp_path, backend):
+    "No backend, no home directory, no MNIST: the page is there, says what was cut, and which digits it used."
+    env = {k: v for k, v in ENV.items() if k not in ("HOME", "WAVE_RNNS_DATA", "DISPLAY")}
+    env |= {"MPLBACKEND": backend, "WAVE_RNNS_DATA": str(tmp_path / "nothing")}
+    args = ["--quick", "0.01", "--device", "cpu", *(["--no_digits"] if backend == "TkAgg" else [])]
+    done = subprocess.run(
+        [sys.executable, script("wrnn_demo"), *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "wrnn_demo" / "index.html").read_text()
+    for text in (page, done.stdout):
+        assert "Cut short: every network was trained for 1% of its steps." in text and "did not learn to copy" in text
+        assert ("the 2,700 of MNIST that travel with the package" in text) == (backend != "TkAgg")
+    assert page.count("<img alt=") == (5 if backend == "TkAgg" else 6) and 'src="http' not in page
+    assert demo.PAPER in page and demo.DOCS in page and page.count("data:image/webp") == 1
+    assert (tmp_path / "wrnn_demo" / "table.txt").read_text().splitlines()[0].startswith("task")
+    assert len(list((tmp_path / "wrnn_demo/results/runs").glob("*/*.json"))) == (4 if backend == "TkAgg" else 6)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(script, tmp_path):
+    args = [sys.executable, script("wrnn_demo"), "--device", "cpu", "--no_digits"]
+    process = subprocess.Popen(args, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("wrnn_demo/results/checkpoints/*/runs.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75 and err.count("\n") == 1 and "start again to go on" in err, err
+    assert list(tmp_path.glob("wrnn_demo/results/checkpoints/*/*.safetensors"))
+    assert not (tmp_path / "wrnn_demo" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("wave", "still", "says"),
+    [
+        (0.999, 0.12, "Traveling waves remember: 99.9% recalled, 12.0% without waves"),
+        (0.999, 0.95, "Both networks learned to copy"),
+        (0.4, 0.12, "This time the wave network did not learn to copy: it recalls 40.0%"),
+        (None, 0.12, "did not learn to copy"),
+    ],
+)
+def test_the_headline_is_what_happened(wave, still, says):
+    show = {m: demo.Trained(None, None, {}, [], None) for m in ("wRNN", "iRNN")}
+    task = type("T", (), {"metric": "cross_entropy", "name": "copy"})()
+    for t, score in zip(show.values(), (wave, still), strict=True):
+        t.task, t.record = task, {"test_best": {"accuracy": score}, "status": "diverged" if score is None else "done"}
+        t.record["diverged_step"] = 7
+    assert says in demo.headline({"Copy": show})
+    notes = demo.remarks({"Copy": show}, 1.0)
+    assert ("Copy: the wRNN diverged at step 7." in notes) == (wave is None)
+    assert not any("Cut short" in note for note in notes)
+    json.dumps(notes)
