@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageStat
 
 from wave_rnns.core import ConfigError
-from wave_rnns.paper.play import SMALL, decode, draw_animation, encode, make_page, read_address, run
+from wave_rnns.paper.play import SMALL, decode, draw_animation, encode, example_digits, make_page, read_address, run
 from wave_rnns.paper.tasks import make_task
 from wave_rnns.paper.weights import load, shipped_weights
 
 PAGE = ROOT / "wave_rnns/paper/play.html"
-DIGITS = json.loads((ROOT / "wave_rnns/paper/play_digits.json").read_text())["digits"]
+DIGITS = example_digits()
 ADDRESSES = [
     "scene=copy&in=5861437824",
     "scene=copy&in=5861444824&delay=33&turn=3",

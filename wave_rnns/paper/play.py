@@ -26,6 +26,7 @@ from torch.nn.functional import one_hot
 
 from ..cell import shifted_copies
 from ..core import BUMP, WAVE, ConfigError, atomic_write, sha256
+from .data import load_digits
 from .models import ModelConfig, SequenceModel, build_model, count_parameters
 from .weights import load
 
@@ -271,14 +272,10 @@ def run(
 
 # %% ../../nbs/19_play_page.ipynb #c1d87e17
 def example_digits() -> dict[str, str]:
-    "The first test image of each class of MNIST, at 16 levels of grey, as addresses have them. Needs MNIST in the data folder."
-    from wave_rnns.paper.tasks import load_raw
-
-    images, labels = load_raw("mnist")[2:]
-    pixels = [images[(labels == d).nonzero()[0, 0]].flatten() for d in range(10)]
-    return {
-        str(d): encode((p.float() / 17).round().int().tolist()) for d, p in enumerate(pixels)
-    }
+    "The first test image of each class of MNIST, at 16 levels of grey, as addresses have them."
+    images, labels = load_digits()["test"]
+    pixels = [images[labels == d][0].flatten() / 17 for d in range(10)]
+    return {str(d): encode(p.round().int().tolist()) for d, p in enumerate(pixels)}
 
 
 def base64_of(tensor: Tensor) -> str:
@@ -288,7 +285,6 @@ def base64_of(tensor: Tensor) -> str:
 
 def page_data() -> dict:
     "What the page computes with: networks, digits, names of things."
-    digits = json.loads((files("wave_rnns.paper") / "play_digits.json").read_text("utf-8"))
     nets = {
         name: {"kind": kind, "n": cell.n, "c": getattr(cell, "c", 1), "inputs": cell.input_size,
                **{key.split(".")[-1] if "cells" in key else key.replace("readout.", "W_"): base64_of(value)
@@ -298,7 +294,7 @@ def page_data() -> dict:
         for cell in model.layer.cells
     }  # fmt: skip
     bare = networks(View("ring", ()))[1].layer.cells[0].V
-    return {"nets": nets, "bare": base64_of(bare), "digits": digits["digits"], "lag": LAG}
+    return {"nets": nets, "bare": base64_of(bare), "digits": example_digits(), "lag": LAG}
 
 
 def make_page(
