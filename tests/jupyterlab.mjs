@@ -44,6 +44,8 @@ for (const [number, name] of JSON.parse(notebooksJson).entries()) {
     const prompts = () => tab.$$eval(".jp-CodeCell .jp-InputPrompt", (ps) => ps.map((p) => p.textContent.trim()));
     await until("start", async () => (await prompts()).some((p) => /^\[(\*|\d+)\]/.test(p)), 60);
     await until("end", async () => (await prompts()).every((p) => !p.includes("*")) && (await kernelIdle(name)), 240);
+    // pictures are drawn after the kernel has gone idle, on a busy machine long after
+    await until("pictures", () => tab.evaluate(() => [...document.querySelectorAll(".jp-OutputArea-output img")].some((i) => i.naturalWidth > 0)), 60);
     await tab.waitForTimeout(1000);
     seen = await tab.evaluate(() => {
       const all = (q) => [...document.querySelectorAll(q)];

@@ -86,11 +86,25 @@ def with_noise(h, decibel, rng):
 def test_known_speeds(make, T, n):
     "Every speed within 2 % at 6 dB, called a wave, both estimators near it."
     rng = np.random.default_rng(T + n)
-    for speed in SPEEDS if n < 256 else SPEEDS[::2]:
+    speeds = SPEEDS if n < 256 else SPEEDS[::2]
+    if make is staircase and n == 32:  # see the next test
+        speeds = [speed for speed in speeds if abs(speed) < 2]
+    for speed in speeds:
         m = wave_speed(with_noise(make(T, n, speed, rng), 6, rng), draws=19)
         assert m.is_wave and not m.why, (speed, m)
         assert abs(m.speed / speed - 1) < (0.03 if make is train and n < 64 else 0.02), (speed, m)
         assert abs(m.lag_speed / speed - 1) < 0.1, (speed, m)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pulses_that_jump_over_half_of_the_ring(seed):
+    """Two neurons a step on an even ring: a pulse visits every other neuron, so only even distances have a lag, and
+    half a turn is added to it unnoticed. The speed is right all the same; where the lags are not, the meter says so."""
+    rng = np.random.default_rng(seed)
+    m = wave_speed(with_noise(staircase(784, 32, -2.0, rng), 6, rng), draws=19)
+    assert abs(m.speed / -2 - 1) < 0.02
+    alias = 1 / (1 / -2 + 16 / 2)  # half of the 16 steps that a turn takes
+    assert m.is_wave or (not m.agree and "lags" in m.why and abs(m.lag_speed / alias - 1) < 0.1)
 
 
 @pytest.mark.parametrize("speed", [-0.07, 0.17, -0.33, 0.7, -1.23, 1.9, 2.6])

@@ -33,14 +33,14 @@ def ring_states(
         raise ConfigError(
             f"states: expected [T, n] or [T, c, n], got {x.ndim} dimensions, {list(x.shape)}"
         )
-    x = x.astype(np.float64).reshape(len(x), -1, x.shape[-1])
-    T, c, n = x.shape
+    T, c, n = len(x), 1 if x.ndim == 2 else x.shape[1], x.shape[-1]
     if T < 16:
         raise ConfigError(f"states: {T} steps are too few, a speed needs at least 16")
     if n < 4:
         raise ConfigError(f"states: {n} neurons are too few, a direction needs at least 4")
     if c < 1:
         raise ConfigError("states: no rings, c = 0")
+    x = x.astype(np.float64).reshape(T, c, n)
     if not np.isfinite(x).all():
         t, ring, place = np.argwhere(~np.isfinite(x))[0]
         raise ConfigError(
