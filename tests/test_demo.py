@@ -102,3 +102,10 @@ def test_the_headline_is_what_happened(wave, still, says):
     assert ("Copy: the wRNN diverged at step 7." in notes) == (wave is None)
     assert not any("Cut short" in note for note in notes)
     json.dumps(notes)
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch):
+    "Kernels and commands that are started later draw with the backend that their user named."
+    monkeypatch.setenv("MPLBACKEND", "module://no_such_backend")
+    demo.import_matplotlib()
+    assert os.environ["MPLBACKEND"] == "module://no_such_backend"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'PAPER', 'DOCS', 'digits_at_hand', 'acts', 'cut', 'Trained', 'perform', 'panels', 'as_bytes', 'color_of',
            'token_colors', 'strip', 'draw_states', 'animate', 'spectrum', 'draw_spectra', 'draw_recall', 'draw_digit',
-           'draw_curves', 'trivial', 'headline', 'remarks', 'table', 'as_text', 'page', 'pictures', 'wrnn_demo']
+           'draw_curves', 'trivial', 'headline', 'remarks', 'table', 'as_text', 'page', 'pictures', 'import_matplotlib',
+           'wrnn_demo']
 
 # %% ../../nbs/19_demo.ipynb #7e0c9b72
 import base64
@@ -448,6 +449,16 @@ def pictures(shows: dict[str, dict[str, Trained]], film: bytes) -> list[tuple]:
     return out
 
 # %% ../../nbs/19_demo.ipynb #80fd2230
+def import_matplotlib() -> None:
+    "Import it whatever window system `$MPLBACKEND` names: figures here are drawn without one."
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib  # noqa: F401
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+
+
 @call_parse
 @answer
 def wrnn_demo(
@@ -462,7 +473,7 @@ def wrnn_demo(
     if not 0 < quick <= 1:
         raise usage_error(f"--quick {quick:g}: expected a fraction of the steps, 0 to 1")
     device = str(checked_device(device))
-    os.environ["MPLBACKEND"] = "agg"  # whatever the environment says: there is no window
+    import_matplotlib()
     from wave_rnns.core import atomic_write
     from wave_rnns.paper.checkpoints import listen_for
 
