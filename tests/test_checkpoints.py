@@ -37,7 +37,8 @@ from wave_rnns.paper.checkpoints import (
     unpack,
 )
 from wave_rnns.paper.models import ModelConfig, build_model
-from wave_rnns.paper.training import ResumeRefused, RunSettings, fit
+from wave_rnns.paper.population import RunSettings
+from wave_rnns.paper.training import ResumeRefused, fit
 
 TENSORS = {
     "theta": torch.randn(3, 40, generator=torch.Generator().manual_seed(0)),

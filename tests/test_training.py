@@ -12,18 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wave_rnns.core import ConfigError, sha256
 from wave_rnns.paper.models import ModelConfig, build_model
+from wave_rnns.paper.population import Layout, Population, RunSettings, learning_rates
+from wave_rnns.paper.provenance import code_hash, differences, skeleton
 from wave_rnns.paper.tasks import make_task
-from wave_rnns.paper.training import (
-    History,
-    Layout,
-    Population,
-    RunSettings,
-    Training,
-    code_hash,
-    differences,
-    fit,
-    skeleton,
-)
+from wave_rnns.paper.training import History, Training, fit
 
 
 def copy_task(**options):
@@ -225,8 +217,6 @@ def test_epochs_are_prepared_when_they_begin():
 
 
 def test_rates_drop_by_epochs_or_by_steps():
-    from wave_rnns.paper.training import learning_rates
-
     for task, unit in ((TinyTask(), 5), (copy_task(), 1)):
         p = Population(
             task, small(task), [RunSettings(0, 0.1, drop_factor=4, drop_every=3), RunSettings(1, 0.1)], "cpu"

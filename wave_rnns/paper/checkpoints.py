@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core import CheckpointError, atomic_write, from_json, sha256, to_json
+from ..core import CheckpointError, atomic_write, from_json, plain, sha256, to_json
 from .config import ModelConfig
 from .models import build_model
 from .training import fit
@@ -41,7 +41,8 @@ def pack(
 ) -> bytes:  # a safetensors file
     "Tensors and plain data as the bytes of one file."
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    return safetensors.torch.save(own, metadata={"meta": to_json(meta)})
+    text = json.dumps(plain(meta), allow_nan=False)  # unsorted: rows keep their columns' order
+    return safetensors.torch.save(own, metadata={"meta": text})
 
 
 def read_header(
