@@ -611,7 +611,7 @@ HALVED = dict(RHYTHM, halving=[(10, 3), (22, 1)])
 
 
 def everything(result):
-    return tiny_task.summary(result), result.pruned, result.stopped_step
+    return tiny_task.summary(result), repr(result.pruned), result.stopped_step
 
 
 def test_halving_keeps_the_best_by_validation():
