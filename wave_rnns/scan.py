@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from .cell import ACTIVATIONS, apply_activation, check_choice  # noqa: F401
 from .recurrence import Rows, ScanError, dense_loop, rows, wave_loop  # noqa: F401
-from wave_rnns.scan_operator import (  # noqa: F401 - whoever uses a scan finds its switches here
+from wave_rnns.scan_operator import (  # noqa: F401 - callers find them here
     BACKENDS,
     DENSE_SCAN,
     ROWS_SCAN,
