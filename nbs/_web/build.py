@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from api import api_page, symbols
 from check import check_site
 from finish import finish
+from house import map_page
 from stage import ROOT, Room, pictures, relink, room, settings, sidebar, stage_notebook
 
 WEB = Path(__file__).resolve().parent
@@ -192,8 +193,9 @@ def build(out: Path) -> list[Room]:
         (pages / "404.md").write_text(NOT_FOUND, encoding="utf-8")
         contents = sidebar(rooms, ROOT / "nbs")
         contents += [{"section": "API", "contents": api}] if api else []
-        house = house_pages(pages, blob)
-        contents += [{"section": "House", "contents": house}] if house else []
+        (pages / "map.md").write_text(map_page(rooms), encoding="utf-8")
+        about = [{"text": "The map", "href": "map.md"}, *house_pages(pages, blob)]
+        contents += [{"section": "About the project", "contents": about}]
         (pages / "_smalldocs.yml").write_text(
             yaml.safe_dump(config(cfg, contents), sort_keys=False), encoding="utf-8"
         )

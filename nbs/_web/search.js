@@ -8,6 +8,8 @@ window.Fuse = class extends window.Fuse {
       heading: `${entry.title} ${entry.section}`.toLowerCase(),
       text: entry.text.toLowerCase(),
     }));
+    this.sections = new Map();
+    for (const { page } of this.list) this.sections.set(page, (this.sections.get(page) ?? 0) + 1);
   }
 
   search(query, options) {
@@ -20,9 +22,11 @@ window.Fuse = class extends window.Fuse {
       e.score = words.reduce((sum, w) => sum + 20 * count(e.heading, w) + count(e.text, w), 0);
       pages.set(e.page, [...(pages.get(e.page) ?? []), e]);
     }
-    const ranked = [...pages.values()].map((entries) => {
-      entries.sort((a, b) => (b.entry.section === query) - (a.entry.section === query) || b.score - a.score);
-      return { api: entries[0].entry.api, score: entries.reduce((sum, e) => sum + e.score, 0), best: entries.slice(0, 3) };
+    // a page is about what many of its sections mention
+    const ranked = [...pages].map(([page, entries]) => {
+      entries.sort((a, b) => b.score - a.score);
+      const total = Math.log1p(entries.reduce((sum, e) => sum + e.score, 0));
+      return { api: entries[0].entry.api, score: (total * entries.length) / (1 + this.sections.get(page)), best: entries.slice(0, 3) };
     });
     ranked.sort((a, b) => a.api - b.api || b.score - a.score);
     const named = found.filter((e) => e.entry.api && e.entry.section === query).slice(0, 1);
