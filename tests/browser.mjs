@@ -99,7 +99,7 @@ async function look(tab, page) {
     const url = r.url();
     if (!url.startsWith(base) && !url.startsWith("data:") && !url.startsWith("blob:")) note(`asks another host: ${url}`);
   });
-  for (const name of LOOKS) {
+  for (const name of page.startsWith("api/") ? [LOOKS[0], LOOKS[2]] : LOOKS) {  // API pages are all alike
     where = name;
     const [size, colorScheme] = name.split(" ");
     await tab.setViewportSize(SIZES[size]);
