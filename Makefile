@@ -11,7 +11,7 @@ NPM    := $(WEB)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lab docs check prepare export clean format tables readme hooks gpu-test survive bench distclean
+.PHONY: help install demo reproduce test lab docs check prepare export clean format tables readme hooks gpu-test survive bench distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,13 @@ help: ## print this list
 
 demo: $(READY) ## train a wRNN and an iRNN side by side, in minutes, and draw what they do
 	$(BIN)/wrnn_demo
+
+GRID    ?= $(if $(QUICK),quick,paper)
+RESULTS ?= reproduced
+
+reproduce: $(READY) ## train all runs of the tables into RESULTS=reproduced: hours on one GPU, QUICK=1 minutes; Ctrl-C, and again to go on
+	$(BIN)/wrnn_sweep $(GRID) --results $(RESULTS) $(if $(DEVICE),--device $(DEVICE))
+	$(BIN)/wrnn_tables --results $(RESULTS)
 
 test: $(READY) ## run every notebook's assertions (nbdev_test), then pytest, both on all cores
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test

@@ -29,7 +29,8 @@ from wave_rnns.paper.checkpoints import (
 )
 from wave_rnns.paper.checkpoints import load_weights, pack, resumable_fit, save_checkpoint, save_weights, unpack
 from wave_rnns.paper.models import ModelConfig, build_model
-from wave_rnns.paper.training import ResumeRefused, RunSettings, fit
+from wave_rnns.paper.population import RunSettings
+from wave_rnns.paper.training import ResumeRefused, fit
 
 TENSORS = {
     "theta": torch.randn(3, 40, generator=torch.Generator().manual_seed(0)),
@@ -516,7 +517,7 @@ HALVED = dict(RHYTHM, halving=[(10, 3), (22, 1)])
 
 
 def everything(result):
-    return tiny_task.summary(result), result.pruned, result.stopped_step
+    return tiny_task.summary(result), repr(result.pruned), result.stopped_step
 
 
 def test_halving_keeps_the_best_by_validation():

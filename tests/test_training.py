@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wave_rnns.core import ConfigError, sha256
 from wave_rnns.paper.models import ModelConfig, build_model
+from wave_rnns.paper.population import Layout, Population, RunSettings, learning_rates
+from wave_rnns.paper.provenance import code_hash, differences, skeleton
 from wave_rnns.paper.tasks import make_task
-from wave_rnns.paper.training import History, Layout, Population, RunSettings, Training
-from wave_rnns.paper.training import code_hash, differences, fit, learning_rates, skeleton
+from wave_rnns.paper.training import History, Training, fit
 
 
 def copy_task(**options):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'IRNN_AXES', 'ROWS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES',
-           'OWN_SETTINGS', 'FULL', 'BROKEN', 'WORKER', 'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied',
-           'point_name', 'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'populations', 'population_path',
-           'claimed', 'half_finished', 'train_population', 'fit_population', 'work', 'left_overs', 'note_failure',
-           'label', 'train', 'ranking', 'winners', 'ranking_text', 'be_worker', 'start_worker', 'stop_workers', 'sweep',
-           'run_workers', 'what_is_there', 'is_done', 'failures', 'cores', 'sbatch_text']
+           'WAVES', 'FINALS', 'BUMPS', 'TABLE_2', 'SEARCH', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'FULL', 'BROKEN',
+           'WORKER', 'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied', 'point_name', 'declare_grid', 'grid_from',
+           'grid_config', 'find_grid', 'beginning', 'populations', 'population_path', 'h200_seconds', 'seconds_left',
+           'duration', 'standing', 'claimed', 'half_finished', 'train_population', 'fit_population', 'work',
+           'left_overs', 'note_failure', 'label', 'train', 'ranking', 'winners', 'ranking_text', 'be_worker',
+           'start_worker', 'stop_workers', 'sweep', 'refuse_to_crawl', 'run_workers', 'what_is_there', 'is_done',
+           'failures', 'cores', 'sbatch_text']
 
 # %% ../../nbs/17_sweeps.ipynb #e93034f3
 import contextlib
@@ -41,6 +43,7 @@ from wave_rnns.core import (
 )
 from .config import WORDS, check_fields, decisive, merge
 from wave_rnns.paper.experiments import (
+    EXPERIMENTS,
     RECIPE,
     Experiment,
     Run,
@@ -243,6 +246,37 @@ def find_grid(text: str) -> Grid:
         raise ConfigError(f"{e}; grids are {', '.join(GRIDS)}") from None
     return Grid(name, tuple(experiments), seeds=())
 
+# %% ../../nbs/17_sweeps.ipynb #5d0c1a02
+WAVES = [*(f"adding{T}_wrnn" for T in ADDING), "nscifar10_wrnn"]
+FINALS = [f"copy{T}_{family}" for T in COPY for family in ("wrnn", "irnn")]
+BUMPS = ["smnist_irnn", "psmnist_irnn", *(f"adding{T}_irnn" for T in ADDING)]
+TABLE_2 = ["smnist_wrnn_fast", "psmnist_wrnn", "smnist_wrnn_mlp", "psmnist_wrnn_mlp"]
+SEARCH = [to_config(point) for *_, point in find_grid("copy_ablations").points()]
+declare_grid(
+    "paper",
+    ["smnist_wrnn", *TABLE_2, *WAVES, *FINALS, *BUMPS, *SEARCH, "nscifar10_irnn"],
+    {},
+    "the final rows of Tables 1 to 4 and 7",
+    seeds=(),
+)
+
+
+def beginning(name: str, seeds: int) -> dict:
+    "The first epochs or steps of a declared experiment, for a few seeds."
+    config = EXPERIMENTS.config(name)
+    short = {"copy": {"steps": 6000}, "adding": {"steps": 5000}}
+    length = short.get(config["task"], {"epochs": 10 if name == "nscifar10_irnn" else 20})
+    about = {"name": f"quick_{name}", "source": f"the beginning of {name}"}
+    return {"model": {}, **config, **about, "seeds": list(range(seeds)), **length}
+
+
+SEEDS = {"smnist_wrnn_mlp": 2, "psmnist_wrnn_mlp": 2, "nscifar10_wrnn": 2}
+SEEDS |= dict.fromkeys(BUMPS, 5)  # five identity networks together cost little more than one
+QUICK = [beginning(name, SEEDS.get(name, 3)) for name in (*TABLE_2, *WAVES, *FINALS, *BUMPS)]
+QUICK += [beginning(f"copy80_{row}", 1) for row in ROWS]
+QUICK += [beginning("nscifar10_irnn", 1)]
+declare_grid("quick", QUICK, {}, "the beginning of the final rows", seeds=())
+
 # %% ../../nbs/17_sweeps.ipynb #fc8e5af4
 OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # a run's own inside a population
 
@@ -274,6 +308,73 @@ def population_path(results: Path, runs: list[Run]) -> Path:
     if folder.is_symlink():
         raise RecordError(f"{folder} leads out of the results folder: remove the link")
     return folder / f"{name}.safetensors"
+
+# %% ../../nbs/17_sweeps.ipynb #5d0c1a04
+H200 = {  # task, model, n: ms of a run's step at T = 0, and more for each T, runs in company
+    # from the committed records: 1000 / (steps_per_second * together); the fast wave kernels
+    ("adding", "wrnn", 100): (0.1, 0.0021),
+    ("adding", "irnn", 100): (0.11, 0.0005),
+    ("smnist", "wrnn", 256): (0.89, 0),
+    ("psmnist", "wrnn", 256): (0.89, 0),
+    ("nscifar10", "irnn", 529): (22.2, 0),
+    ("copy", "irnn", 100): (0.08, 0.003),
+    # measured by themselves, with the command that the records come from
+    ("smnist", "irnn", 256): (1.5, 0),
+    ("psmnist", "irnn", 256): (1.5, 0),
+    ("nscifar10", "wrnn", 256): (4.1, 0),
+    ("copy", "wrnn", 100): (0.084, 0.0012),
+}
+
+
+def h200_seconds(run: Run) -> float | None:
+    "What a run takes on one H200 by the table above; None for a model that is not in it."
+    from wave_rnns.paper.tasks import make_task
+
+    e = run.experiment
+    known = H200.get((e.task, e.model.kind, e.model.n))
+    if known is None:
+        return None
+    ms = known[0] + known[1] * e.task_options.get("T", 0)
+    if e.model.kind == "wrnn" and e.model.precision == "faithful" and e.task != "copy":
+        ms *= 2  # the copy runs above were faithful themselves
+    return rhythm_of(e, make_task(e.task, **e.task_options))["steps"] * ms / 1000
+
+
+def seconds_left(runs: list[Run], results: Path) -> float | None:
+    "What the runs without a record will take, scaled by what those with one took; None: nobody knows yet."
+    left, expected, spent, strange = 0.0, 0.0, 0.0, False
+    for run in runs:
+        seconds = h200_seconds(run)
+        strange |= seconds is None
+        if seconds is None:  # as if only steps counted
+            seconds = (run.experiment.steps or run.experiment.epochs) / 1000
+        record = record_of(results, run)
+        if record is None:
+            left += seconds
+        elif record.get(
+            "steps_per_second"
+        ):  # a run that ended early says nothing about others
+            expected += seconds
+            spent += record["steps"] / record["steps_per_second"] / record["together"]
+    if not expected:
+        return None if strange else left
+    return left * spent / expected
+
+
+def duration(seconds: float) -> str:
+    "'3 h 20 min', '12 min', '40 s': no more digits than an estimate has."
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def standing(runs: list[Run], results: Path, workers: int = 1) -> str:
+    "'12 of 40 runs done, about 25 min left'."
+    done = sum(run.path(results).exists() for run in runs)
+    seconds = seconds_left(runs, results) if done < len(runs) else None
+    time_left = "" if seconds is None else f", about {duration(seconds / workers)} left"
+    return f"{done} of {len(runs)} runs done{time_left}"
 
 # %% ../../nbs/17_sweeps.ipynb #9be9d488
 @contextlib.contextmanager
@@ -420,7 +521,8 @@ def work(
                 trained = train_population(group, results, device, anew, **options)
                 if trained and keep_going:
                     seconds = time.monotonic() - start
-                    print(f"{label(trained)}: trained in {seconds:.0f} s", file=sys.stderr)
+                    said = f"{label(trained)}: trained in {seconds:.0f} s; {standing(runs, results)}"
+                    print(said, file=sys.stderr, flush=True)
             except Interrupted:
                 raise
             except Exception as e:
@@ -628,10 +730,16 @@ def sweep(
     results, runs = Path(results_root() if results is None else results).resolve(), grid.runs()
     checked_device(device)
     gpus = torch.cuda.device_count() if device in (None, "cuda") else 0
+    if device is None and not gpus:
+        refuse_to_crawl(grid.name, runs, results)
     wanted = workers or gpus or max(1, 1 if device not in (None, "cpu") else cores() // 2)
     left = [g for g in populations(runs, grid.together) if not is_done(g, results)]
     workers = min(wanted, len(left))
     with listen_for(STOPPING) as asked:
+        if left:
+            print(
+                f"{grid.name}: {standing(runs, results, workers)}", file=sys.stderr, flush=True
+            )
         if workers <= 1:
             often = dict(interrupt=asked, progress=show, checkpoint_seconds=checkpoint_seconds)
             return work(runs, results, device, grid.together, **often)
@@ -642,9 +750,22 @@ def sweep(
             "gpus": gpus,
         }
         order["checkpoint_seconds"] = checkpoint_seconds
-        with progress(total=len(runs), desc=grid.name, disable=None if show else True) as bar:
+        form = "{desc} {bar} {postfix}"  # tqdm's own estimate takes all runs for equal
+        quiet = None if show else True
+        with progress(total=len(runs), desc=grid.name, bar_format=form, disable=quiet) as bar:
             run_workers(order, workers, runs, asked, bar)
     return failures(grid, results)
+
+
+def refuse_to_crawl(name: str, runs: list[Run], results: Path) -> None:
+    "Raise ConfigError where nobody asked for a CPU, and it would take days."
+    left = [s for run in runs if record_of(results, run) is None and (s := h200_seconds(run))]
+    if sum(left) > 60:
+        raise ConfigError(
+            f"no GPU is here, and {name} takes about {duration(sum(left))} on one H200; a CPU takes"
+            " hundreds to thousands of times as long. To start all the same: --device cpu"
+            " (make reproduce DEVICE=cpu). For minutes on a laptop: wrnn_demo"
+        )
 
 
 def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
@@ -660,7 +781,9 @@ def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
     try:
         while workers:
             time.sleep(0.2)
-            bar.n = sum(run.path(results).exists() for run in runs)
+            before, bar.n = bar.n, sum(run.path(results).exists() for run in runs)
+            if bar.n != before or not bar.postfix:
+                bar.set_postfix_str(standing(runs, results, number), refresh=False)
             bar.refresh()
             if asked():
                 raise Interrupted(
