@@ -46,7 +46,7 @@ def load(
     return model.to(device or "cpu").eval()
 
 # %% ../../nbs/19_weights.ipynb #926f3fcf
-def median_run(records: list[dict]) -> dict:  # of one experiment, none diverged
+def median_run(records: list[dict]) -> dict:  # of one experiment
     "The record with the median test metric at the step that validation chose; the worse of two in the middle."
     better = -1 if records[0]["selection"].startswith("highest") else 1
     ranked = sorted(records, key=lambda r: better * r["test_best"][r["metric"]])
@@ -76,10 +76,12 @@ def ship(
     for short, name in SHIPPED.items():
         e = EXPERIMENTS[name]
         found = [r for r in records if r["key"] == run_key(e, r["seed"])]
-        found = [r for r in found if r["status"] == "done"]
+        found = [r for r in found if r["status"] in ("done", "diverged")]
         if not found:
             continue
         r = median_run(found)
+        if r.get("solved") and r["solved"]["step"] is None:
+            continue
         source = Path(results) / "weights" / e.task / f"{r['key']}.safetensors"
         if not source.exists():
             continue
@@ -96,7 +98,8 @@ def ship(
         )
         cards[short] = {
             "task": e.task, "task_options": r["task_options"], "model": r["config"]["model"],
-            "of_seeds": len(found), "sha256": sha256(data), **{k: r[k] for k in copied},
+            "of_seeds": len(found), "diverged": sum(x["status"] == "diverged" for x in found),
+            "sha256": sha256(data), **{k: r[k] for k in copied},
         }  # fmt: skip
         written.append(short)
     atomic_write(cards_path, json.dumps(cards, indent=1, sort_keys=True) + "\n")
