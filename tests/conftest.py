@@ -25,18 +25,29 @@ SKIP = set(".git .venv _docs _proc node_modules __pycache__ build dist .pytest_c
 BROWSER = {"test_docs.py", "test_jupyterlab.py", "test_play.py"}
 
 
+def unit(nodeid: str) -> str:
+    "What stays together: a file, so that what its tests share is made once; those that share a browser; a notebook alone."
+    file = nodeid.split("::")[0].rpartition("/")[2]
+    return nodeid if file == "test_notebooks.py" else "browser" if file in BROWSER else file
+
+
+def pytest_collection_modifyitems(items):
+    "What waits a lot comes first, notebooks last: they fill what time is left on each process."
+    order = ["test_slurm.py", "browser"]
+    items.sort(key=lambda i: order.index(u) if (u := unit(i.nodeid)) in order else 2 + ("::" in u))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`, a file stays on one worker, so that what its tests share is made once; so do those that share the browser's
-    packages. Notebooks go where there is time: they come last."""
+    "Several processes (`-n`) take units from one queue."
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class Units(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0].rpartition("/")[2]
-            return nodeid if file == "test_notebooks.py" else "browser" if file in BROWSER else file
+            return unit(nodeid)
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return Units(config, log)
 
 
 @pytest.fixture(scope="session")

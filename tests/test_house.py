@@ -186,11 +186,8 @@ def test_versions_agree():
 def test_wheel_holds_the_package_data(copied):
     "A wheel built from a clean copy has every module, the figure style, the paper's numbers and the weights, and the commands."
     argv = ["setup.py", "-q", "bdist_wheel", "-d", "out"]
-    run_python(
-        "-c",
-        f"import runpy, setuptools, sys; sys.argv = {argv}; runpy.run_path('setup.py', None, '__main__')",
-        cwd=copied,
-    )
+    code = f"import runpy, setuptools, sys; sys.argv = {argv}; runpy.run_path('setup.py', None, '__main__')"
+    run_python("-c", code, cwd=copied)
     wheel = zipfile.ZipFile(next((copied / "out").glob("*.whl")))
     names = set(wheel.namelist())
     package = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "wave_rnns")}

@@ -434,18 +434,6 @@ def test_hooks_on_a_cell_run(make, hook, part):
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_a_pruned_weight_stays_zero_while_training(make):
-    layer, x = make(), torch.randn(6, 4, 3)
-    prune.random_unstructured(layer.cells[0], "V", 0.5)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        layer(x)[0].square().mean().backward()
-        optimizer.step()
-    layer(x)
-    assert layer.cells[0].V[layer.cells[0].V_mask == 0].eq(0).all()
-
-
 def test_hooks_see_the_call(make):
     layer, seen = make(num_layers=2), []
     for cell in layer.cells:

@@ -46,21 +46,22 @@ def test_building_is_seeded_and_leaves_the_global_state_alone():
             assert not torch.equal(p, r), name
 
 
-@pytest.mark.parametrize(
-    "config, without, with_biases",
-    [
-        (ModelConfig("irnn", 10, 10, 100, every_step=True), 12_000, None),
-        (ModelConfig("irnn", 10, 10, 625, every_step=True), 403_125, None),
-        (ModelConfig("irnn", 2, 1, 100), 10_300, None),
-        (ModelConfig("wrnn", 2, 1, 100, 27), 10_287, None),
-        (ModelConfig("irnn", 1, 10, 256), 68_352, None),
-        (ModelConfig("wrnn", 1, 10, 256, 16), 45_824, 49_946),
-        (ModelConfig("wrnn", 1, 10, 256, 16, readout="mlp"), None, 419_686),
-        (ModelConfig("wrnn", 96, 10, 256, 16), 434_944, None),
-        (ModelConfig("irnn", 96, 10, 529), 335_915, None),
-        (ModelConfig("mlp", 784, 10, 256), None, 784 * 256 + 256 + 2570),
-    ],
-)
+COUNTS = [  # without biases, with them
+    (ModelConfig("irnn", 10, 10, 100, every_step=True), 12_000, None),
+    (ModelConfig("irnn", 10, 10, 625, every_step=True), 403_125, None),
+    (ModelConfig("irnn", 2, 1, 100), 10_300, None),
+    (ModelConfig("wrnn", 2, 1, 100, 27), 10_287, None),
+    (ModelConfig("irnn", 1, 10, 256), 68_352, None),
+    (ModelConfig("wrnn", 1, 10, 256, 16), 45_824, 49_946),
+    (ModelConfig("wrnn", 1, 10, 256, 16, readout="mlp"), None, 419_686),
+    (ModelConfig("wrnn", 96, 10, 256, 16), 434_944, None),
+    (ModelConfig("irnn", 96, 10, 529), 335_915, None),
+    (ModelConfig("local", 1, 10, 256, 16), 256 * 768 + 4_096 + 40_960, 256 * 768 + 3 * 4_096 + 40_960 + 10),
+    (ModelConfig("mlp", 784, 10, 256), None, 784 * 256 + 256 + 2570),
+]
+
+
+@pytest.mark.parametrize("config, without, with_biases", COUNTS)
 def test_parameter_counts_of_the_paper(config, without, with_biases):
     model = build_model(config, seed=0)
     assert without is None or count_parameters(model, biases=False) == without
