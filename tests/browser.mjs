@@ -106,6 +106,7 @@ async function look(tab, page) {
     await tab.emulateMedia({ colorScheme });
     if (name === LOOKS[0]) {
       await tab.goto(base + page, { waitUntil: "load" });
+      await tab.addStyleTag({ content: "* { transition: none !important }" });  // colours are measured, not their fading
       await tab.evaluate(async () => {
         document.querySelectorAll("img").forEach((i) => (i.loading = "eager"));
         await document.fonts.ready;

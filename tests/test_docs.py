@@ -199,7 +199,9 @@ def test_sidebar_is_in_the_order_of_numbers(site):
 def test_in_a_browser(site, npm_packages, chromium, tmp_path):
     "Light and dark, desk and phone: no console error, nothing wider than 360 px, contrast, no other host, search and menus work."
     pages = ["index.html"] + [page_of(p) for p in NOTEBOOKS if p.stem != "index"] + [f"api/{m}.html" for m in MODULES]
-    pages += [name for name in ("map.html", "contributing.html", "changelog.html") if (site / name).exists()]
+    pages += [
+        name for name in ("map.html", "contributing.html", "promises.html", "changelog.html") if (site / name).exists()
+    ]
     place = settings()["doc_baseurl"]  # as on the web, not at a server's root
     (tmp_path / place.strip("/")).symlink_to(site)
 

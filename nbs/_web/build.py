@@ -25,6 +25,11 @@ WEB = Path(__file__).resolve().parent
 SKIP = "add_show_docs,exec_show_docs,mv_exports,add_links"  # the API has its own pages, and exported code stays in the text
 FONTS = ("source-serif-4", "source-sans-3", "source-code-pro")
 SCRIPTS = ("latin", "latin-ext", "greek")
+ABOUT = {
+    "CONTRIBUTING.md": "Contributing",
+    "tests/README.md": "Promises of the tests",
+    "CHANGELOG.md": "Changelog",
+}
 
 NOT_FOUND = """---
 title: There is no such page
@@ -55,14 +60,15 @@ def process(rooms: list[Room], work: Path, cfg: dict, blob: str) -> Path:
 
 
 def house_pages(pages: Path, blob: str) -> list[dict]:
-    "CONTRIBUTING and CHANGELOG are pages of the site too."
+    "CONTRIBUTING, CHANGELOG and what the tests promise are pages of the site too."
     entries = []
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+    for name, title in ABOUT.items():
         if (ROOT / name).exists():
             text = (ROOT / name).read_text(encoding="utf-8")
             text = re.sub(r"\]\((?!https?:|#|\.\./)([^)\s]+)\)", rf"]({blob}/\1)", text)
-            (pages / name.lower()).write_text(text, encoding="utf-8")
-            entries.append({"text": name.removesuffix(".md").title(), "href": name.lower()})
+            page = f"{title.split()[0].lower()}.md"
+            (pages / page).write_text(text, encoding="utf-8")
+            entries.append({"text": title, "href": page})
     return entries
 
 

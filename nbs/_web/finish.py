@@ -129,7 +129,12 @@ UNIT = re.compile(r"(<t[dh]\b[^>]*>)([^<]{1,16})(</t[dh]>)")
 
 
 def tables_keep_units(text: str) -> str:
-    "`4.31 ms` in a table stays on one line; a table that is too wide can be scrolled with the keyboard too."
+    "`4.31 ms` and `1e-4` in a table stay on one line; a table that is too wide can be scrolled with the keyboard too."
+    text = re.sub(
+        r"<td\b[^>]*>[^<]*\de-\d[^<]*",
+        lambda m: re.sub(r"[\d.]+e-\d+", r'<span class="number">\g<0></span>', m[0]),
+        text,
+    )
     text = UNIT.sub(lambda m: m[1] + m[2].replace(" ", "\xa0") + m[3], text)
     return text.replace(
         '<div class="sd-table">',

@@ -111,7 +111,7 @@ def wrnn_train(
         raise usage_error(f"--together {together}: expected a number of runs, 0 or more")
     folder = Path(results) if results else results_root()
     only = parse_seeds(seeds) if seeds is not None else None
-    chosen = select(experiment)
+    chosen = select(experiment, trusted=True)
     from wave_rnns.paper.checkpoints import listen_for
 
     runs = [Run(e, seed) for e in chosen for seed in only or e.seeds]

@@ -539,23 +539,29 @@ def read_object(path: Path, what: str) -> dict:
     return config
 
 
-def read_experiment(path: Path) -> Experiment:
-    """An experiment from a JSON file: a whole one, or differences from a declared `base`.
-
-    Raises ConfigError."""
+def read_experiment(
+    path: Path,  # a whole experiment, or differences from a declared `base`
+    trusted: bool = False,  # may its task be 'module:Class', which imports the module?
+) -> Experiment:
+    "An experiment from a JSON file. Raises ConfigError."
     config = read_object(path, "of named settings")
+    if trusted and ":" in str(config.get("task")):
+        from wave_rnns.paper.tasks import find_task
+
+        config["task"] = find_task(config["task"], trusted, Path(path).parent).name
     base = config.pop("base", None)
     if base is not None:
         config = merge(to_config(EXPERIMENTS[base]), {"name": Path(path).stem, **config})
     return from_config(config)
 
 
-def select(pattern: str) -> list[Experiment]:
-    """The experiments a user means: a name, a pattern like 'copy80_*', or a JSON file.
-
-    Raises ConfigError if there is none."""
+def select(
+    pattern: str,  # a declared name, a pattern like 'copy80_*', or a JSON file
+    trusted: bool = False,  # named on the command line: see `read_experiment`
+) -> list[Experiment]:
+    "The experiments a user means. Raises ConfigError if there is none."
     if pattern.endswith(".json"):
-        return [read_experiment(Path(pattern))]
+        return [read_experiment(Path(pattern), trusted)]
     if not re.search(r"[*?\[]", pattern):
         return [EXPERIMENTS[pattern]]
     names = fnmatch.filter(EXPERIMENTS, pattern)
