@@ -47,13 +47,9 @@ def lab(tmp_path_factory):
         file = home / f"settings/{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
-    env = {
-        **os.environ,
-        "JUPYTER_CONFIG_DIR": str(home / "config"),
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-        "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p),
-    }
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}
+    for name in ("JUPYTER_CONFIG", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES"):
+        env[f"{name}_DIR"] = str(home / name.rpartition("_")[2].lower())
     log = home / "lab.log"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home / 'nbs'}"]
@@ -83,15 +79,9 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def report(lab, npm_packages, chromium):
-    done = subprocess.run(
-        [
-            *("node", str(ROOT / "tests/jupyterlab.mjs"), chromium, str(npm_packages), lab, TOKEN),
-            json.dumps([*NOTEBOOKS, "training.ipynb"]),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    names = json.dumps([*NOTEBOOKS, "training.ipynb"])
+    words = ["node", ROOT / "tests/jupyterlab.mjs", chromium, npm_packages, lab, TOKEN, names]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
