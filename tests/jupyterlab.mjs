@@ -54,7 +54,7 @@ for (const [number, name] of JSON.parse(notebooksJson).entries()) {
         ran: all(".jp-CodeCell .jp-InputPrompt").filter((p) => /\[\d+\]/.test(p.textContent)).length,
         errors: all('[data-mime-type="application/vnd.jupyter.error"]').map((e) => e.textContent.slice(-600)),
         figures: all(".jp-OutputArea-output img").filter((i) => i.naturalWidth > 0).length,
-        bars: all(".jp-OutputArea-output").filter((o) => /\d+\/\d+ \[/.test(o.textContent)).length,
+        bars: all(".jp-OutputArea-output").filter((o) => /\d+\/\d+\s\[/.test(o.textContent)).length,
         equations: all(".jp-MarkdownCell mjx-container").length,
         badEquations: all("mjx-merror, .MathJax_Error").length,
         raw: all(".jp-RenderedMarkdown p").filter((p) => /\$\$|\\begin\{|^:::/.test(p.textContent)).map((p) => p.textContent.slice(0, 80)),

@@ -25,7 +25,7 @@ from wave_rnns.paper.tasks import ArrayTask
 from wave_rnns.paper.training import RunSettings, fit
 task = ArrayTask(torch.rand(64, 10, 2), batch_size=16)
 model = ModelConfig("wrnn", **task.sizes, n=8)
-fit(task, model, [RunSettings(0)], steps=30, eval_every=30, log_every=10, device="cpu", progress=True)
+fit(task, model, [RunSettings(0, lr=1e-3)], steps=30, eval_every=30, log_every=10, device="cpu", progress=True)
 plt.plot([0, 1]);
 """
 TOKEN = "a-test-on-this-machine"
@@ -40,7 +40,9 @@ def lab(tmp_path_factory):
     "A JupyterLab with its own configuration on a copy of the notebooks; yields its address."
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("_web", ".ipynb_checkpoints"))
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAINING)]), home / "nbs/training.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell(TRAINING)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), home / "nbs/training.ipynb")
     for name, values in SETTINGS.items():
         file = home / f"settings/{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
