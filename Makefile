@@ -28,9 +28,9 @@ reproduce: $(READY) ## train all runs of the tables into RESULTS=reproduced: hou
 	$(BIN)/wrnn_sweep $(GRID) --results $(RESULTS) $(if $(DEVICE),--device $(DEVICE))
 	$(BIN)/wrnn_tables --results $(RESULTS)
 
-test: $(READY) ## run every notebook's assertions (nbdev_test), then pytest
+test: $(READY) ## run every notebook's assertions (nbdev_test), then pytest, both on all cores
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 tests
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
@@ -74,8 +74,8 @@ gpu-test: $(READY) ## prove the GPU kernels against the float64 loop (needs an N
 	@for check in tests/gpu/check_*.py; do echo "$$check"; $(PY) $$check --out nbs/results/gpu || exit 1; done
 
 survive: $(READY) ## kill, freeze and corrupt in earnest: 100 kills, 100 chaos sweeps, 100,000 fuzzed files (about an hour)
-	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 OMP_NUM_THREADS=1 $(PY) -m pytest \
-	  tests/test_resume_kill.py tests/test_data.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py
+	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 WAVE_RNNS_RUN_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 \
+	  tests/test_resume_kill.py tests/test_data.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py tests/test_notebooks.py
 
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/wrnn_bench
