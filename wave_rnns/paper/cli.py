@@ -98,7 +98,7 @@ def wrnn_train(
 ):
     """Train the runs of an experiment, and write one record for each.
 
-    A newcomer's first, a minute on a laptop: wrnn_train demo_copy30_wrnn --results /tmp/results
+    wrnn_train demo_copy30_wrnn --results /tmp/results is a newcomer's first: about a minute.
     Ctrl-C or SIGTERM saves and ends with exit code 75; the same command goes on. Other codes:
     0 done, 1 error, 2 usage."""
     if list:

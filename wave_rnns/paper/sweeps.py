@@ -107,9 +107,8 @@ class Grid:
         ]
         for name, holds, rule in rules:
             if not holds:
-                raise ConfigError(
-                    f"grid {self.name!r}: {name} {rule}, got {getattr(self, name)!r}"
-                )
+                found = getattr(self, name)
+                raise ConfigError(f"grid {self.name!r}: {name} {rule}, got {found!r}")
         if self.halving:
             populations(self.runs(), self.together)  # raises where a family must be cut
         self.points()  # raises for a setting that does not exist
@@ -454,9 +453,8 @@ def train_population(
         try:
             trained = fit_population(members, place, device, **options)
         except CheckpointError as e:
-            e.args = (
-                f"{e} (its files are {path.with_suffix('')}.*; --resume no begins anew)",
-            )
+            files = f"its files are {path.with_suffix('')}.*; --resume no begins anew"
+            e.args = (f"{e} ({files})",)
             raise
         for run, (record, result) in zip(members, trained, strict=True):
             if run in left:
@@ -522,7 +520,7 @@ def work(
     "Train what is not done and nobody else is at. Raises Interrupted when asked to stop."
     from wave_rnns.paper.training import Interrupted
 
-    interrupt, failed = options.get("interrupt"), {}
+    interrupt, failed, hopeful = options.get("interrupt"), {}, runs
     for group in populations(runs, together):
         with contextlib.ExitStack() as held:
             try:
@@ -535,7 +533,7 @@ def work(
                 if trained and keep_going:
                     seconds = time.monotonic() - start
                     said = f"{label(trained)}: trained in {seconds:.0f} s; "
-                    said += standing(runs, results)
+                    said += standing(hopeful, results)
                     print(said, file=sys.stderr, flush=True)
             except Interrupted:
                 raise
@@ -543,6 +541,7 @@ def work(
                 if not keep_going or (isinstance(e, OSError) and e.errno in FULL):
                     raise
                 failed[label(group)] = note_failure(path, group, e)
+                hopeful = [run for run in hopeful if run not in group]
                 if type(e).__name__ == "AcceleratorError":  # nothing more works on this GPU
                     broken = WaveRNNError(f"{label(group)}: {failed[label(group)]}")
                     broken.exit_code = BROKEN
@@ -625,10 +624,8 @@ def winners(grid: Grid, results: Path) -> list[Experiment]:
     "The best point of each experiment that has one, to be trained with more seeds."
     best: dict[str, Experiment] = {}
     for row in ranking(grid, results):
-        whole = (
-            row["runs"] == len(grid.seeds or row["point"].seeds) and row["score"] is not None
-        )
-        if whole and not row["diverged"] and row["rung"] is None:
+        whole = row["runs"] == len(grid.seeds or row["point"].seeds)
+        if whole and row["score"] is not None and not row["diverged"] and row["rung"] is None:
             best.setdefault(row["base"], replace(row["point"], halving=()))
     return list(best.values())
 
@@ -658,12 +655,8 @@ def ranking_text(grid: Grid, results: Path, most: int = 5) -> str:
 
 # %% ../../nbs/17_sweeps.ipynb #547603cf
 WORKER = "import sys; from wave_rnns.paper.sweeps import be_worker; sys.exit(be_worker())"
-STOPPING = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # USR: time is short
+# USR1 and USR2: what clusters send when time is short
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 DEATHS = 5  # in a row, with nothing new on the disk
 
 
@@ -695,11 +688,8 @@ def start_worker(order: dict, number: int, log: Path, threads: int) -> subproces
     "A process that works on a grid and writes what it has to say to a log."
     package = str(Path(wave_rnns.__file__).resolve().parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environ["PYTHONPATH"] = os.pathsep.join(paths)
     device = order["device"]
     if order["gpus"] and device in (None, "cuda"):
         device = f"cuda:{number % order['gpus']}"
@@ -708,9 +698,8 @@ def start_worker(order: dict, number: int, log: Path, threads: int) -> subproces
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environ
         )
-    with contextlib.suppress(
-        BrokenPipeError
-    ):  # it died before it could read: its code will tell
+    # one that died before it could read tells by its exit code
+    with contextlib.suppress(BrokenPipeError):
         told = {**order, "device": device, "parent": os.getpid()}
         worker.stdin.write(json.dumps(told).encode())
         worker.stdin.close()
@@ -764,13 +753,8 @@ def sweep(
         if workers <= 1:
             often = dict(interrupt=asked, progress=show, checkpoint_seconds=checkpoint_seconds)
             return work(runs, results, device, grid.together, **often)
-        order = {
-            "grid": grid_config(grid),
-            "results": str(results),
-            "device": device,
-            "gpus": gpus,
-        }
-        order["checkpoint_seconds"] = checkpoint_seconds
+        order = {"grid": grid_config(grid), "results": str(results), "device": device}
+        order |= {"gpus": gpus, "checkpoint_seconds": checkpoint_seconds}
         form = "{desc} {bar} {postfix}"  # tqdm's own estimate takes all runs for equal
         quiet = None if show else True
         with progress(total=len(runs), desc=grid.name, bar_format=form, disable=quiet) as bar:
