@@ -481,12 +481,13 @@ def lag_speed(
     for i in near:
         at = np.round((slowness * distances[i] + M) * fine).astype(int)
         inside = (at >= 0) & (at < curves.shape[1])
-        stacked[inside] += curves[i, at[inside]]
+        stacked[inside] += np.maximum(curves[i, at[inside]], 0)
     slope = slowness[slowest_peak(stacked, slowness, 0.8)]
-    once = np.flatnonzero(np.abs(slowness) <= 2 * abs(slope) / n)
+    half_turn = abs(slope) / (n / 2 - 1) + 2 / per_neuron  # pulses may skip every other neuron
+    once = np.flatnonzero(np.abs(slowness) <= half_turn)
     best = once[stacked[once].argmax()]
     if stacked[best] >= 0.45 * stacked.max() and best not in (once[0], once[-1]):
-        slope = slowness[best]  # what was found first had gone around the whole ring
+        slope = slowness[best]  # what was found first had gone around the ring, or half
     strongest = max(
         np.interp((slope * distances[i] + M) * fine, np.arange(curves.shape[1]), curves[i])
         for i in near
@@ -550,14 +551,20 @@ def wave_speed(
     lying = LineScan(n, T, min(T / 4, 20.0), 1 / max_speed) if n >= BLOCKS else None
     exact = np.float64 if str(getattr(states, "dtype", "")).endswith("64") else np.float32
     found = [
-        _measure(h[:, ring], scan, lying, np.finfo(exact).eps, draws, seed)
+        _measure(h[:, ring], scan, lying, np.finfo(exact).eps, draws, seed, max_speed)
         for ring in range(h.shape[1])
     ]
     return found[0] if len(np.shape(states)) == 2 else found
 
 
 def _measure(
-    h: np.ndarray, scan: LineScan, lying: LineScan | None, eps: float, draws: int, seed: int
+    h: np.ndarray,
+    scan: LineScan,
+    lying: LineScan | None,
+    eps: float,
+    draws: int,
+    seed: int,
+    max_speed: float,
 ) -> WaveSpeed:
     "The reading for one ring, [T, n]; `eps` tells change from rounding."
     tiny = 16 * eps * np.abs(h).max()
@@ -576,7 +583,8 @@ def _measure(
         look = lying.first_look(np.fft.rfft(h.T, axis=0))
         if look.share > 1.25 * found.share:
             side = line_speed(h.T, look).turned()
-            if side.travelling > 1.25 * line.travelling:
+            fastest = 1.1 * min(max_speed, h.shape[1] / 2)
+            if side.travelling > 1.25 * line.travelling and abs(side.speed) <= fastest:
                 found, line = look, side
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
