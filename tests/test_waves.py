@@ -94,7 +94,9 @@ def test_known_speeds(make, T, n):
         assert abs(m.lag_speed / speed - 1) < 0.1, (speed, m)
 
 
-@pytest.mark.parametrize("T, n, speed", [(784, 32, -2.0), (200, 16, -2.0), (500, 48, 2.0), (784, 12, 2.0), (80, 24, -2.0)])
+@pytest.mark.parametrize(
+    "T, n, speed", [(784, 32, -2.0), (200, 16, -2.0), (500, 48, 2.0), (784, 12, 2.0), (80, 24, -2.0)]
+)
 def test_pulses_that_jump_over_half_of_the_ring(T, n, speed):
     """Two neurons a step on an even ring: a pulse visits every other neuron, so only even distances have a lag, and
     half a turn may be added to it unnoticed. The shortest lag that fits is meant."""
