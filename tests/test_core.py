@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import math
+import io
 import os
 import random
 import signal
@@ -393,6 +394,21 @@ def test_progress(capsys):
     bar.update(2)
     bar.close()
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_bar_is_drawn_where_a_jupyter_server_opened_the_notebook(monkeypatch):
+    "ipykernel's standard error is no terminal; nbconvert and nbclient, whose outputs are stored, have no session."
+
+    class OutStream(io.StringIO):
+        __module__ = "ipykernel.iostream"
+
+    for session, drawn in (("a.ipynb", True), (None, False)):
+        monkeypatch.setattr(sys, "stderr", OutStream())
+        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+        if session:
+            monkeypatch.setenv("JPY_SESSION_NAME", session)
+        assert list(progress(range(3))) == [0, 1, 2]
+        assert ("3/3" in sys.stderr.getvalue()) is drawn
 
 
 def test_style_can_be_left(monkeypatch):

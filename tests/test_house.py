@@ -1,16 +1,20 @@
 "Is the house in order? What is generated equals what is committed, nothing unpickles, no machine leaves its paths."
 
-import ast
 import graphlib
 import re
 import subprocess
+import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, SKIP, run_python
+from conftest import ROOT, SKIP, WEB, run_python
+
+sys.path.insert(0, str(WEB))
+
+import house
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted((ROOT / "wave_rnns").rglob("*.py"))
@@ -107,51 +111,33 @@ def test_what_is_stored_is_whole(path):
             assert shown, f"nothing stands above the caption {caption[0]}"
 
 
-def imports_of(path: Path) -> set[str]:
-    "Names of this project's modules that a module imports, wherever in its text: 'cell', 'paper.tasks'."
-    found, package = set(), path.relative_to(ROOT / "wave_rnns").parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            name = ".".join([*base, *(node.module or "").split(".")]).strip(".") if node.level else node.module
-            if not node.level and name.split(".")[0] != "wave_rnns":
-                continue
-            name = name.removeprefix("wave_rnns").strip(".")
-            found |= {name, *(f"{name}.{alias.name}".strip(".") for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("wave_rnns.") for a in node.names if a.name.startswith("wave_rnns.")}
-    return found & set(FLOOR)
+FLOOR = house.floors()
+IMPORTS = house.imports()
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT / "wave_rnns").with_suffix("").parts)
-
-
-def floors() -> dict[str, str]:
-    "Module -> number of its notebook. Core stands on nothing, so it is the lowest wherever it is told."
-    numbers = {}
-    for path in NOTEBOOKS:
-        for cell in nbformat.read(path, as_version=4).cells:
-            if exported := re.match(r"#\| default_exp (\S+)", cell.source):
-                numbers[exported[1]] = path.stem
-    return numbers | {"core": ""}
-
-
-FLOOR = floors()
-
-
-@pytest.mark.parametrize("path", [p for p in MODULES if not p.stem.startswith("_")], ids=module_name)
-def test_imports_run_one_way(path):
+@pytest.mark.parametrize("me", IMPORTS)
+def test_imports_run_one_way(me):
     "A room imports only from rooms with lower numbers, and the library never from the paper's machinery."
-    me = module_name(path)
-    for other in imports_of(path) - {me}:
+    for other in IMPORTS[me]:
         assert me.startswith("paper.") or not other.startswith("paper."), f"the library's {me} imports {other}"
         assert FLOOR[other][:2] <= FLOOR[me][:2], f"{me} ({FLOOR[me]}) imports {other} ({FLOOR[other]})"
 
 
 def test_imports_make_no_circle():
-    rooms = {module_name(p): imports_of(p) - {module_name(p)} for p in MODULES if not p.stem.startswith("_")}
-    tuple(graphlib.TopologicalSorter(rooms).static_order())  # raises CycleError
+    graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError
+    with pytest.raises(graphlib.CycleError):
+        house.in_order({"cell": {"scan"}, "scan": {"cell"}})
+
+
+def test_the_map_shows_every_import():
+    "The page is drawn from the modules as they are, and each dot lies below the diagonal."
+    from stage import room
+
+    page = house.map_page([room(p) for p in NOTEBOOKS])
+    shown = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="5"><title>(\S+) imports (\S+)</title>', page)
+    assert {(me, other) for *_, me, other in shown} == {(me, other) for me in IMPORTS for other in IMPORTS[me]}
+    assert all(float(x) - house.LEFT < float(y) - house.TOP for x, y, *_ in shown)
+    assert len(shown) > 50 and ("layer", "scan") in {(me, other) for *_, me, other in shown}
 
 
 def test_the_first_page_needs_only_torch():

@@ -1,6 +1,6 @@
-"""Two notebooks in JupyterLab itself, in a browser: opened, Run All pressed, read.
+"""Notebooks in JupyterLab itself, in a browser: opened, Run All pressed, read.
 
-test_notebooks.py runs all of them through the kernel; this is about what a reader sees: equations typeset, figures drawn, no error.
+test_notebooks.py runs all of them through the kernel; this is about what a reader sees: equations typeset, figures drawn, progress bars, no error.
 """
 
 import json
@@ -12,10 +12,22 @@ import sys
 import time
 from urllib.request import urlopen
 
+import nbformat
 import pytest
 from conftest import ROOT
 
 NOTEBOOKS = ["index.ipynb", "01_wave_equation.ipynb"]
+TRAINING = """
+import matplotlib.pyplot as plt
+import torch
+from wave_rnns.paper.models import ModelConfig
+from wave_rnns.paper.tasks import ArrayTask
+from wave_rnns.paper.training import RunSettings, fit
+task = ArrayTask(torch.rand(64, 10, 2), batch_size=16)
+model = ModelConfig("wrnn", **task.sizes, n=8)
+fit(task, model, [RunSettings(0)], steps=30, eval_every=30, log_every=10, device="cpu", progress=True)
+plt.plot([0, 1]);
+"""
 TOKEN = "a-test-on-this-machine"
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page too
@@ -28,6 +40,7 @@ def lab(tmp_path_factory):
     "A JupyterLab with its own configuration on a copy of the notebooks; yields its address."
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("_web", ".ipynb_checkpoints"))
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRAINING)]), home / "nbs/training.ipynb")
     for name, values in SETTINGS.items():
         file = home / f"settings/{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +77,8 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def report(lab, npm_packages, chromium):
-    words = ["node", ROOT / "tests/jupyterlab.mjs", chromium, npm_packages, lab, TOKEN, json.dumps(NOTEBOOKS)]
+    notebooks = json.dumps([*NOTEBOOKS, "training.ipynb"])
+    words = ["node", ROOT / "tests/jupyterlab.mjs", chromium, npm_packages, lab, TOKEN, notebooks]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -78,3 +92,10 @@ def test_run_all_in_jupyterlab(name, report):
     assert seen["ran"] == seen["cells"] > 3, f"{seen['ran']} of {seen['cells']} cells ran"
     assert seen["figures"] >= 1
     assert seen["equations"] >= 1
+
+
+@pytest.mark.browser
+def test_fit_shows_its_bar(report):
+    seen = report["training.ipynb"]
+    assert not seen["problems"], "\n".join(seen["problems"])
+    assert seen["bars"] == 1

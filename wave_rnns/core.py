@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'WAVE', 'BUMP', 'WaveRNNError', 'ConfigError', 'DataError', 'CheckpointError', 'RecordError', 'data_root',
-           'default_device', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain', 'to_json', 'read_small',
-           'from_json', 'git_commit', 'environment', 'plot_style']
+           'default_device', 'is_watched', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain', 'to_json',
+           'read_small', 'from_json', 'git_commit', 'environment', 'plot_style']
 
 # %% ../nbs/09_core.ipynb #407d8cdc
 import contextlib
@@ -63,17 +63,23 @@ def default_device() -> "torch.device":  # noqa: F821 - torch takes seconds to i
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/09_core.ipynb #fdcc320a
+def is_watched() -> bool:
+    "Does somebody see standard error: in a terminal, or in a notebook that a Jupyter server opened?"
+    in_notebook = "ipykernel" in type(sys.stderr).__module__
+    return sys.stderr.isatty() or (in_notebook and "JPY_SESSION_NAME" in os.environ)
+
+
 def progress(
     iterable=None,  # what to walk through, or None for a bar that is moved by hand
     **kwargs,  # handed to tqdm
 ):
-    "A tqdm bar, quiet where standard error is no terminal; `disable=False` draws it anyway."
+    "A tqdm bar, in a terminal or in JupyterLab; quiet elsewhere. `disable=False` draws it."
     with warnings.catch_warnings(
         action="ignore"
     ):  # a notebook without ipywidgets gets the plain bar, and no sermon
         from tqdm.auto import tqdm  # here, not above: `import wave_rnns.core` stays cheap
     if kwargs.get("disable") is None:
-        kwargs["disable"] = not sys.stderr.isatty()
+        kwargs["disable"] = not is_watched()
     return tqdm(iterable, **kwargs)
 
 # %% ../nbs/09_core.ipynb #8022c914

@@ -98,8 +98,9 @@ def wrnn_train(
 ):
     """Train the runs of an experiment, and write one record for each.
 
-    A newcomer's first: wrnn_train demo_copy30_wrnn --results /tmp/results (about a minute on a laptop).
-    Ctrl-C or SIGTERM saves and ends with exit code 75; the same command goes on. Other codes: 0 done, 1 error, 2 usage."""
+    A newcomer's first, a minute on a laptop: wrnn_train demo_copy30_wrnn --results /tmp/results
+    Ctrl-C or SIGTERM saves and ends with exit code 75; the same command goes on. Other codes:
+    0 done, 1 error, 2 usage."""
     if list:
         return show_experiments()
     if experiment is None:
@@ -135,7 +136,8 @@ def wrnn_todo(
 ):
     """Show which declared runs have no record yet, and the command that makes them.
 
-    A record of a diverged run counts as done: failures are results. A damaged record is set aside, and its run is to do again."""
+    A record of a diverged run counts as done: failures are results. A damaged record is set
+    aside, and its run is to do again."""
     folder = Path(results) if results else results_root()
     left, done = todo(folder, experiment)
     if not is_cli(wrnn_todo):
@@ -151,7 +153,7 @@ def wrnn_todo(
 
 # %% ../../nbs/19_cli.ipynb #5d0c1b02
 def beside_full(grid: Grid, results: Path, full_results: Path | None) -> str:
-    "The quick runs that are done, each beside its full run after the same step; '' where none is."
+    "The quick runs that are done, each beside its full run after the same step."
     from .records import read_curve
     from .reports import markdown, show
 
@@ -226,7 +228,8 @@ def wrnn_sweep(
     device: Param("cpu, cuda or cuda:1; default: GPUs where there are some", str) = None,
     seeds: Param("other seeds than the grid's, like 0-4", str) = None,
     finals: Param(
-        "when the grid is done, train the best point of each experiment with these seeds, like 1-5",
+        "when the grid is done, train the best point of each experiment with these seeds, "
+        "like 1-5",
         str,
     ) = None,
     together: Param(
@@ -244,9 +247,10 @@ def wrnn_sweep(
 ):
     """Train a grid of runs with any number of workers over one folder.
 
-    Start it as often as you like, on as many machines as see the folder: no run is lost, none is counted twice. Ctrl-C or SIGTERM
-    saves and ends with exit code 75; the same command goes on. Other codes: 0 nothing went wrong, 1 runs failed, or settings, data or
-    files are wrong, 2 usage."""
+    Start it as often as you like, on as many machines as see the folder: no run is lost, none
+    is counted twice. Ctrl-C or SIGTERM saves and ends with exit code 75; the same command goes
+    on. Other codes: 0 nothing went wrong, 1 runs failed, or settings, data or files are wrong,
+    2 usage."""
     if list:
         return show_grids()
     if grid is None:
@@ -255,7 +259,8 @@ def wrnn_sweep(
         )
     if min(workers, together, minutes - 1, cpus - 1) < 0 or gpus not in (0, 1):
         raise usage_error(
-            "--workers and --together must not be negative, --minutes and --cpus at least 1, --gpus 0 or 1"
+            "--workers and --together must not be negative, --minutes and --cpus at least 1,"
+            " --gpus 0 or 1"
         )
     final_seeds = parse_seeds(finals) if finals is not None else ()
     chosen = find_grid(grid)

@@ -71,7 +71,9 @@ MOST_RUNS = 100_000
 
 @dataclass(frozen=True)
 class Grid:
-    "Experiments and the values to try for some of their settings, as pure data. Raises ConfigError for what cannot be meant."
+    """Experiments and the values to try for some of their settings, as pure data.
+
+    Raises ConfigError for what cannot be meant."""
 
     name: str  # letters, digits, underscores
     experiments: tuple  # of Experiment: what is varied
@@ -143,13 +145,16 @@ def varied(
     settings: dict,  # {'lr': 0.001, 'model.n': 100}
     name: str,  # of the new one
 ) -> Experiment:
-    "The experiment with other settings. Raises ConfigError naming a setting that does not exist or a value that cannot be."
+    """The experiment with other settings.
+
+    Raises ConfigError naming a setting that does not exist or a value that cannot be."""
     config = to_config(base)
     for path, value in settings.items():
         head, _, tail = path.partition(".")
         if tail and not isinstance(config.get(head), dict):
             raise ConfigError(
-                f"experiment {base.name!r} has no setting {path!r}: use lr, clip, model.n, task_options.T ..."
+                f"experiment {base.name!r} has no setting {path!r}: use lr,"
+                " clip, model.n, task_options.T ..."
             )
         config = merge(config, {head: {tail: value} if tail else value})
     new = from_config({**config, "name": name})
@@ -205,13 +210,14 @@ for name, sizes in (("nscifar10_wrnn", [144, 256]), ("nscifar10_irnn", [144, 256
 
 # %% ../../nbs/17_sweeps.ipynb #0f4ec735
 def grid_from(config: dict, where: str = "grid", folder: Path = Path()) -> Grid:
-    "A grid from plain data. Raises ConfigError for an unknown key, a missing one, or an experiment that does not exist."
+    "A grid from plain data. Raises ConfigError for a key or an experiment that is none."
     plain_config = {**config, "experiments": ()} if isinstance(config, dict) else config
     check_fields(Grid, plain_config, where)
     named = config.get("experiments")
     if not isinstance(named, list) or not all(isinstance(e, (str, dict)) for e in named):
         raise ConfigError(
-            f"{where}: experiments must be a list of names, patterns, files or whole experiments, got {named!r}"
+            f"{where}: experiments must be a list of names, patterns, files or whole"
+            f" experiments, got {named!r}"
         )
     found = []
     for e in named:
@@ -231,7 +237,9 @@ def grid_config(grid: Grid) -> dict:
 
 
 def find_grid(text: str) -> Grid:
-    "The grid a user means: a declared one, a JSON file, or the declared runs of an experiment or pattern. Raises ConfigError."
+    """The grid a user means: a declared one, a JSON file, or the declared runs of a pattern.
+
+    Raises ConfigError."""
     if text in GRIDS:
         return grid_from(GRIDS[text], f"grid {text!r}")
     name = re.sub(r"\W+", "_", Path(text).stem)[:64]
@@ -282,7 +290,9 @@ OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # a run's own inside
 
 
 def populations(runs: list[Run], together: int) -> list[list[Run]]:
-    "Runs that can be trained in one loop, in groups of at most `together`, in a fixed order. Raises ConfigError where halving would be cut."
+    """Runs that can be trained in one loop, in groups of at most `together`, in a fixed order.
+
+    Raises ConfigError where halving would be cut."""
     families: dict[str, list[Run]] = {}
     for run in runs:
         settings = decisive(run.experiment).items()
@@ -293,8 +303,8 @@ def populations(runs: list[Run], together: int) -> list[list[Run]]:
         parts = math.ceil(len(family) / together)
         if parts > 1 and family[0].experiment.halving:
             raise ConfigError(
-                f"{family[0].experiment.name}: halving compares {len(family)} runs, which must be"
-                f" trained together, and together is {together}"
+                f"{family[0].experiment.name}: halving compares {len(family)} runs,"
+                f" which must be trained together, and together is {together}"
             )
         cuts = [len(family) * i // parts for i in range(parts + 1)]
         found += [family[a:b] for a, b in itertools.pairwise(cuts)]
@@ -302,7 +312,7 @@ def populations(runs: list[Run], together: int) -> list[list[Run]]:
 
 
 def population_path(results: Path, runs: list[Run]) -> Path:
-    "What a population's files are called: this is its checkpoint's name, `.lock` and `.failed` lie beside it."
+    "The name of a population's checkpoint; `.lock` and `.failed` lie beside it."
     name = sha256(" ".join(sorted(run.key for run in runs)).encode())[:16]
     folder = Path(results) / "checkpoints"
     if folder.is_symlink():
@@ -341,7 +351,9 @@ def h200_seconds(run: Run) -> float | None:
 
 
 def seconds_left(runs: list[Run], results: Path) -> float | None:
-    "What the runs without a record will take, scaled by what those with one took; None: nobody knows yet."
+    """What the runs without a record will take, scaled by what those with one took.
+
+    None where nobody knows yet."""
     left, expected, spent, strange = 0.0, 0.0, 0.0, False
     for run in runs:
         seconds = h200_seconds(run)
@@ -392,7 +404,8 @@ def claimed(path: Path) -> Iterator[bool]:
     try:
         if isinstance(lock, SoftFileLock):  # a lock that nobody takes back
             raise ConfigError(
-                f"{path.parent} is on a file system without locks: put the results on another one"
+                f"{path.parent} is on a file system without locks: put the results"
+                " on another one"
             )
         yield True
     finally:
@@ -400,7 +413,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 # %% ../../nbs/17_sweeps.ipynb #69487af7
 def half_finished(place) -> list[str]:
-    "The keys of the runs in a checkpoint; [] where there is none, or only damaged ones, which are set aside."
+    "The keys of the runs in a checkpoint; [] where there is no sound one."
     from wave_rnns.paper.checkpoints import CheckpointError, checkpoints_of
 
     try:
@@ -425,7 +438,7 @@ def train_population(
     anew: bool = False,  # also what is done or half finished
     **options,  # of `fit`: interrupt, progress, checkpoint_seconds
 ) -> list[Run]:  # those that were trained
-    "Go on from the checkpoint or begin, write a record for each run, remove the population's files."
+    "Go on from the checkpoint or begin; write a record for each run; remove the files."
     from wave_rnns.paper.checkpoints import CheckpointError, CheckpointFile
 
     path = population_path(results, runs)
@@ -521,7 +534,8 @@ def work(
                 trained = train_population(group, results, device, anew, **options)
                 if trained and keep_going:
                     seconds = time.monotonic() - start
-                    said = f"{label(trained)}: trained in {seconds:.0f} s; {standing(runs, results)}"
+                    said = f"{label(trained)}: trained in {seconds:.0f} s; "
+                    said += standing(runs, results)
                     print(said, file=sys.stderr, flush=True)
             except Interrupted:
                 raise
@@ -570,7 +584,9 @@ def train(
     together: int = 64,  # runs in one training loop, at most
     **options,  # of `train_population`: interrupt, progress, checkpoint_seconds
 ) -> list[dict]:  # one record a run, in order
-    "Train what is not done yet, here and now. Raises what training raises, Interrupted when asked to stop."
+    """Train what is not done yet, here and now.
+
+    Raises what training raises, Interrupted when asked to stop."""
     results = Path(results_root() if results is None else results)
     distinct = list({run.key: run for run in runs}.values())
     if not distinct:
@@ -582,7 +598,9 @@ def train(
 
 # %% ../../nbs/17_sweeps.ipynb #7cf9efbf
 def ranking(grid: Grid, results: Path) -> list[dict]:
-    "The points of a grid, best first within each experiment: those that halving let go further, then by their mean validation score."
+    """The points of a grid, best first within each experiment.
+
+    First those that halving let go further, then by their mean validation score."""
     rows = []
     for place, (base, settings, point) in enumerate(grid.points()):
         found = [record_of(results, Run(point, seed)) for seed in grid.seeds or point.seeds]
@@ -650,7 +668,9 @@ DEATHS = 5  # in a row, with nothing new on the disk
 
 
 def be_worker() -> int:
-    "The process that `sweep` starts. Its exit code: 0 nothing is left, 75 asked to stop, 1 an error, 70 a broken GPU."
+    """The process that `sweep` starts.
+
+    Its exit code: 0 nothing is left, 75 asked to stop, 1 an error, 70 a broken GPU."""
     from wave_rnns.paper.checkpoints import listen_for
 
     order = json.load(sys.stdin)
@@ -698,7 +718,7 @@ def start_worker(order: dict, number: int, log: Path, threads: int) -> subproces
 
 
 def stop_workers(workers: list[subprocess.Popen], seconds: float = 300.0) -> None:
-    "Ask all to save and end; one that does not is killed, and goes on from an older checkpoint."
+    "Ask all to save and end; kill one that does not: its checkpoint is only older."
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
         worker.send_signal(signal.SIGCONT)  # one that was stopped could not hear
@@ -720,9 +740,10 @@ def sweep(
     show: bool = True,  # a bar where somebody watches
     checkpoint_seconds: float = 60.0,
 ) -> dict[str, str]:  # what failed, and why
-    """Train whatever of a grid is not done; other processes and machines may do the same in the same folder.
+    """Train whatever of a grid is not done; others may do the same in the same folder.
 
-    Raises Interrupted when asked to stop, once all workers have saved; WaveRNNError where workers die in a row."""
+    Raises Interrupted when asked to stop, once all workers have saved; WaveRNNError where
+    workers die in a row."""
     import torch
 
     from wave_rnns.paper.checkpoints import listen_for
@@ -762,8 +783,8 @@ def refuse_to_crawl(name: str, runs: list[Run], results: Path) -> None:
     left = [s for run in runs if record_of(results, run) is None and (s := h200_seconds(run))]
     if sum(left) > 60:
         raise ConfigError(
-            f"no GPU is here, and {name} takes about {duration(sum(left))} on one H200; a CPU takes"
-            " hundreds to thousands of times as long. To start all the same: --device cpu"
+            f"no GPU is here, and {name} takes about {duration(sum(left))} on one H200;"
+            " a CPU takes thousands of times as long. To start all the same: --device cpu"
             " (make reproduce DEVICE=cpu). For minutes on a laptop: wrnn_demo"
         )
 
@@ -777,13 +798,14 @@ def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
     logs = [results / "logs" / f"{order['grid']['name']}-{k}.log" for k in range(number)]
     threads = max(1, cores() // number)
     workers = {k: start_worker(order, k, log, threads) for k, log in enumerate(logs)}
-    problem = None
+    problem, shown = None, -1
     try:
         while workers:
             time.sleep(0.2)
-            before, bar.n = bar.n, sum(run.path(results).exists() for run in runs)
-            if bar.n != before or not bar.postfix:
-                bar.set_postfix_str(standing(runs, results, number), refresh=False)
+            bar.n = sum(run.path(results).exists() for run in runs)
+            if bar.n != shown:
+                shown, words = bar.n, standing(runs, results, number)
+                bar.set_postfix_str(words, refresh=False)
             bar.refresh()
             if asked():
                 raise Interrupted(
@@ -796,7 +818,7 @@ def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
                 if code in (0, Interrupted.exit_code):
                     continue
                 said = (logs[k].read_text(errors="replace").strip().splitlines() or [""])[-1]
-                how = f"worker {k} ended with code {code} (log: {logs[k]}; its last line: {said})"
+                how = f"worker {k} ended with code {code} (log: {logs[k]}; at its end: {said})"
                 if code > 0 and code != BROKEN:  # an error: a new worker would not do better
                     problem = how
                     continue
