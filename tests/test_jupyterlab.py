@@ -77,8 +77,8 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def report(lab, npm_packages, chromium):
-    notebooks = json.dumps([*NOTEBOOKS, "training.ipynb"])
-    words = ["node", ROOT / "tests/jupyterlab.mjs", chromium, npm_packages, lab, TOKEN, notebooks]
+    names = json.dumps([*NOTEBOOKS, "training.ipynb"])
+    words = ["node", ROOT / "tests/jupyterlab.mjs", chromium, npm_packages, lab, TOKEN, names]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

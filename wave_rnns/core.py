@@ -64,7 +64,7 @@ def default_device() -> "torch.device":  # noqa: F821 - torch takes seconds to i
 
 # %% ../nbs/09_core.ipynb #fdcc320a
 def is_watched() -> bool:
-    "Does somebody see standard error: in a terminal, or in a notebook that a Jupyter server opened?"
+    "Does somebody see standard error, in a terminal or in a notebook of a Jupyter server?"
     in_notebook = "ipykernel" in type(sys.stderr).__module__
     return sys.stderr.isatty() or (in_notebook and "JPY_SESSION_NAME" in os.environ)
 
