@@ -68,7 +68,7 @@ def what_is_missing() -> str | None:
     if missing := [c for c in DAEMONS + COMMANDS if not shutil.which(c, path=path_with_daemons())]:
         return f"no {', '.join(missing)} here: {DEBIAN}"
     try:
-        socket.getaddrinfo(socket.gethostname(), None, flags=socket.AI_ADDRCONFIG)
+        socket.getaddrinfo(None, 1, socket.AF_INET, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG)
     except socket.gaierror:
         return "slurmd finds no address of this machine: it needs a network interface beside the loopback"
     return None
