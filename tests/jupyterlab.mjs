@@ -36,9 +36,9 @@ for (const [number, name] of JSON.parse(notebooksJson).entries()) {
   try {
     // a workspace of its own: JupyterLab would reopen the notebook before this one
     await tab.goto(`${base}lab/workspaces/test-${number}/tree/${name}?token=${token}`, { waitUntil: "domcontentloaded" });
-    await tab.waitForSelector(".jp-Notebook .jp-CodeCell", { timeout: 90_000 });
+    await tab.waitForSelector(".jp-Notebook .jp-CodeCell", { timeout: 300_000 });
     // a Run All that comes before the kernel is ready is lost without a word
-    await until("kernel", () => kernelIdle(name), 90);
+    await until("kernel", () => kernelIdle(name), 300);
     await tab.click(".lm-MenuBar-itemLabel:text-is('Run')");
     await tab.click(".lm-Menu-itemLabel:text-is('Run All Cells')");
     const prompts = () => tab.$$eval(".jp-CodeCell .jp-InputPrompt", (ps) => ps.map((p) => p.textContent.trim()));
