@@ -79,6 +79,8 @@ def test_notebook_form(path):
         for out in cell.get("outputs", []):
             assert out.output_type != "error", f"an error is stored: {out.get('evalue')}"
             assert out.get("name") != "stderr", f"stderr is stored: {out.text[:200]}"
+        address = re.search(r"<[^>]* at 0x[0-9a-f]+>", stored_text(cell))
+        assert not address, f"an object of one process is stored: {address[0]}; end the line with ;"
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if not p.stem.startswith("_")], ids=lambda p: p.stem)
