@@ -269,6 +269,13 @@ for T in (0, 10, 30, 80):
             task_options={"T": T},
         )
 declare("copy80_irnn_rerun", "copy80_irnn_identity", "rerun: lr 1e-3, clip 1", seeds=(0, 1))
+declare(
+    "copy80_irnn_sigma_no_bias",
+    "copy80_irnn_sigma",
+    "ours: does the bias beside V, random at first, spoil '+ Sigma-init'? (notebook 24)",
+    model={"bias": False},
+    seeds=(0, 1),
+)
 
 # %% ../../nbs/16_experiments.ipynb #da473660
 # Adding: Section 3 "Adding Task", Table 1, Figure 5
