@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'IRNN_AXES', 'ROWS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES',
-           'WAVES', 'FINALS', 'BUMPS', 'TABLE_2', 'SEARCH', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'FULL', 'BROKEN',
-           'WORKER', 'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied', 'point_name', 'declare_grid', 'grid_from',
+           'WAVES', 'FINALS', 'BUMPS', 'TABLE_2', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'FULL', 'BROKEN', 'WORKER',
+           'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied', 'point_name', 'declare_grid', 'grid_from',
            'grid_config', 'find_grid', 'beginning', 'populations', 'population_path', 'h200_seconds', 'seconds_left',
            'duration', 'standing', 'claimed', 'half_finished', 'train_population', 'fit_population', 'work',
            'left_overs', 'note_failure', 'label', 'train', 'ranking', 'winners', 'ranking_text', 'be_worker',
@@ -222,6 +222,8 @@ def grid_from(config: dict, where: str = "grid", folder: Path = Path()) -> Grid:
     for e in named:
         if isinstance(e, dict):
             found.append(from_config(e))
+        elif e.startswith("grid:") and e[5:] in GRIDS:  # all points of that grid
+            found += [point for *_, point in find_grid(e[5:]).points()]
         else:
             found += select(str(folder / e) if e.endswith(".json") else e)
     return Grid(**{**config, "experiments": tuple(found)})
@@ -258,10 +260,17 @@ WAVES = [*(f"adding{T}_wrnn" for T in ADDING), "nscifar10_wrnn"]
 FINALS = [f"copy{T}_{family}" for T in COPY for family in ("wrnn", "irnn")]
 BUMPS = ["smnist_irnn", "psmnist_irnn", *(f"adding{T}_irnn" for T in ADDING)]
 TABLE_2 = ["smnist_wrnn_fast", "psmnist_wrnn", "smnist_wrnn_mlp", "psmnist_wrnn_mlp"]
-SEARCH = [to_config(point) for *_, point in find_grid("copy_ablations").points()]
 declare_grid(
     "paper",
-    ["smnist_wrnn", *TABLE_2, *WAVES, *FINALS, *BUMPS, *SEARCH, "nscifar10_irnn"],
+    [
+        "smnist_wrnn",
+        *TABLE_2,
+        *WAVES,
+        *FINALS,
+        *BUMPS,
+        "grid:copy_ablations",
+        "nscifar10_irnn",
+    ],
     {},
     "the final rows of Tables 1 to 4 and 7",
     seeds=(),
@@ -362,9 +371,7 @@ def seconds_left(runs: list[Run], results: Path) -> float | None:
         record = record_of(results, run)
         if record is None:
             left += seconds
-        elif record.get(
-            "steps_per_second"
-        ):  # a run that ended early says nothing about others
+        elif record.get("steps_per_second"):  # else it says nothing about others
             expected += seconds
             spent += record["steps"] / record["steps_per_second"] / record["together"]
     if not expected:
