@@ -47,7 +47,7 @@ def load(
 
 # %% ../../nbs/19_weights.ipynb #926f3fcf
 def median_run(records: list[dict]) -> dict:  # of one experiment
-    "The record with the median test metric at the chosen step; of two, the worse"
+    "The record with the median test metric at the chosen step, of two medians the worse."
     better = -1 if records[0]["selection"].startswith("highest") else 1
     ranked = sorted(records, key=lambda r: better * r["test_best"][r["metric"]])
     return ranked[len(ranked) // 2]
