@@ -11,7 +11,7 @@ NPM    := $(WEB)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lab docs check prepare export clean format tables readme hooks gpu-test survive bench distclean
+.PHONY: help install demo reproduce test lab docs check prepare export clean format tables readme hooks gpu-test survive bench distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,9 +21,16 @@ help: ## print this list
 demo: $(READY) ## train a wRNN and an iRNN side by side, in minutes, and draw what they do
 	$(BIN)/wrnn_demo
 
-test: $(READY) ## run every notebook's assertions (nbdev_test), then pytest
+GRID    ?= $(if $(QUICK),quick,paper)
+RESULTS ?= reproduced
+
+reproduce: $(READY) ## train all runs of the tables into RESULTS=reproduced: hours on one GPU, QUICK=1 minutes; Ctrl-C, and again to go on
+	$(BIN)/wrnn_sweep $(GRID) --results $(RESULTS) $(if $(DEVICE),--device $(DEVICE))
+	$(BIN)/wrnn_tables --results $(RESULTS)
+
+test: $(READY) ## run every notebook's assertions (nbdev_test), then pytest, both on all cores
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 tests
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
@@ -67,8 +74,8 @@ gpu-test: $(READY) ## prove the GPU kernels against the float64 loop (needs an N
 	@for check in tests/gpu/check_*.py; do echo "$$check"; $(PY) $$check --out nbs/results/gpu || exit 1; done
 
 survive: $(READY) ## kill, freeze and corrupt in earnest: 100 kills, 100 chaos sweeps, 100,000 fuzzed files (about an hour)
-	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 OMP_NUM_THREADS=1 $(PY) -m pytest \
-	  tests/test_resume_kill.py tests/test_data.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py
+	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 WAVE_RNNS_RUN_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 \
+	  tests/test_resume_kill.py tests/test_data.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py tests/test_notebooks.py
 
 bench: $(READY) ## measure speed on this machine
 	$(BIN)/wrnn_bench

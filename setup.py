@@ -1,5 +1,6 @@
 "Install wave_rnns. Every value is read from settings.ini, which nbdev reads too; nothing is written twice."
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,18 +10,28 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-readme = here / "README.md"
+
+# links of README.md are relative to the repository, and a package index shows it without one
+pictures = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}"
+readme = (here / "README.md").read_text(encoding="utf-8")
+readme = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\1{pictures}/", readme)
+readme = re.sub(r"(?<!!)(\[[^\]]*\]\()(?!https?:|#)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", readme)
 
 setup(
     name=cfg["lib_name_pypi"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
-    license="MIT",
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Paper": "https://arxiv.org/abs/2309.08045",
+        "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
+    },
+    license_expression=cfg["license"].upper(),
     license_files=["LICENSE"],
     keywords=cfg["keywords"].split(),
     classifiers=[
@@ -28,7 +39,9 @@ setup(
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {version}" for version in cfg["tested_pythons"].split()),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     # the figure style, the paper's numbers, kernels as text, trained weights, pages and small data sets travel with the package
@@ -37,10 +50,10 @@ setup(
         f"{cfg['lib_name']}.kernels": ["*.cu", "*.cuh"],
         f"{cfg['lib_name']}.paper": ["*.json", "*.html", "datasets/*"],
     },
-    include_package_data=True,
+    include_package_data=False,  # what is named above and nothing else
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "hub": cfg["hub_requirements"].split()},
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
 import configparser
+import functools
 import json
 import runpy
 import shutil
@@ -20,19 +21,33 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WEB = ROOT / "nbs/_web"
-SKIP = {
-    ".git",
-    ".venv",
-    "_docs",
-    "_proc",
-    "node_modules",
-    "__pycache__",
-    "build",
-    "dist",
-    ".pytest_cache",
-    ".ruff_cache",
-    "demo_out",
-}
+SKIP = set(".git .venv _docs _proc node_modules __pycache__ build dist .pytest_cache .ruff_cache demo_out".split())
+BROWSER = {"test_docs.py", "test_jupyterlab.py", "test_play.py"}
+
+
+def unit(nodeid: str) -> str:
+    "What stays together: a file, so that what its tests share is made once; those that share a browser; a notebook alone."
+    file = nodeid.split("::")[0].rpartition("/")[2]
+    return nodeid if file == "test_notebooks.py" else "browser" if file in BROWSER else file
+
+
+def pytest_collection_modifyitems(items):
+    "What waits a lot comes first, notebooks last: they fill what time is left on each process."
+    order = ["test_slurm.py", "browser"]
+    items.sort(key=lambda i: order.index(u) if (u := unit(i.nodeid)) in order else 2 + ("::" in u))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Several processes (`-n`) take units from one queue."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit(nodeid)
+
+    config.option.loadscopereorder = False
+    return Units(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +70,23 @@ def run_python(*args: str, cwd: Path, timeout: int = 300) -> str:
     done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(args)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "small_disk('1m'): a folder that is a disk of this size, where mounting is allowed; called again, the disk grows."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: str) -> Path:
+        options = f"remount,size={size}" if os.path.ismount(disk) else f"size={size}"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs is not allowed here")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", disk], check=True)
 
 
 # ------------------------------------------------------------------------------------------------- the commands
@@ -119,17 +151,27 @@ def tally(pytestconfig):
 
     is the row "kill -9 while computing   10 kills, 10 resumed bit equal". Called again with the same row, whole numbers are
     added, of other numbers the largest stays, of words the last. Call it before the assertion on a count: a failure shows it too."""
-    table = pytestconfig.stash.setdefault(COUNTS, {})
+    return functools.partial(count, pytestconfig.stash.setdefault(COUNTS, {}))
 
-    def add(row: str, **counts: int | float | str) -> None:
-        kept = table.setdefault(row, {})
-        for name, value in counts.items():
-            before = kept.get(name)
-            if before is not None and not isinstance(value, str):
-                value = before + value if isinstance(value, int) else max(before, value)
-            kept[name] = value
 
-    return add
+def count(table: dict, row: str, **counts: int | float | str) -> None:
+    kept = table.setdefault(row, {})
+    for name, value in counts.items():
+        before = kept.get(name)
+        if before is not None and not isinstance(value, str):
+            value = before + value if isinstance(value, int) else max(before, value)
+        kept[name] = value
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # xdist's worker: its counts go to the process that prints them
+        session.config.workeroutput["counts"] = session.config.stash.get(COUNTS, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for row, counts in getattr(node, "workeroutput", {}).get("counts", {}).items():
+        count(node.config.stash.setdefault(COUNTS, {}), row, **counts)
 
 
 def in_words(counts: dict) -> str:

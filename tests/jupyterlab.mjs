@@ -1,6 +1,6 @@
 // Open notebooks in a running JupyterLab, press Run All, and say what went wrong:
 // node jupyterlab.mjs CHROMIUM NODE_MODULES BASE_URL TOKEN NOTEBOOKS_JSON
-// Prints one JSON object: notebook -> { problems, cells, figures, equations }.
+// Prints one JSON object: notebook -> { problems, cells, figures, equations, bars }.
 import { createRequire } from "node:module";
 
 const [, , executablePath, modules, base, token, notebooksJson] = process.argv;
@@ -36,9 +36,9 @@ for (const [number, name] of JSON.parse(notebooksJson).entries()) {
   try {
     // a workspace of its own: JupyterLab would reopen the notebook before this one
     await tab.goto(`${base}lab/workspaces/test-${number}/tree/${name}?token=${token}`, { waitUntil: "domcontentloaded" });
-    await tab.waitForSelector(".jp-Notebook .jp-CodeCell", { timeout: 90_000 });
+    await tab.waitForSelector(".jp-Notebook .jp-CodeCell", { timeout: 300_000 });
     // a Run All that comes before the kernel is ready is lost without a word
-    await until("kernel", () => kernelIdle(name), 90);
+    await until("kernel", () => kernelIdle(name), 300);
     await tab.click(".lm-MenuBar-itemLabel:text-is('Run')");
     await tab.click(".lm-Menu-itemLabel:text-is('Run All Cells')");
     const prompts = () => tab.$$eval(".jp-CodeCell .jp-InputPrompt", (ps) => ps.map((p) => p.textContent.trim()));
@@ -54,6 +54,7 @@ for (const [number, name] of JSON.parse(notebooksJson).entries()) {
         ran: all(".jp-CodeCell .jp-InputPrompt").filter((p) => /\[\d+\]/.test(p.textContent)).length,
         errors: all('[data-mime-type="application/vnd.jupyter.error"]').map((e) => e.textContent.slice(-600)),
         figures: all(".jp-OutputArea-output img").filter((i) => i.naturalWidth > 0).length,
+        bars: all(".jp-OutputArea-output").filter((o) => /\d+\/\d+\s\[/.test(o.textContent)).length,
         equations: all(".jp-MarkdownCell mjx-container").length,
         badEquations: all("mjx-merror, .MathJax_Error").length,
         raw: all(".jp-RenderedMarkdown p").filter((p) => /\$\$|\\begin\{|^:::/.test(p.textContent)).map((p) => p.textContent.slice(0, 80)),

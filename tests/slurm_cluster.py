@@ -65,8 +65,13 @@ def path_with_daemons() -> str:
 
 def what_is_missing() -> str | None:
     "Why no Slurm can be started here, with the remedy; None where it can."
-    missing = [c for c in DAEMONS + COMMANDS if not shutil.which(c, path=path_with_daemons())]
-    return f"no {', '.join(missing)} here: {DEBIAN}" if missing else None
+    if missing := [c for c in DAEMONS + COMMANDS if not shutil.which(c, path=path_with_daemons())]:
+        return f"no {', '.join(missing)} here: {DEBIAN}"
+    try:
+        socket.getaddrinfo(None, 1, socket.AF_INET, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG)
+    except socket.gaierror:
+        return "slurmd finds no address of this machine: it needs a network interface beside the loopback"
+    return None
 
 
 class SlurmOnOneMachine:

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -187,19 +186,9 @@ def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path
     tally("copied while it was swept", copies=copies, finished=copies)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    "A disk of 3 MB, where mounting is allowed."
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_path, small_disk):
-    results, filler = small_disk / "results", small_disk / "somebody else's"
+    disk = small_disk("3m")
+    results, filler = disk / "results", disk / "somebody else's"
     life = nursery("test_chaos:worker", GRID, str(results), 0.02, str(tmp_path / "said"))
 
     def stopped_half_way() -> bool:

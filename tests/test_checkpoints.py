@@ -7,7 +7,6 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
 import threading
 import warnings
 
@@ -15,8 +14,6 @@ import pytest
 import safetensors.torch
 import tiny_task
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
 
 import wave_rnns.paper.checkpoints
@@ -29,15 +26,11 @@ from wave_rnns.paper.checkpoints import (
     checkpoints_of,
     listen_for,
     load_checkpoint,
-    load_weights,
-    pack,
-    resumable_fit,
-    save_checkpoint,
-    save_weights,
-    unpack,
 )
+from wave_rnns.paper.checkpoints import load_weights, pack, resumable_fit, save_checkpoint, save_weights, unpack
 from wave_rnns.paper.models import ModelConfig, build_model
-from wave_rnns.paper.training import ResumeRefused, RunSettings, fit
+from wave_rnns.paper.population import RunSettings
+from wave_rnns.paper.training import ResumeRefused, fit
 
 TENSORS = {
     "theta": torch.randn(3, 40, generator=torch.Generator().manual_seed(0)),
@@ -232,43 +225,17 @@ def test_a_full_disk_changes_nothing(two, monkeypatch, failing):
     assert load_checkpoint(two)[1] == {"step": 20} and files(two.parent) == before
 
 
-def test_a_really_full_disk(tmp_path):
-    "A tmpfs of 1 MB, where mounting is allowed."
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        path = disk / "run.safetensors"
-        save_checkpoint(path, {"x": torch.zeros(50_000)}, {"step": 1})
-        with pytest.raises(OSError, match="run.2.") as e:
-            save_checkpoint(path, {"x": torch.zeros(500_000)}, {"step": 2})
-        assert e.value.errno == errno.ENOSPC and "no space left" in str(e.value)
-        assert load_checkpoint(path)[1] == {"step": 1}
-        assert not [p for p in disk.iterdir() if p.suffix == ".tmp"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-# Structures made by hypothesis; spoiled files by the thousand: test_fuzz.py.
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-GOOD = pack({"x": torch.arange(6.0), "n": torch.tensor(3)}, {"step": 3, "list": [1, None]})
+def test_a_really_full_disk(small_disk):
+    path = small_disk("1m") / "run.safetensors"
+    save_checkpoint(path, {"x": torch.zeros(50_000)}, {"step": 1})
+    with pytest.raises(OSError, match="no space left.*run.2.") as e:
+        save_checkpoint(path, {"x": torch.zeros(500_000)}, {"step": 2})
+    assert e.value.errno == errno.ENOSPC and load_checkpoint(path)[1] == {"step": 1}
+    assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
 
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-
-
-header = st.dictionaries(
-    st.sampled_from(["x", "n", "__metadata__", ""]),
-    st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "I64"]),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "meta"]), inner, max_size=4),
-        max_leaves=12,
-    ),
-    max_size=3,
-)  # fmt: skip
 
 
 def with_table(table, tail):
@@ -276,67 +243,24 @@ def with_table(table, tail):
     return len(text).to_bytes(8, "little") + text + tail
 
 
-@st.composite
-def spoiled(draw):
-    "A good file with some bytes overwritten, cut or inserted."
-    data = bytearray(GOOD)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(data)))
-        data[at : at + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
-    return bytes(data)
+BOMBS = {
+    "table too long": (HEADER_LIMIT + 1).to_bytes(8, "little") + b"{" + b" " * (HEADER_LIMIT + 8),
+    "deep meta": with_table({"__metadata__": {"meta": "[" * 100_000}}, b""),
+    "deep table": (200_008).to_bytes(8, "little") + b'{"a":' + b"[" * 200_003,
+    "big shape": with_table({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"1234"),
+    "bigger shape": with_table({"x": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 0]}}, b""),
+    "meta a number": with_table({"__metadata__": {"meta": "3"}}, b""),
+    "long number": with_table({"__metadata__": {"meta": "9" * 5000}}, b""),
+    "a list": with_table({"__metadata__": []}, b""),
+}
 
 
-@FUZZ
-@given(data=st.binary(max_size=400) | spoiled() | st.builds(with_table, header, st.binary(max_size=64)))
-def test_any_bytes_give_a_result_or_one_error(data):
-    before = peak()
-    try:
-        tensors, meta = unpack(data)
-        assert isinstance(meta, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values())
-    except ValueError as e:
-        assert type(e) is ValueError
-    assert peak() - before < 100_000  # KiB
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        (HEADER_LIMIT + 1).to_bytes(8, "little") + b"{" + b" " * (HEADER_LIMIT + 8),
-        with_table({"__metadata__": {"meta": "[" * 100_000}}, b""),
-        (200_008).to_bytes(8, "little") + b'{"a":' + b"[" * 200_003,
-        with_table({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"1234"),
-        with_table({"x": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 0]}}, b""),
-        with_table({"__metadata__": {"meta": "3"}}, b""),
-        with_table({"__metadata__": {"meta": "9" * 5000}}, b""),
-        with_table({"__metadata__": []}, b""),
-    ],
-    ids=[
-        "table too long",
-        "deep meta",
-        "deep table",
-        "big shape",
-        "bigger shape",
-        "meta a number",
-        "long number",
-        "a list",
-    ],
-)
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
 def test_bombs(data):
     before = peak()
     with pytest.raises(ValueError):
         unpack(data)
     assert peak() - before < 300_000
-
-
-@FUZZ
-@given(data=st.binary(max_size=200) | st.builds(lambda t: json.dumps(t).encode(), header))
-def test_any_config_gives_one_error(data, tmp_path):
-    folder = tmp_path / "weights"
-    if not folder.exists():
-        save_weights(folder, build_model(WAVE, 0).state_dict(), WAVE)
-    (folder / "config.json").write_bytes(data)
-    with pytest.raises(CheckpointError, match="config.json"):
-        load_weights(folder)
 
 
 MODELS = {
@@ -447,15 +371,7 @@ def test_resumed_equals_uninterrupted(tmp_path, every, saves):
         fit(TinyTask(), WAVE, RUNS, checkpoint=place, checkpoint_every=every, **RHYTHM)
     assert load_checkpoint(place.path)[1]["history"]["step"] == every * saves
     again = fit(TinyTask(), WAVE, RUNS, checkpoint=CheckpointFile(place.path), checkpoint_every=every, **RHYTHM)
-    for a, b in zip(whole, again, strict=True):
-        assert (a.status, a.diverged_step, a.curve, a.best_step) == (b.status, b.diverged_step, b.curve, b.best_step)
-        assert (a.valid_best, a.valid_final, a.test_best, a.test_final) == (
-            b.valid_best,
-            b.valid_final,
-            b.test_best,
-            b.test_final,
-        )
-        assert all(torch.equal(t, b.weights[k]) for k, t in a.weights.items())
+    assert [tiny_task.summary(r) for r in again] == [tiny_task.summary(r) for r in whole]
 
 
 def test_all_dead_before_the_next_log(tmp_path):
@@ -466,9 +382,8 @@ def test_all_dead_before_the_next_log(tmp_path):
     with pytest.raises(Break):
         fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], checkpoint=place, checkpoint_every=1, **rhythm)
     again = fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], checkpoint=CheckpointFile(place.path), **rhythm)
-    assert (
-        whole[0].curve == again[0].curve and whole[0].curve[-1]["step"] == 7 and whole[0].steps == again[0].steps == 20
-    )
+    assert whole[0].curve == again[0].curve and whole[0].curve[-1]["step"] == 7
+    assert whole[0].steps == again[0].steps == 20
 
 
 def test_frozen_parts_are_part_of_a_checkpoint(tmp_path):
@@ -478,11 +393,8 @@ def test_frozen_parts_are_part_of_a_checkpoint(tmp_path):
         fit(TinyTask(), config, RUNS, checkpoint=place, checkpoint_every=5, **RHYTHM)
     assert "fixed.layer.cells.0.u" in load_checkpoint(place.path)[0]
     again = fit(TinyTask(), config, RUNS, checkpoint=CheckpointFile(place.path), **RHYTHM)
-    assert all(
-        torch.equal(a.weights[k], b.weights[k])
-        for a, b in zip(again, fit(TinyTask(), config, RUNS, **RHYTHM), strict=True)
-        for k in a.weights
-    )
+    whole = fit(TinyTask(), config, RUNS, **RHYTHM)
+    assert [tiny_task.summary(r) for r in again] == [tiny_task.summary(r) for r in whole]
 
 
 @pytest.fixture
@@ -573,13 +485,8 @@ def test_a_handler_that_was_set_from_c_is_left_alone(monkeypatch):
 
 
 def test_other_threads_may_train(tmp_path):
-    got = []
-    rhythm = {**RHYTHM, "steps": 3}
-    thread = threading.Thread(
-        target=lambda: got.extend(
-            resumable_fit(TinyTask(), WAVE, RUNS, checkpoint=tmp_path / "x.safetensors", checkpoint_every=2, **rhythm)
-        )
-    )
+    got, call = [], dict(checkpoint=tmp_path / "x.safetensors", checkpoint_every=2, **{**RHYTHM, "steps": 3})
+    thread = threading.Thread(target=lambda: got.extend(resumable_fit(TinyTask(), WAVE, RUNS, **call)))
     thread.start()
     thread.join()
     assert len(got) == 3
@@ -610,7 +517,7 @@ HALVED = dict(RHYTHM, halving=[(10, 3), (22, 1)])
 
 
 def everything(result):
-    return tiny_task.summary(result), result.pruned, result.stopped_step
+    return tiny_task.summary(result), repr(result.pruned), result.stopped_step
 
 
 def test_halving_keeps_the_best_by_validation():
@@ -662,8 +569,10 @@ def test_a_limit_of_time_is_a_time(seconds):
         fit(TinyTask(), WAVE, RUNS, **RHYTHM, max_seconds=seconds)
 
 
-@pytest.mark.parametrize("name", ["steps", "eval_every", "log_every", "checkpoint_every"])
-@pytest.mark.parametrize("value", [-1, 2.5, True, "3"])
+COUNTS = [(n, v) for n in ("steps", "eval_every", "log_every", "checkpoint_every") for v in (0, -1, 2.5, True, "3")]
+
+
+@pytest.mark.parametrize("name, value", COUNTS[:-5] + COUNTS[-4:])  # no checkpoint before the end may be meant
 def test_a_number_of_steps_is_a_whole_number(name, value):
     with pytest.raises(ConfigError, match=f"{name} must be a whole number of steps"):
         fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, name: value})

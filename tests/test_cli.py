@@ -3,15 +3,22 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import entry_points
+
+from wave_rnns.paper.cli import beside_full
+from wave_rnns.paper.experiments import EXPERIMENTS, Run, from_config, to_config
+from wave_rnns.paper.records import read_records, shipped_results
+from wave_rnns.paper.sweeps import Grid, beginning, find_grid, grid_from, h200_seconds, populations, train
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -115,7 +122,6 @@ def test_begin_anew(call, tiny, tmp_path):
 
 
 def test_list_shows_every_experiment(call):
-    from wave_rnns.paper.experiments import EXPERIMENTS
 
     code, out, _ = call("wrnn_train", "--list")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(EXPERIMENTS)
@@ -198,8 +204,7 @@ def test_todo_into_head(script, tmp_path):
     assert done.stdout.startswith("wrnn_train ") and done.stderr == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_saves_exits_75_and_goes_on(script, call, tmp_path, number):
+def test_interrupted_saves_exits_75_and_goes_on(script, call, tmp_path):
     "Stop it in the middle; the same command goes on; the records are those of a run that was never stopped."
     (tmp_path / "long.json").write_text(json.dumps({**TINY, "steps": 1000, "eval_every": 100, "log_every": 20}))
     args = ["long.json", "--seeds", "0", "--device", "cpu", "--results", "r"]
@@ -215,17 +220,125 @@ def test_interrupted_saves_exits_75_and_goes_on(script, call, tmp_path, number):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.7)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # Ctrl-C: test_reproduce_goes_on_where_it_was_stopped
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert "start again to go on" in err and err.count("\n") == 1 and "Traceback" not in err
     assert list((tmp_path / "r").glob("checkpoints/*.safetensors")) and not list((tmp_path / "r").glob("runs/*/*"))
     assert call("wrnn_train", *args)[0] == 0
-    if number == signal.SIGINT:
-        return  # once is enough for the comparison
     assert call("wrnn_train", *args[:-1], "whole")[0] == 0
     a, b = (
         {p.name: json.loads(p.read_text())["test_final"] for p in tmp_path.glob(f"{r}/runs/copy/*.json")}
         for r in ("r", "whole")
     )
     assert len(a) == len(b) == 1 and a == b
+
+
+# One command ----------------------------------------------------------------------------------------------------------
+
+SMALL = {"task_options.batch_size": [8], "task_options.valid_size": [50], "task_options.test_size": [50]}
+SMALL |= {"model.n": [8], "model.c": [2], "eval_every": [100], "log_every": [20]}
+
+
+@pytest.fixture
+def make(script, tmp_path):
+    "`make reproduce` of a tiny grid, as a process: two populations of two runs."
+    bin = tmp_path / "venv"
+    bin.mkdir()
+    for name in ("wrnn_sweep", "wrnn_tables"):
+        (bin / name).write_text(f'#!/bin/sh\nexec {sys.executable} {script(name)} "$@"\n')
+        (bin / name).chmod(0o755)
+    grid = {"experiments": ["copy0_wrnn", "copy10_wrnn"], "axes": {**SMALL, "steps": [300]}, "seeds": [0, 1]}
+    (tmp_path / "tiny.json").write_text(json.dumps(grid))
+
+    def start(results="r", grid="tiny.json", **variables):
+        words = {"BIN": bin, "READY": "tiny.json", "GRID": grid, "RESULTS": results, **variables}
+        return subprocess.Popen(
+            ["make", "-f", ROOT / "Makefile", "-o", "tiny.json", "reproduce", *(f"{k}={v}" for k, v in words.items())],
+            cwd=tmp_path,
+            env={**ENV, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that Ctrl-C can be sent to all of it, as a terminal does
+        )
+
+    return start
+
+
+def test_reproduce_goes_on_where_it_was_stopped(make, tmp_path):
+    "Saved, and the same line ends where an undisturbed one ends, with all tables."
+    process = make(DEVICE="cpu")
+    while not list((tmp_path / "r").glob("checkpoints/*.lock")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.7)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode and "start again to go on" in err, err
+    assert list((tmp_path / "r").glob("checkpoints/*.safetensors")) and not (tmp_path / "r/tables").exists()
+    out, err = (process := make(DEVICE="cpu")).communicate(timeout=240)
+    assert process.returncode == 0 and "tiny: 4 runs: 4 done" in out, err
+    assert "0 of 4 runs done" in err and re.search(r"2 of 4 runs done, about \d+ \w+ left", err), err
+    assert "4 of 4 runs done\n" in err
+    tables = {p.name for p in (tmp_path / "r/tables").iterdir()}
+    assert {"table1.md", "table4.md", "table7.md", "runs.md"} <= tables
+    train(find_grid(str(tmp_path / "tiny.json")).runs(), tmp_path / "whole", "cpu", progress=False)
+    ends = [
+        {p.name: json.loads(p.read_text())["test_final"] for p in (tmp_path / r).glob("runs/copy/*.json")}
+        for r in ("r", "whole")
+    ]
+    assert len(ends[0]) == 4 and ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("grid", ["paper", "quick"])
+def test_reproduce_without_a_gpu_says_what_it_takes(make, tmp_path, grid):
+    process = make(grid=grid)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode and re.search(r"about (\d h )?\d+ min on one H200", err) and "DEVICE=cpu" in err
+    assert not list((tmp_path / "r").glob("*/*"))
+
+
+def test_quick_is_the_beginning_of_the_full_run(tmp_path, monkeypatch):
+    "To the last digit; its table says so, and no table of the paper takes it."
+
+    full = replace(
+        grid_from({"name": "g", "experiments": ["copy0_wrnn"], "axes": {**SMALL, "steps": [400]}}).points()[0][2],
+        name="tiny_full",
+    )
+    monkeypatch.setitem(EXPERIMENTS.declared, "tiny_full", (None, json.loads(json.dumps(to_config(full)))))
+    train([Run(full, 0)], tmp_path / "full", "cpu", progress=False)
+    short = beginning("tiny_full", 1) | {"steps": 200}
+    grid = grid_from({"name": "quick", "experiments": [short], "seeds": [0]})
+    train(grid.runs(), tmp_path / "r", "cpu", progress=False)
+    table = beside_full(grid, tmp_path / "r", tmp_path / "full")
+    (row,) = [line.split(" | ") for line in table.splitlines() if line.startswith("| tiny_full")]
+    assert row[2] == "200" and row[4] == row[5] != "–"
+    assert beside_full(Grid("g", (full,)), tmp_path / "full", None) == ""
+
+
+def test_quick_takes_less_than_a_quarter_of_an_hour():
+    "On one H200, by what the committed records and the runs named in notebook 17 took, and six seconds to start each population."
+    runs = find_grid("quick").runs()
+    assert sum(map(h200_seconds, runs)) + 6 * len(populations(runs, 64)) < 15 * 60
+    full = {run.experiment.name for run in find_grid("paper").runs()}
+    assert {run.experiment.name.removeprefix("quick_") for run in runs} - full <= {
+        f"copy80_{row}" for row in ("wrnn_no_V", "wrnn_no_u", "wrnn_identity", "wrnn_no_both", "irnn_identity")
+    } | {f"copy80_{row}" for row in ("irnn_random", "irnn_sigma", "irnn_sigma_V")}
+    assert all(run.experiment.steps != 60_000 for run in runs)
+
+
+def test_the_costs_are_those_of_the_records():
+    "Within a factor of two, for every record on a GPU whose run had company."
+    compared = set()
+    for record in read_records(shipped_results()):
+        if record["device"] == "cpu" or record["together"] < 3 or "pruned" in record:
+            continue
+        e = from_config(record["config"])
+        guess = h200_seconds(Run(e, record["seed"]))
+        if guess is None:
+            continue
+        took = record["steps"] / record["steps_per_second"] / record["together"]
+        assert 0.45 < guess / took < 2.2, (e.name, guess, took)
+        compared.add((e.task, e.model.kind))
+    assert len(compared) >= 5

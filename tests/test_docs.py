@@ -1,5 +1,6 @@
 "The documentation site: it builds, every link lands, nothing is asked of another host, equations and figures are there, a browser agrees."
 
+import base64
 import functools
 import html
 import http.server
@@ -22,6 +23,17 @@ PACKAGE = ROOT / "wave_rnns"
 MODULES = sorted(
     ".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_")
 )
+
+
+def settings() -> dict:
+    from stage import settings
+
+    return settings()
+
+
+def home(cfg: dict) -> str:
+    "The site's address."
+    return f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
 
 
 def page_of(path: Path) -> str:
@@ -89,11 +101,70 @@ def test_figures_are_there(path, site):
         for o in c.get("outputs", [])
         if (d := "".join(o.get("data", {}).get("image/png", "")).replace("\n", ""))
     ]
-    flat = page.replace("\n", "")
-    missing = [i for i, data in enumerate(figures) if data not in flat]
-    assert not missing, f"figures {missing} of {len(figures)} are missing"
     main = page.split("<main", 1)[1]
+    files = re.findall(
+        r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="\d+" height="\d+"', main
+    )
+    assert [(site / f).read_bytes() for f in files] == [base64.b64decode(d) for d in figures]
     assert not re.search(r'<img(?![^>]*\balt="[^"]+")', main), "a figure without a description"
+
+
+def test_a_figure_without_words_stops_the_build():
+    from stage import figure_words
+
+    picture = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})
+    draws = nbformat.v4.new_code_cell("plt.plot(x)", outputs=[picture])
+    caption = nbformat.v4.new_markdown_cell("**A wave of $C^2$ travels**, see [05](05_layer.ipynb).\n\nMore.")
+    said = nbformat.v4.new_code_cell("#| fig-alt: a line\nplt.plot(x)", outputs=[picture])
+    assert figure_words(nbformat.v4.new_notebook(cells=[draws, caption]), "x") == {
+        0: "A wave of C to the 2 travels, see 05."
+    }
+    assert figure_words(nbformat.v4.new_notebook(cells=[said]), "x") == {0: "a line"}
+    with pytest.raises(SystemExit, match="x, cell .*: a figure without words"):
+        figure_words(nbformat.v4.new_notebook(cells=[draws, nbformat.v4.new_markdown_cell("And now")]), "x")
+
+
+def test_figures_keep_their_size_on_dense_screens():
+    "A picture of twice the dots takes the same place on the page."
+    import io
+
+    from finish import picture_size
+    from matplotlib.figure import Figure
+
+    for dpi in (100, 200):
+        file = io.BytesIO()
+        Figure(figsize=(4, 3)).savefig(file, dpi=dpi)
+        assert picture_size(file.getvalue()) == (400, 300)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_page_links_its_notebook(path, site):
+    "To download, to read on GitHub, to run on Colab; and a card for those who share the page."
+    cfg = settings()
+    page = (site / page_of(path)).read_text(encoding="utf-8")
+    where = f"blob/{cfg['branch']}/nbs/{path.name}"
+    assert f'href="notebooks/{path.name}" download' in page
+    assert (site / "notebooks" / path.name).read_bytes() == path.read_bytes()
+    assert f'href="{cfg["git_url"]}/{where}"' in page
+    assert f'href="https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/{where}"' in page
+    card = re.search(r'property="og:image" content="([^"]+)"', page)[1]
+    assert card.startswith(home(cfg)) and (site / card.removeprefix(home(cfg))).is_file()
+
+
+def test_the_sitemap_lists_every_page(site):
+    listed = re.findall(r"<loc>([^<]+)</loc>", (site / "sitemap.xml").read_text(encoding="utf-8"))
+    pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")} - {"404.html", "play.html"}
+    assert sorted(listed) == sorted(home(settings()) + p for p in pages)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name.startswith("2")], ids=lambda p: p.stem)
+def test_result_pages_answer_first(path, site):
+    "Before a result page's first chapter no code stands open, and above a figure none does."
+    main = (site / page_of(path)).read_text(encoding="utf-8").split("<main", 1)[1]
+    folded = re.sub(r'<details class="code-fold".*?</details>', "", main, flags=re.S)
+    assert 'class="sourceCode' not in folded.split("<h2", 1)[0]
+    for cell in re.split(r'<div id="cell-\d+', folded):
+        assert "figure-file" not in cell or 'class="sourceCode' not in cell.split("figure-file")[0]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -125,15 +196,30 @@ def test_sidebar_is_in_the_order_of_numbers(site):
 
 
 @pytest.mark.browser
-def test_in_a_browser(site, npm_packages, chromium):
-    "Light and dark, desk and phone: no console error, no sideways scrolling, no other host, search and menu work."
+def test_in_a_browser(site, npm_packages, chromium, tmp_path):
+    "Light and dark, desk and phone: no console error, nothing wider than 360 px, contrast, no other host, search and menus work."
     pages = ["index.html"] + [page_of(p) for p in NOTEBOOKS if p.stem != "index"] + [f"api/{m}.html" for m in MODULES]
-    pages += [name for name in ("contributing.html", "changelog.html") if (site / name).exists()]
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
-    handler.func.log_message = lambda *_: None
+    pages += [
+        name for name in ("map.html", "contributing.html", "promises.html", "changelog.html") if (site / name).exists()
+    ]
+    place = settings()["doc_baseurl"]  # as on the web, not at a server's root
+    (tmp_path / place.strip("/")).symlink_to(site)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            "Say nothing."
+
+        def send_error(self, code, *_):
+            "Any address that leads nowhere shows the site's 404 page, as on the web."
+            self.send_response(code)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write((site / "404.html").read_bytes())
+
+    handler = functools.partial(Handler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_port}/"
+        base = f"http://127.0.0.1:{server.server_port}{place}/"
         done = subprocess.run(
             ["node", str(ROOT / "tests/browser.mjs"), chromium, str(npm_packages), base, json.dumps(pages)],
             capture_output=True,

@@ -75,20 +75,9 @@ def loader(name: str, *errors: type, share: int, memory: int = MEMORY):
 
 
 TOKENS = [
-    b"",
-    b"\0",
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"NaN",
-    b"-Infinity",
-    b"1e999",
-    b"-1",
-    b"9" * 400,
-    b"null",
-    b"[" * 50,
-    b'{"a":' * 50,
-]
-TOKENS += [b'"\\ud800"', b"../", b"\n", b",", b"\r\n", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", (2**63).to_bytes(8, "little")]  # fmt: skip
+    b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 400, b"null", b"[" * 50, b'{"a":' * 50,
+    b'"\\ud800"', b"../", b"\n", b",", b"\r\n", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", (2**63).to_bytes(8, "little"),
+]  # fmt: skip
 
 
 def noise(chance, data, corpus):
@@ -101,9 +90,8 @@ def cut(chance, data, corpus):
 
 
 def pad(chance, data, corpus):
-    more = chance.choice([bytes, chance.randbytes, lambda n: data[:n], lambda n: b" " * n])(
-        int(2 ** chance.uniform(0, 14))
-    )
+    kind = chance.choice([bytes, chance.randbytes, lambda n: data[:n], lambda n: b" " * n])
+    more = kind(int(2 ** chance.uniform(0, 14)))
     return data + more if chance.random() < 0.7 else more + data
 
 
@@ -138,56 +126,21 @@ def renumber(chance, data, corpus):
     if not found:
         return flip(chance, data, corpus)
     at = chance.choice(found)
-    new = chance.choice(
-        [b"0", b"-1", b"1e400", b"0.5", b"9" * 30, b"1" * 5000, str(chance.getrandbits(70)).encode(), b"00", b"1_0"]
-    )
+    new = [b"0", b"-1", b"1e400", b"0.5", b"9" * 30, b"1" * 5000, str(chance.getrandbits(70)).encode(), b"00", b"1_0"]
+    new = chance.choice(new)
     return data[: at.start()] + new + data[at.end() :]
 
 
 BYTES = (noise, cut, pad, flip, overwrite, splice, repeat, renumber)
 
 RAW = [
-    "NaN",
-    "Infinity",
-    "-Infinity",
-    "1e999",
-    "-0",
-    "01",
-    "1.",
-    "0x10",
-    "True",
-    "'x'",
-    "undefined",
-    '"\\ud800"',
-    '{"a": 1, "a": 2}',
-    "9" * 5000,
-]
-RAW += ["[" * 30 + "]" * 30, "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, "[", "}", "", "1,"]  # fmt: skip
+    "NaN", "Infinity", "-Infinity", "1e999", "-0", "01", "1.", "0x10", "True", "'x'", "undefined", '"\\ud800"', '{"a": 1, "a": 2}', "9" * 5000,
+    "[" * 30 + "]" * 30, "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, "[", "}", "", "1,",
+]  # fmt: skip
 VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2,
-    3.5,
-    1e308,
-    -1e-320,
-    2**31,
-    2**53,
-    2**63,
-    -(2**64),
-    10**400,
-    "",
-    "x",
-    "..",
-    "/",
-    "a\0b",
-    "é" * 300,
-    "1",
-]
-VALUES += [[], {}, [[]], [None], [0, 1], {"": 0}, {"a": {"b": []}}, ["x"] * 300, list(range(300)), "F32", "done", "wrnn"]  # fmt: skip
+    None, True, False, 0, -1, 1, 2, 3.5, 1e308, -1e-320, 2**31, 2**53, 2**63, -(2**64), 10**400, "", "x", "..", "/", "a\0b", "é" * 300, "1",
+    [], {}, [[]], [None], [0, 1], {"": 0}, {"a": {"b": []}}, ["x"] * 300, list(range(300)), "F32", "done", "wrnn",
+]  # fmt: skip
 
 
 def spots(tree) -> list:
@@ -248,15 +201,12 @@ def spoil_header(chance, data, corpus):
         sizes = [0, 1, -1, 3, 8, 2**31, 2**40, 2**63, 2**64, 1.5, None, "1", len(data)]
         what = chance.choice(["dtype", "shape", "data_offsets"])
         if what == "dtype":
-            entry[what] = chance.choice(
-                ["F32", "F64", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", "", None, 3]
-            )
+            entry[what] = chance.choice([*"F32 F64 F16 BF16 I8 U8 BOOL F8_E4M3 F4 C64 X".split(), "", None, 3])
         else:
             entry[what] = [chance.choice(sizes) for _ in range(2 if what == "data_offsets" else chance.randrange(5))]
     text = text_of(chance, spoil_tree(chance, tree) if chance.random() < 0.5 else tree)
-    length = (
-        len(text) if chance.random() < 0.9 else chance.choice([0, 1, len(text) - 1, 2**26, 2**26 + 1, 2**62, 2**64 - 1])
-    )
+    lengths = [0, 1, len(text) - 1, 2**26, 2**26 + 1, 2**62, 2**64 - 1]
+    length = len(text) if chance.random() < 0.9 else chance.choice(lengths)
     return length.to_bytes(8, "little") + text + data[8 + n :]
 
 
@@ -274,12 +224,8 @@ def spoil(chance: random.Random, target: Target) -> bytes:
 
 
 def tensors(step: int) -> dict:
-    return {
-        "x": torch.arange(6.0),
-        "n": torch.tensor(step),
-        "half": torch.ones(2, 3, dtype=torch.bfloat16),
-        "none": torch.empty(0, 3),
-    }
+    half = torch.ones(2, 3, dtype=torch.bfloat16)
+    return {"x": torch.arange(6.0), "n": torch.tensor(step), "half": half, "none": torch.empty(0, 3)}
 
 
 PACKED = [
@@ -346,11 +292,8 @@ def _(folder):
     return Target(PACKED, load, path, (spoil_header,))
 
 
-MODELS = [
-    tiny_task.WAVE,
-    replace(tiny_task.WAVE, kind="irnn", c=1, n=7),
-    replace(tiny_task.WAVE, kind="mlp", input_size=6, c=1),
-]
+MODELS = [tiny_task.WAVE, replace(tiny_task.WAVE, kind="irnn", c=1, n=7)]
+MODELS += [replace(tiny_task.WAVE, kind="mlp", input_size=6, c=1)]
 
 
 @loader("config.json of stored weights", CheckpointError, share=5)
@@ -380,9 +323,8 @@ def _(folder):
 @loader("what a checkpoint holds, on resuming", CheckpointError, share=3)
 def _(folder):
     rhythm = {k: tiny_task.RHYTHM[k] for k in ("steps", "eval_every", "log_every")}
-    population = training.Population(
-        tiny_task.TinyTask(), tiny_task.WAVE, tiny_task.RUNS, torch.device("cpu"), torch.float32
-    )
+    task, cpu = tiny_task.TinyTask(), torch.device("cpu")
+    population = training.Population(task, tiny_task.WAVE, tiny_task.RUNS, cpu, torch.float32)
     place = SimpleNamespace(save=lambda tensors, meta: saved.append((tensors, json.loads(to_json(meta)))))
     saved, whole = [], training.Training(population, **rhythm)
     facts = whole.facts()
@@ -477,12 +419,8 @@ def _(folder):
         e = ex.read_experiment(path)
         assert ex.from_config(json.loads(json.dumps(ex.to_config(e)))) == e
 
-    return Target(
-        [json.dumps(ex.to_config(trained()[0].experiment)).encode(), json.dumps(based).encode()],
-        load,
-        path,
-        (spoil_json,),
-    )
+    whole = ex.to_config(trained()[0].experiment)
+    return Target([json.dumps(whole).encode(), json.dumps(based).encode()], load, path, (spoil_json,))
 
 
 @loader("whose checkpoint it is", CheckpointError, share=4)
@@ -503,11 +441,8 @@ def _(folder):
 @loader("a grid's file", ConfigError, share=6)
 def _(folder):
     path = folder / "grid.json"
-    whole = {
-        "experiments": [ex.to_config(trained()[0].experiment)],
-        "axes": {"lr": [1e-2, 1e-3], "model.n": [8, 9]},
-        "seeds": [0, 1],
-    }
+    whole = {"experiments": [ex.to_config(trained()[0].experiment)], "seeds": [0, 1]}
+    whole["axes"] = {"lr": [1e-2, 1e-3], "model.n": [8, 9]}
     named = {"name": "g", "experiments": ["copy0_*"], "axes": {"clip": [0, 1]}, "together": 4, "source": "here"}
 
     def load():
@@ -548,12 +483,8 @@ def _(folder):
 @loader("a record of speed", RecordError, share=3)
 def _(folder):
     path, row = folder / "x.json", {"name": "ours", "ms": 1.0}
-    record = {
-        "kind": "speed",
-        "started": "2026-11-24T10:00:00Z",
-        "sections": {"cpu": {"rows": [row], "load": 1.0}},
-        "environment": {"device": "cpu"},
-    }
+    record = {"kind": "speed", "started": "2026-11-24T10:00:00Z", "environment": {"device": "cpu"}}
+    record["sections"] = {"cpu": {"rows": [row], "load": 1.0}}
     (folder / "y.json").write_text(json.dumps(record))
 
     def load():
@@ -586,11 +517,7 @@ def _(folder):
     raw.DIGITS_FILE = folder / raw.DIGITS_FILE.name
 
     def load():
-        assert {split: len(y) for split, (_, y) in raw.load_digits().items()} == {
-            "train": 2000,
-            "valid": 200,
-            "test": 500,
-        }
+        assert [len(y) for _, y in raw.load_digits().values()] == [2000, 200, 500]
 
     return Target([good], load, raw.DIGITS_FILE)
 
@@ -633,14 +560,8 @@ def _(folder):
         "Sometimes what was asked for, sometimes anything else."
         start = int((request.get_header("Range") or "bytes=0-")[6:-1]) if chance.random() < 0.8 else 0
         if chance.random() < 0.1:
-            raise chance.choice(
-                [
-                    TimeoutError("timed out"),
-                    ConnectionResetError(104, "reset"),
-                    raw.http.client.IncompleteRead(b""),
-                    ValueError("odd"),
-                ]
-            )
+            late, reset = TimeoutError("timed out"), ConnectionResetError(104, "reset")
+            raise chance.choice([late, reset, raw.http.client.IncompleteRead(b""), ValueError("odd")])
         content = book[start:] if chance.random() < 0.8 else chance.randbytes(chance.choice([0, 10, 5000, 9000]))
         answer = Answer(content[: chance.randrange(len(content) + 1)] if chance.random() < 0.4 else content)
         answer.headers = {"Content-Length": str(len(content)), "Content-Range": f"bytes {start}-4999/5000"}
@@ -758,11 +679,8 @@ def live(name: str, folder: str, count: int) -> int:
             wrong = wrong or f"{more / 1e6:.0f} MB of memory"
         report["kinds"][kind] += 1
         report["slowest"] = max(report["slowest"], seconds)
-        if (
-            wrong
-            and (signature := re.sub(r"\d+", "#", wrong.strip().splitlines()[-1])[:80]) not in signatures
-            and len(signatures) < 10
-        ):
+        signature = re.sub(r"\d+", "#", wrong.strip().splitlines()[-1])[:80] if wrong else ""
+        if wrong and signature not in signatures and len(signatures) < 10:
             signatures.add(signature)
             keep(kept := folder / f"wrong_{number}")
             report["wrong"].append(f"number {number}, kept in {kept}: {wrong}")
@@ -777,15 +695,8 @@ def live(name: str, folder: str, count: int) -> int:
 
     for data in target.corpus:
         feed_bytes("of the corpus", data)
-    bombs = (
-        b"[" * 2_000_000,
-        b'{"a":' * 500_000,
-        b"1" * 3_000_000,
-        b'"' + b"x" * 3_000_000 + b'"',
-        b"\n" * 2_000_000,
-        bytes(3_000_000),
-        *target.bombs,
-    )
+    bombs = [b"[" * 2_000_000, b'{"a":' * 500_000, b"1" * 3_000_000, b'"' + b"x" * 3_000_000 + b'"']
+    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *target.bombs]
     take_no_more_than(case.memory)
     start = most_so_far()
     for number in range(count):
@@ -826,14 +737,8 @@ def test_spoiled_files(name, nursery, tally, totals, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     kinds = {"accepted": 0, **report["kinds"]}
     bombs, wrong = kinds.pop("bombs"), kinds.pop("wrong", 0)
-    tally(
-        f"spoiled: {name}",
-        files=portion(name),
-        bombs=bombs,
-        **kinds,
-        other_errors=wrong,
-        **{"MB_more_memory": report["memory"] / 1e6, "s_the_slowest": report["slowest"]},
-    )
+    kinds |= {"MB_more_memory": report["memory"] / 1e6, "s_the_slowest": report["slowest"]}
+    tally(f"spoiled: {name}", files=portion(name), bombs=bombs, other_errors=wrong, **kinds)
     totals.update(files=portion(name), bombs=bombs, other_errors=wrong)
     assert not report["wrong"], f"{again}\n" + "\n\n".join(report["wrong"])
     assert kinds["accepted"], "not even a valid file was accepted: this test tests nothing"
@@ -842,34 +747,16 @@ def test_spoiled_files(name, nursery, tally, totals, tmp_path):
 def test_every_reading_function_is_among_them():
     "A loader that reads files and is not fuzzed is noticed: add it above, or here with a reason."
     source = Path(__file__).read_text()
-    not_files = {
-        "read_sums",
-        "load_module",
-        "read_small",
-        "read_object",
-        "read_address",
-        "read_back",
-    }  # sums from the device; a kernel onto it; parts of most of the above; an address; a signal
+    # sums from the device; a kernel onto it; parts of most of the above; an address; a signal
+    not_files = "read_sums load_module read_small read_object read_address read_back".split()
+    inside = "load_raw load_splits read_mnist read_cifar10 read_trusted read_config read_records read_cached".split()
     for module in {m for n, m in sys.modules.items() if n.startswith("wave_rnns.")}:
         for name in getattr(module, "__all__", ()):
             if re.match(r"(read|load)_", name) and name not in not_files:
-                inside = name in (
-                    "load_raw",
-                    "load_splits",
-                    "read_mnist",
-                    "read_cifar10",
-                    "read_trusted",
-                    "read_config",
-                    "read_records",
-                    "read_cached",
-                )
-                assert inside or f".{name}(" in source, f"{module.__name__}.{name} is not fuzzed"
+                assert name in inside or f".{name}(" in source, f"{module.__name__}.{name} is not fuzzed"
 
 
-@pytest.mark.parametrize(
-    ("name", "promise"),
-    [("liar: error", "KeyError"), ("liar: memory", "MemoryError"), ("liar: result", "AssertionError")],
-)
+@pytest.mark.parametrize("name, promise", [*zip(LIARS, ("KeyError", "MemoryError", "AssertionError"), strict=True)])
 def test_the_machinery_notices(name, promise, nursery, tmp_path):
     "A loader that breaks its promise is reported, and the file is kept."
     assert nursery("test_fuzz:live", name, str(tmp_path), 3).end() == 0

@@ -66,11 +66,8 @@ def test_the_inputs_of_rows_are_the_benchmarks(script, monkeypatch):
 
 def test_the_weights_before_an_overflow_are_kept(script, tmp_path, monkeypatch):
     watch = script("watch_overflow")
-    short = replace(
-        watch.EXPERIMENTS[watch.EXPERIMENT],
-        lr=1e9,
-        task_options={"T": 20, "batch_size": 4, "valid_size": 4, "test_size": 4},
-    )
+    sizes = {"T": 20, "batch_size": 4, "valid_size": 4, "test_size": 4}
+    short = replace(watch.EXPERIMENTS[watch.EXPERIMENT], lr=1e9, task_options=sizes)
     monkeypatch.setattr(watch, "EXPERIMENTS", {watch.EXPERIMENT: short})
     monkeypatch.setattr(watch, "GROUPS", ((0, 1), (1,)))
     monkeypatch.setattr(sys, "argv", ["watch", "--out", str(tmp_path), "--device", "cpu", "--steps", "5"])

@@ -90,6 +90,8 @@ def test_what_the_macros_say_about_shared_memory_is_what_the_plan_asks_for():
         assert b.shared()[1] - a.shared()[1] == 4 * a.pair * stage
 
 
+ASK = dict(kind="wave", device=torch.device("cuda", 0), dtype=torch.float32, c=16, n=256, k=3, F=1)
+ASK |= dict(activation="relu", precision="faithful")
 REFUSED = [
     (dict(c=40), "c = 40 rings, at most 32"),
     (dict(n=2), "n = 2 neurons, at least 3"),
@@ -99,37 +101,28 @@ REFUSED = [
 
 @pytest.mark.parametrize("change, words", REFUSED, ids=str)
 def test_sizes_that_do_not_fit_are_named_once(change, words, gpu):
-    ask = dict(
-        kind="wave", device=gpu, dtype=torch.float32, c=16, n=256, k=3, F=1, activation="relu", precision="faithful"
-    )
     backend = K.CudaBackend()
-    assert backend.supports(**ask)
+    assert backend.supports(**ASK)
     with pytest.warns(UserWarning, match=words):
-        assert not backend.supports(**ask | change)
+        assert not backend.supports(**ASK | change)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not backend.supports(**ask | change)
+        assert not backend.supports(**ASK | change)
 
 
 @pytest.mark.parametrize(
     "change", [dict(dtype=torch.float64), dict(k=5), dict(device=torch.device("cpu")), dict(kind="dense")], ids=str
 )
 def test_other_calls_are_none_of_its_business(change, gpu):
-    ask = dict(
-        kind="wave", device=gpu, dtype=torch.float32, c=16, n=256, k=3, F=1, activation="relu", precision="faithful"
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not K.CudaBackend().supports(**ask | change)
+        assert not K.CudaBackend().supports(**ASK | change)
 
 
 def test_old_gpu_and_missing_compiler_fall_back(gpu, monkeypatch):
-    ask = dict(
-        kind="wave", device=gpu, dtype=torch.float32, c=16, n=256, k=3, F=1, activation="relu", precision="faithful"
-    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.warns(UserWarning, match="compute capability 7.5, at least 8.0"):
-        assert not K.CudaBackend().supports(**ask)
+        assert not K.CudaBackend().supports(**ASK)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
     def missing():
@@ -137,7 +130,7 @@ def test_old_gpu_and_missing_compiler_fall_back(gpu, monkeypatch):
 
     monkeypatch.setattr(launch, "nvrtc_architectures", missing)
     with pytest.warns(UserWarning, match="NVRTC .* was not found"):
-        assert not K.CudaBackend().supports(**ask)
+        assert not K.CudaBackend().supports(**ASK)
 
 
 def problem(R=2, T=5, B=3, c=2, n=6, F=1):
@@ -162,9 +155,8 @@ def test_a_kernel_that_does_not_compile_is_replaced(gpu, monkeypatch):
     assert torch.equal(y, want)
     gy = torch.ones_like(y)
     ours = backend.wave_backward(gy, *args, y, torch.empty(0, dtype=torch.int32), "relu", False, "faithful", True)
-    for a, b in zip(
-        ours, torch_.wave_backward(gy, *args, want, kept_torch, "relu", False, "faithful", True), strict=True
-    ):
+    theirs = torch_.wave_backward(gy, *args, want, kept_torch, "relu", False, "faithful", True)
+    for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
     with pytest.warns(UserWarning, match="did not compile"):  # asked again: no
         assert not backend.supports("wave", gpu, torch.float32, 2, 6, 3, 1, "relu", "faithful")

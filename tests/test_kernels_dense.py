@@ -67,9 +67,8 @@ def test_what_does_not_fit_has_no_plan():
 @pytest.mark.parametrize("m, R", [(100, 1), (256, 1), (256, 16)])
 def test_hopper_kernels_fit_in_registers(m, R, precision):
     plan = plan_for(m, 128, R, precision, *HOPPER)
-    spilled = (
-        32 if (m, R, precision) == (256, 16, "faithful") else 0
-    )  # that layout is full to the brim: measured, worth it
+    # that layout is full to the brim: measured, worth it
+    spilled = 32 if (m, R, precision) == (256, 16, "faithful") else 0
     for backward, last in ((False, False), (True, False), (True, True)):
         report = compile_report(SOURCE, plan.macros("relu", backward, last), "sm_90", "dense")
         kernels = {"dense_scan"} | ({"dense_outer", "dense_sum"} if backward else set())
@@ -91,30 +90,24 @@ def test_ampere_kernels_compile(activation):
 @needs_compiler
 @pytest.mark.parametrize("m", [1, 3, 97])
 def test_odd_sizes_compile(m):
+    plan = plan_for(m, 1, 3, "fast", *HOPPER)
     for backward in (False, True):
-        assert compile_report(
-            SOURCE, plan_for(m, 1, 3, "fast", *HOPPER).macros("identity", backward, True), "sm_90", "dense"
-        )
+        assert compile_report(SOURCE, plan.macros("identity", backward, True), "sm_90", "dense")
 
 
 @needs_compiler
 def test_newest_architecture_compiles():
-    newest = nvrtc_architectures()[-1]
-    compile_report(
-        SOURCE, plan_for(200, 8, 1, "faithful", *HOPPER).macros("tanh", False, False), f"sm_{newest}", "dense"
-    )
+    macros = plan_for(200, 8, 1, "faithful", *HOPPER).macros("tanh", False, False)
+    compile_report(SOURCE, macros, f"sm_{nvrtc_architectures()[-1]}", "dense")
 
 
 @needs_compiler
 def test_a_layout_that_cannot_work_does_not_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path))
-    with pytest.raises(KernelError, match="crews"):
-        compile_kernel(
-            SOURCE, DensePlan(256, 3, cluster=4, rows=4, deep=16).macros("relu", False, False), "sm_90", "dense"
-        )
-    with pytest.raises(KernelError, match="crews"):
-        three = replace(plan_for(256, 8, 1, "fast", *HOPPER), tiles=3)
-        compile_kernel(SOURCE, three.macros("relu", False, False), "sm_90", "dense")
+    three = replace(plan_for(256, 8, 1, "fast", *HOPPER), tiles=3)
+    for plan in (DensePlan(256, 3, cluster=4, rows=4, deep=16), three):
+        with pytest.raises(KernelError, match="crews"):
+            compile_kernel(SOURCE, plan.macros("relu", False, False), "sm_90", "dense")
 
 
 def test_no_float_atomics_and_no_headers():

@@ -46,21 +46,22 @@ def test_building_is_seeded_and_leaves_the_global_state_alone():
             assert not torch.equal(p, r), name
 
 
-@pytest.mark.parametrize(
-    "config, without, with_biases",
-    [
-        (ModelConfig("irnn", 10, 10, 100, every_step=True), 12_000, None),
-        (ModelConfig("irnn", 10, 10, 625, every_step=True), 403_125, None),
-        (ModelConfig("irnn", 2, 1, 100), 10_300, None),
-        (ModelConfig("wrnn", 2, 1, 100, 27), 10_287, None),
-        (ModelConfig("irnn", 1, 10, 256), 68_352, None),
-        (ModelConfig("wrnn", 1, 10, 256, 16), 45_824, 49_946),
-        (ModelConfig("wrnn", 1, 10, 256, 16, readout="mlp"), None, 419_686),
-        (ModelConfig("wrnn", 96, 10, 256, 16), 434_944, None),
-        (ModelConfig("irnn", 96, 10, 529), 335_915, None),
-        (ModelConfig("mlp", 784, 10, 256), None, 784 * 256 + 256 + 2570),
-    ],
-)
+COUNTS = [  # without biases, with them
+    (ModelConfig("irnn", 10, 10, 100, every_step=True), 12_000, None),
+    (ModelConfig("irnn", 10, 10, 625, every_step=True), 403_125, None),
+    (ModelConfig("irnn", 2, 1, 100), 10_300, None),
+    (ModelConfig("wrnn", 2, 1, 100, 27), 10_287, None),
+    (ModelConfig("irnn", 1, 10, 256), 68_352, None),
+    (ModelConfig("wrnn", 1, 10, 256, 16), 45_824, 49_946),
+    (ModelConfig("wrnn", 1, 10, 256, 16, readout="mlp"), None, 419_686),
+    (ModelConfig("wrnn", 96, 10, 256, 16), 434_944, None),
+    (ModelConfig("irnn", 96, 10, 529), 335_915, None),
+    (ModelConfig("local", 1, 10, 256, 16), 256 * 768 + 4_096 + 40_960, 256 * 768 + 3 * 4_096 + 40_960 + 10),
+    (ModelConfig("mlp", 784, 10, 256), None, 784 * 256 + 256 + 2570),
+]
+
+
+@pytest.mark.parametrize("config, without, with_biases", COUNTS)
 def test_parameter_counts_of_the_paper(config, without, with_biases):
     model = build_model(config, seed=0)
     assert without is None or count_parameters(model, biases=False) == without
@@ -69,36 +70,24 @@ def test_parameter_counts_of_the_paper(config, without, with_biases):
 
 # -------------------------------------------------------------------------------- the same weights, whatever the surroundings
 
+COPY = dict(kind="wrnn", n=100, c=6, input_size=10, output_size=10, every_step=True)
+DENSE = COPY | dict(kind="irnn", c=1)
+MNIST = dict(kind="wrnn", n=256, input_size=1, output_size=10)
 WEIGHTS = [  # of seed 7, computed by release 0.1.0
-    (dict(c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10), "4de6976b465ff85a"),
-    (dict(U_init="random", every_step=True, input_size=10, kind="irnn", n=100, output_size=10), "d987a44b6a6e4010"),
-    (dict(every_step=True, input_size=10, kind="irnn", n=100, output_size=10), "4dc95eec28583bc9"),
-    (
-        dict(V_init="normal", c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10),
-        "e0efe2e6de73747a",
-    ),
-    (
-        dict(c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10, u_init="random"),
-        "3d3f9d847048e868",
-    ),
-    (
-        dict(c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10, u_init="identity"),
-        "ae78c581b55e96ca",
-    ),
-    (
-        dict(V_init="normal", c=6, every_step=True, input_size=10, kind="wrnn", n=100, output_size=10, u_init="random"),
-        "4888204005d279d2",
-    ),
-    (dict(U_init="sigma", every_step=True, input_size=10, kind="irnn", n=100, output_size=10), "1dd4aefc6f8189c0"),
-    (
-        dict(U_init="sigma", V_init="sparse", every_step=True, input_size=10, kind="irnn", n=100, output_size=10),
-        "6b8ad34dc866a30b",
-    ),
-    (dict(c=27, input_size=2, kind="wrnn", n=100, output_size=1), "fa1e4ecae3b53cac"),
-    (dict(input_size=2, kind="irnn", n=100, output_size=1), "d501e1f9a52ff910"),
-    (dict(c=16, input_size=1, kind="wrnn", n=256, output_size=10, precision="fast", readout="mlp"), "0218baa40d3a90d7"),
-    (dict(V_init="uniform", input_size=1, kind="irnn", n=256, output_size=10), "c0072ae2267a034c"),
-    (dict(input_size=784, kind="mlp", n=256, output_size=10), "9bc2149e99522310"),
+    (COPY, "4de6976b465ff85a"),
+    (COPY | dict(V_init="normal"), "e0efe2e6de73747a"),
+    (COPY | dict(u_init="random"), "3d3f9d847048e868"),
+    (COPY | dict(u_init="identity"), "ae78c581b55e96ca"),
+    (COPY | dict(V_init="normal", u_init="random"), "4888204005d279d2"),
+    (DENSE, "4dc95eec28583bc9"),
+    (DENSE | dict(U_init="random"), "d987a44b6a6e4010"),
+    (DENSE | dict(U_init="sigma"), "1dd4aefc6f8189c0"),
+    (DENSE | dict(U_init="sigma", V_init="sparse"), "6b8ad34dc866a30b"),
+    (dict(kind="wrnn", n=100, c=27, input_size=2, output_size=1), "fa1e4ecae3b53cac"),
+    (dict(kind="irnn", n=100, input_size=2, output_size=1), "d501e1f9a52ff910"),
+    (MNIST | dict(c=16, precision="fast", readout="mlp"), "0218baa40d3a90d7"),
+    (MNIST | dict(kind="irnn", V_init="uniform"), "c0072ae2267a034c"),
+    (MNIST | dict(kind="mlp", input_size=784), "9bc2149e99522310"),
 ]
 
 
@@ -202,14 +191,9 @@ def test_two_biases_are_another_run():
 
 
 def test_a_second_bias_counts_as_a_bias():
-    counts = [
-        [
-            count_parameters(build_model(ModelConfig("irnn", 2, 1, 100, recurrent_bias=two), 0), biases)
-            for biases in (False, True)
-        ]
-        for two in (False, True)
-    ]
-    assert counts == [[10_300, 10_401], [10_300, 10_501]]
+    for two, expected in ((False, (10_300, 10_401)), (True, (10_300, 10_501))):
+        model = build_model(ModelConfig("irnn", 2, 1, 100, recurrent_bias=two), 0)
+        assert (count_parameters(model, biases=False), count_parameters(model)) == expected
 
 
 def test_a_hook_on_the_layer_of_a_model_runs(config):

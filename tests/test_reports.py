@@ -309,7 +309,7 @@ def test_tables_are_written_once_and_for_all(tmp_path):
 
 def test_the_committed_tables_are_those_of_the_committed_records():
     results = ex.shipped_results()
-    records = ex.read_records(results)
+    records = rp.with_early(ex.read_records(results), results)
     for name, make in rp.TABLES.items():
         text = (results / "tables" / f"{name}.md").read_text()
         assert text.startswith(make(records, PAPER)), f"{name}.md is stale: run wrnn_tables"
@@ -337,6 +337,38 @@ def test_table_1_recomputed_from_the_files():
     assert row["ours − paper's mean"].split(" [")[0].replace("−", "-") == f"{difference:+.1e}".replace("e-0", "e-")
     solved = sum(r["solved"]["step"] is not None for r in runs)
     assert row["runs"].startswith(f"{solved} of {len(mse)} solved")
+
+
+def test_early_accuracies_stand_beside_the_last(tmp_path):
+    "Two runs of 120 epochs of 10 steps; one curve has no row after epoch 5."
+    for s in (0, 1):
+        r = {**made("smnist_wrnn", s, accuracy=0.97), "steps": 1200}
+        r["sha256"] = ex.content_hash({k: v for k, v in r.items() if k != "sha256"})
+        rows = [
+            {"step": step, "loss": 1.0, "valid_accuracy": 0.9 + s / 100 + step / 1e4} for step in (10, 50, 100, 200)
+        ]
+        write_record(tmp_path, r, [row for row in rows if s == 0 or row["step"] != 50])
+    records = rp.with_early(rp.read_records(tmp_path), tmp_path)
+    assert line(rp.table_2(records, PAPER), "wRNN")[rp.EARLY_HEADER] == "90.60 / 90.50 / 92.50"
+    assert line(rp.summary_table(records, PAPER), "sMNIST (%)", "wRNN")[rp.EARLY_HEADER] == "90.60 / 90.50 / 92.50"
+    assert rp.EARLY_HEADER not in rp.table_2([made("smnist_wrnn", 0, accuracy=0.97)], PAPER)  # no curves, no column
+    generated = rp.with_early([made("adding100_wrnn", 0, mse=1e-5)], tmp_path)
+    assert generated[0]["early"] == {}  # a task without epochs
+
+
+def test_early_accuracies_recomputed_from_the_files():
+    "The committed line for sMNIST, with nothing but csv and arithmetic."
+    results = ex.shipped_results()
+    keys = [run_key(EXPERIMENTS["smnist_wrnn"], seed) for seed in range(5)]
+    epoch = 57_000 // 128
+    found = {1: [], 5: [], 20: []}
+    for key in keys:
+        for row in csv.DictReader((results / f"runs/smnist/{key}.csv").open()):
+            if (k := int(float(row["step"])) / epoch) in found:
+                found[k].append(100 * float(row["valid_accuracy"]))
+    expected = " / ".join(f"{fmean(v):.2f}" for v in found.values())
+    assert [len(v) for v in found.values()] == [5, 5, 5]
+    assert line((results / "tables/table2.md").read_text(), "wRNN")[rp.EARLY_HEADER] == expected
 
 
 # Curves ---------------------------------------------------------------------------------------------------------------
@@ -374,7 +406,7 @@ def test_curves_and_bands(curves):
 
 def test_figures_are_drawn_with_and_without_records(curves):
     results, records = curves
-    fig, axs = plt.subplots(1, 8)
+    fig, axs = plt.subplots(1, 3 + len(rp.SUMMARY))
     families = {"wave": ("smnist_wrnn", "C0"), "bump": ("smnist_irnn", "C1")}
     rp.draw_curves(axs[0], families, "valid_accuracy", records, results, PAPER, "accuracy")
     rp.draw_curves(axs[1], {}, "loss", [], results, log=True)
@@ -389,6 +421,7 @@ def test_figures_are_drawn_with_and_without_records(curves):
     dashed = [li.get_ydata()[0] for li in axs[0].lines if li.get_linestyle() == "--"]
     assert dashed == [97.6]  # a model without runs is not drawn
     assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["wave (6 runs)"]
-    dots = [list(li.get_xdata()) for li in axs[5].lines if li.get_marker() == "o"]
+    at = 3 + list(rp.SUMMARY).index("smnist")
+    dots = [list(li.get_xdata()) for li in axs[at].lines if li.get_marker() == "o"]
     assert dots == [[97.0] * 6, []]  # sMNIST: six seeds of the wRNN, none of the iRNN
     plt.close(fig)

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from conftest import ROOT
 
 from wave_rnns.paper import checkpoints, cli, data, records, reports, sweeps, tasks
 from wave_rnns.paper import experiments as ex
-from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError
+from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError, environment
 from wave_rnns.paper.models import build_model
 
 SOURCES = sorted([*ROOT.glob("wave_rnns/**/*.py"), *ROOT.glob("nbs/_web/*.py")])
@@ -63,9 +64,8 @@ def dangers(source: str) -> list[tuple[int, str]]:
     parameters = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}  # `compile` may be one
     for node in ast.walk(tree):  # imports first, wherever they stand
         if isinstance(node, ast.Import):
-            names |= {
-                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names
-            }
+            for a in node.names:  # `import a.b` binds a, `import a.b as c` binds a.b
+                names[a.asname or a.name.split(".")[0]] = a.name if a.asname else a.name.split(".")[0]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     for node in ast.walk(tree):
@@ -79,11 +79,8 @@ def dangers(source: str) -> list[tuple[int, str]]:
             parents = {name.rsplit(".", k)[0] for k in range(name.count(".") + 1)}
             found += [(node.lineno, m) for m in MODULES & parents]
             found += [(node.lineno, name)] * (name in CALLS)
-        if (
-            isinstance(node, (ast.Attribute, ast.Name))
-            and isinstance(node.ctx, ast.Load)
-            and full(node) in CALLS - parameters
-        ):
+        loads = isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Load)
+        if loads and full(node) in CALLS - parameters:
             found.append((node.lineno, full(node)))  # also where it is passed on instead of called
         if isinstance(node, ast.Call):
             found += [(node.lineno, what) for what in wrong_call(node, full)]
@@ -159,16 +156,16 @@ def test_the_walk_leaves_the_harmless_alone():
     assert dangers(source) == []
 
 
+MODEL = tiny_task.ModelConfig("wrnn", 10, 10, n=12, c=2, every_step=True)
+SIZES = {"T": 1, "batch_size": 4, "valid_size": 5, "test_size": 5}
+TINY = ex.Experiment("tiny", "copy", SIZES, MODEL, lr=1e-2, steps=4, eval_every=2, log_every=1)
+
 # ------------------------------------------------------------------------------------------------- under audit hooks
 
 
 def live(folder: str) -> int:
     "The package's whole life: train, stop, go on, records, tables, a sweep's overview, weights, raw data; what was forbidden is written down."
-    watched, seen, folder = (
-        ("pickle.find_class", "marshal.load", "marshal.loads", "os.system", "os.exec"),
-        [],
-        Path(folder),
-    )
+    watched, seen, folder = "pickle.find_class marshal.load marshal.loads os.system os.exec".split(), [], Path(folder)
 
     def hook(event, arguments):
         # Python loads its own compiled modules by marshal: that is importing, not reading.
@@ -186,17 +183,7 @@ def live(folder: str) -> int:
             frame = frame.f_back
 
     sys.addaudithook(hook)
-    model = tiny_task.ModelConfig("wrnn", 10, 10, n=12, c=2, every_step=True)
-    e = ex.Experiment(
-        "tiny",
-        "copy",
-        {"T": 1, "batch_size": 4, "valid_size": 5, "test_size": 5},
-        model,
-        lr=1e-2,
-        steps=6,
-        eval_every=2,
-        log_every=1,
-    )
+    e = replace(TINY, steps=6)
     asked = iter([False, False, True] + [False] * 100)
     runs = [ex.Run(e, seed) for seed in (0, 1)]
     warnings.simplefilter("ignore")
@@ -209,7 +196,7 @@ def live(folder: str) -> int:
     ex.read_curve(runs[0].path(folder, ".csv"))
     reports.write_tables(folder)
     sweeps.ranking(sweeps.Grid("g", (e,), seeds=(0, 1)), folder)
-    checkpoints.save_weights(folder / "w", build_model(model, 0).state_dict(), model)
+    checkpoints.save_weights(folder / "w", build_model(MODEL, 0).state_dict(), MODEL)
     checkpoints.load_weights(folder / "w")
     data.load_digits()
     for name in filter(data.have_data, data.FOLDERS):
@@ -231,18 +218,6 @@ def test_a_whole_life_without_a_pickle(nursery, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- configurations: unknown keys
-
-MODEL = tiny_task.ModelConfig("wrnn", 10, 10, n=12, c=2, every_step=True)
-TINY = ex.Experiment(
-    "tiny",
-    "copy",
-    {"T": 1, "batch_size": 4, "valid_size": 5, "test_size": 5},
-    MODEL,
-    lr=1e-2,
-    steps=4,
-    eval_every=2,
-    log_every=1,
-)
 
 
 @pytest.mark.parametrize(
@@ -278,23 +253,8 @@ def test_an_unknown_key_is_refused_and_named(where, tmp_path):
 # ---------------------------------------------------------------------------------------------- names and their folders
 
 NAMES = [
-    "../x",
-    "..",
-    ".",
-    "a/b",
-    "/etc/passwd",
-    "x\0y",
-    "x\ny",
-    "$(touch x)",
-    "; touch x",
-    "`touch x`",
-    "-rf",
-    "~",
-    "x" * 300,
-    "",
-    "\u202e",
-    "CON\\x",
-]
+    "../x", "..", ".", "a/b", "/etc/passwd", "x\0y", "x\ny", "$(touch x)", "; touch x", "`touch x`", "-rf", "~", "x" * 300, "", "\u202e", "CON\\x",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -365,9 +325,8 @@ def test_links_out_of_the_results_folder(link, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(outside if "r" == link[0] else outside / "precious.json")
     for act in (lambda: ex.read_records(folder), lambda: sweeps.train([run], folder, "cpu", progress=False)):
-        with contextlib.suppress(
-            RecordError
-        ):  # refused, or the link itself replaced: `folder` looks at what is outside
+        # refused, or the link itself replaced: `folder` looks at what is outside
+        with contextlib.suppress(RecordError):
             assert all(r["key"] == run.key for r in act())
     assert not (outside / "copy").exists()
 
@@ -401,14 +360,12 @@ def test_words_for_a_batch_script(tmp_path):
 
 def test_the_workflow_of_a_release_names_the_audit():
     "pip-audit says `clean` of packages that it could not look up, unless it is told to be strict."
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "tests/README.md").read_text()
     assert re.search(r"pip-audit --strict", text)
 
 
 def test_no_secret_in_the_environment_of_a_record():
     "A record tells the machine's versions, and nothing of its user."
-    from wave_rnns.core import environment
-
     told = json.dumps(environment())
     for private in (os.environ.get("USER"), os.environ.get("HOME"), os.uname().nodename):
         assert not private or len(private) < 4 or private not in told

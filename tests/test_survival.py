@@ -1,5 +1,5 @@
 """What must survive and is at home in no other file: weights of earlier releases, a sweep in which a run explodes, and the promise
-that each row of the table in CONTRIBUTING.md still names a test that exists.
+that each row of the table in tests/README.md still names a test that exists.
 
 `python tests/test_survival.py` stores weights and answers of the present release in `tests/releases/VERSION`, once; they are never changed."""
 
@@ -22,7 +22,7 @@ from wave_rnns.paper.records import read_records
 
 HERE = Path(__file__).parent
 RELEASES = HERE / "releases"
-CONTRIBUTING = HERE.parent / "CONTRIBUTING.md"
+PROMISES = HERE / "README.md"
 
 # ----------------------------------------------------------------------------------------- weights of earlier releases
 
@@ -108,18 +108,18 @@ def test_a_sweep_goes_on_when_runs_explode(tmp_path, monkeypatch, tally):
 
 
 def named_tests() -> list[tuple[str, str]]:
-    return re.findall(r"`?(test_\w+\.py)::(test_\w+)", CONTRIBUTING.read_text())
+    return re.findall(r"`?(test_\w+\.py)::(test_\w+)", PROMISES.read_text())
 
 
 def test_every_test_that_the_table_names_exists():
     assert len(named_tests()) >= 20
     for file, name in named_tests():
         functions = {n.name for n in ast.walk(ast.parse((HERE / file).read_text())) if isinstance(n, ast.FunctionDef)}
-        assert name in functions, f"CONTRIBUTING.md names {file}::{name}, which is not there"
+        assert name in functions, f"tests/README.md names {file}::{name}, which is not there"
 
 
 def test_every_row_of_the_table_names_a_test():
-    section = CONTRIBUTING.read_text().partition("## What must survive")[2].partition("\n## ")[0]
+    section = PROMISES.read_text().partition("## What must survive")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= 15
     for row in rows:

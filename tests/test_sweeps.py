@@ -55,6 +55,8 @@ PAPER = {  # experiments x axes of the search, from the authors' sweep files; co
     **dict.fromkeys(("smnist_wrnn", "smnist_irnn", "psmnist_wrnn", "psmnist_irnn"), 3 * 5 * 2 * 2),
     "nscifar10_wrnn": 3 * 2,
     "nscifar10_irnn": 3 * 4,
+    "paper": 5 * (13 + 2 * 4 + 5) + 3 + 4 * 8 * 3 * 3,  # five seeds, three for the iRNN on nsCIFAR10, Table 4's search
+    "quick": 95,
 }
 
 
@@ -531,3 +533,10 @@ def test_slurm_prints_a_script_that_can_be_edited(call, file, tmp_path):
     assert len(out.splitlines()) <= 25
     with pytest.raises(ConfigError, match="control characters"):
         sw.sbatch_text(["wrnn_sweep", "a\nrm -rf x"])
+
+
+def test_a_grid_may_hold_all_points_of_another():
+    within, paper = find_grid("copy_ablations"), {run.key for run in find_grid("paper").runs()}
+    assert len(within.runs()) == 288 and {run.key for run in within.runs()} <= paper
+    with pytest.raises(ConfigError, match="grid:no_such_grid"):
+        grid_from({"name": "g", "experiments": ["grid:no_such_grid"]})

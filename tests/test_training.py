@@ -12,18 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wave_rnns.core import ConfigError, sha256
 from wave_rnns.paper.models import ModelConfig, build_model
+from wave_rnns.paper.population import Layout, Population, RunSettings, learning_rates
+from wave_rnns.paper.provenance import code_hash, differences, skeleton
 from wave_rnns.paper.tasks import make_task
-from wave_rnns.paper.training import (
-    History,
-    Layout,
-    Population,
-    RunSettings,
-    Training,
-    code_hash,
-    differences,
-    fit,
-    skeleton,
-)
+from wave_rnns.paper.training import History, Training, fit
 
 
 def copy_task(**options):
@@ -46,7 +38,6 @@ CASES = {
     "frozen recurrence": (copy_task, dict(c=2, freeze=("recurrent",))),
     "epochs": (TinyTask, dict(c=2)),
 }  # fmt: skip
-case = pytest.mark.parametrize("make, options", CASES.values(), ids=CASES)
 
 
 def with_torch_optim(task, config, run, steps):
@@ -64,10 +55,6 @@ def with_torch_optim(task, config, run, steps):
         loss = task.loss(model(x.double() if x.is_floating_point() else x), y)
         optimizer.zero_grad()
         loss.backward()
-        for p in (
-            trained
-        ):  # autograd may let two .grad share memory (both biases of the untied cell): the clip would scale it twice
-            p.grad = p.grad.clone()
         if run.clip:
             torch.nn.utils.clip_grad_norm_(trained, run.clip)
         optimizer.step()
@@ -76,37 +63,25 @@ def with_torch_optim(task, config, run, steps):
     return losses, model.state_dict()
 
 
-@case
-@pytest.mark.parametrize(
-    "run",
-    [RunSettings(3, 1e-2), RunSettings(4, 5e-3, clip=0.05, drop_factor=3.33, drop_every=7)],
-    ids=["plain", "clip, drops"],
-)
-def test_one_run_is_torch_optim(make, options, run):
+CLIPPED = RunSettings(4, 5e-3, clip=0.05, drop_factor=3.33, drop_every=7)
+
+
+@pytest.mark.parametrize("name, run", [*((name, CLIPPED) for name in CASES), ("copy wrnn", RunSettings(3, 1e-2))])
+def test_one_run_is_torch_optim(name, run):
+    make, options = CASES[name]
     task = make().to("cpu")
     config, steps = small(task, **options), 25
     expected, weights = with_torch_optim(task, config, run, steps)
-    (r,) = fit(
-        make(),
-        config,
-        [run],
-        steps=steps,
-        eval_every=steps,
-        log_every=1,
-        device="cpu",
-        dtype=torch.float64,
-        progress=False,
-    )
+    rhythm = dict(steps=steps, eval_every=steps, log_every=1, device="cpu", dtype=torch.float64, progress=False)
+    (r,) = fit(make(), config, [run], **rhythm)
     # float64, 25 steps: what is left is the order of additions.
-    torch.testing.assert_close(
-        torch.tensor([row["loss"] for row in r.curve]), torch.tensor(expected), rtol=1e-9, atol=1e-12
-    )
+    assert [row["loss"] for row in r.curve] == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert r.weights.keys() == weights.keys()
     for k, t in weights.items():
         torch.testing.assert_close(r.weights[k], t, rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
 
 
-@case
+@pytest.mark.parametrize("make, options", CASES.values(), ids=CASES)
 def test_alone_and_in_company(make, options):
     config = small(make(), **options)
     runs = [RunSettings(5, 1e-2, clip=0.1), RunSettings(6, 3e-3), RunSettings(5, 1e-3, drop_factor=10, drop_every=3)]
@@ -116,10 +91,7 @@ def test_alone_and_in_company(make, options):
         (alone,) = fit(make(), config, [run], **rhythm)
         assert alone.best_step == inside.best_step
         for a, b in zip(alone.curve, inside.curve, strict=True):
-            assert a.keys() == b.keys()
-            assert [a[k] for k in a if k != "epoch"] == pytest.approx(
-                [b[k] for k in a if k != "epoch"], rel=1e-9, abs=1e-12
-            )
+            assert a | {"epoch": 0} == pytest.approx(b | {"epoch": 0}, rel=1e-9, abs=1e-12)
     assert together[0].curve != together[1].curve != together[2].curve
 
 
@@ -134,8 +106,10 @@ def test_alone_and_in_company_in_float32():
         assert [row["loss"] for row in alone.curve] == pytest.approx([row["loss"] for row in inside.curve], rel=1e-6)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("bad", [RunSettings(9, 1e12), RunSettings(9, 1e30), RunSettings(9, 1e30, clip=1e-3)])
+WILD = RunSettings(9, 1e12), RunSettings(9, 1e30), RunSettings(9, 1e30, clip=1e-3)
+
+
+@pytest.mark.parametrize("place, bad", list(enumerate(WILD)))
 def test_a_diverging_run_leaves_the_others_to_the_bit(place, bad):
     calm = [RunSettings(s, 1e-2, clip=1.0) for s in range(3)]
     wild = [bad if i == place else run for i, run in enumerate(calm)]
@@ -172,9 +146,8 @@ def test_frozen_at_the_last_finite_weights(step):
     assert r.valid_final == p.evaluate("valid")[1] and r.test_final == p.evaluate("test")[1]
     since = step - step % rhythm["log_every"]
     if step > since:
-        assert r.curve[-1]["step"] == step and r.curve[-1]["loss"] == pytest.approx(
-            sum(losses[since:]) / (step - since), rel=1e-12
-        )
+        mean = sum(losses[since:]) / (step - since)
+        assert r.curve[-1]["step"] == step and r.curve[-1]["loss"] == pytest.approx(mean, rel=1e-12)
 
 
 def test_it_ends_when_all_are_dead():
@@ -225,20 +198,12 @@ def test_epochs_are_prepared_when_they_begin():
 
 
 def test_rates_drop_by_epochs_or_by_steps():
-    from wave_rnns.paper.training import learning_rates
-
     for task, unit in ((TinyTask(), 5), (copy_task(), 1)):
-        p = Population(
-            task, small(task), [RunSettings(0, 0.1, drop_factor=4, drop_every=3), RunSettings(1, 0.1)], "cpu"
-        )
-        rates = [
-            learning_rates(torch.tensor(s), p.lr, p.drop_factor, p.drop_steps)
-            for s in (0, 3 * unit - 1, 3 * unit, 6 * unit)
-        ]
-        torch.testing.assert_close(
-            torch.stack(rates)[:, 0], torch.tensor([0.1, 0.1, 0.025, 0.00625], dtype=torch.float64)
-        )
-        assert (torch.stack(rates)[:, 1] == 0.1).all()
+        runs = [RunSettings(0, 0.1, drop_factor=4, drop_every=3), RunSettings(1, 0.1)]
+        p = Population(task, small(task), runs, "cpu")
+        steps = torch.tensor([0, 3 * unit - 1, 3 * unit, 6 * unit])
+        rates = torch.stack([learning_rates(s, p.lr, p.drop_factor, p.drop_steps) for s in steps])
+        assert rates[:, 0].tolist() == pytest.approx([0.1, 0.1, 0.025, 0.00625]) and (rates[:, 1] == 0.1).all()
 
 
 def test_stop_when_freezes_and_validates():
@@ -377,14 +342,6 @@ def test_settings_are_normal_numbers():
     assert type(RunSettings(0, 1).lr) is float and type(RunSettings(0, 1, drop_every=3.0).drop_every) is int
 
 
-@pytest.mark.parametrize(
-    "wrong", [dict(steps=0), dict(eval_every=0), dict(log_every=-1), dict(steps=2.5), dict(log_every=True)]
-)
-def test_rhythms_that_cannot_be_meant(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, **wrong})
-
-
 def test_models_that_do_not_fit_the_task():
     for wrong, word in (
         (dict(input_size=2), "input_size must be 1"),
@@ -479,12 +436,8 @@ def test_the_status_line():
 
 
 def test_a_huge_gradient_that_is_finite_is_clipped_and_not_called_diverged():
-    p = Population(
-        make_task("adding", T=4, batch_size=4),
-        ModelConfig("wrnn", 2, 1, 4),
-        [RunSettings(0, 1e-2, 1.0), RunSettings(0, 1e-2, 1.0)],
-        "cpu",
-    )
+    runs = [RunSettings(0, 1e-2, 1.0), RunSettings(0, 1e-2, 1.0)]
+    p = Population(make_task("adding", T=4, batch_size=4), ModelConfig("wrnn", 2, 1, 4), runs, "cpu")
     grad = torch.zeros_like(p.theta)
     grad[:, 0], grad[0, 1] = 3e25, math.nan
     before, sums = p.theta.clone(), {k: torch.ones(2) for k in ("count", *p.names)}

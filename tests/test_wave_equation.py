@@ -12,10 +12,8 @@ from wave_rnns.wave_equation import (
     shift_matrix,
     two_way_energy,
     two_way_step,
-    upwind_kernel,
-    upwind_step,
-    varying_speed_step,
 )
+from wave_rnns.wave_equation import upwind_kernel, upwind_step, varying_speed_step
 
 SIZES = [1, 2, 3, 7, 64, 100]
 COURANTS = [-0.5, 0.0, 0.25, 1.0, 1.5]
@@ -25,13 +23,13 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("courant", COURANTS)
-def test_step_matrix_and_index_formula_agree(n, courant):
-    h = noise(n)
-    by_hand = torch.stack([(1 - courant) * h[x] + courant * h[(x + 1) % n] for x in range(n)])
-    torch.testing.assert_close(upwind_step(h, courant), by_hand, rtol=0, atol=1e-15)
-    torch.testing.assert_close(shift_matrix(n, courant) @ h, by_hand, rtol=0, atol=1e-14)
+def test_step_matrix_and_index_formula_agree(courant):
+    for n in SIZES:
+        h = noise(n)
+        by_hand = torch.stack([(1 - courant) * h[x] + courant * h[(x + 1) % n] for x in range(n)])
+        torch.testing.assert_close(upwind_step(h, courant), by_hand, rtol=0, atol=1e-15)
+        torch.testing.assert_close(shift_matrix(n, courant) @ h, by_hand, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -138,8 +136,3 @@ def test_varying_speed_is_local():
     h = noise(6)
     after = varying_speed_step(h, torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5, 1.0], dtype=torch.float64))
     assert torch.equal(after[[0, 2]], h[[0, 2]]) and torch.equal(after[[1, 3, 5]], h[[2, 4, 0]])
-
-
-@pytest.mark.parametrize("step", [lambda h: upwind_step(h, 0.4), lambda h: two_way_step(h, 0.5 * h, 0.4)])
-def test_gradients(step):
-    assert torch.autograd.gradcheck(step, noise(2, 7).requires_grad_())

@@ -87,8 +87,6 @@ def test_known_speeds(make, T, n):
     "Every speed within 2 % at 6 dB, called a wave, both estimators near it."
     rng = np.random.default_rng(T + n)
     speeds = SPEEDS if n < 256 else SPEEDS[::2]
-    if make is staircase and n == 32:  # see the next test
-        speeds = [speed for speed in speeds if abs(speed) < 2]
     for speed in speeds:
         m = wave_speed(with_noise(make(T, n, speed, rng), 6, rng), draws=19)
         assert m.is_wave and not m.why, (speed, m)
@@ -96,15 +94,26 @@ def test_known_speeds(make, T, n):
         assert abs(m.lag_speed / speed - 1) < 0.1, (speed, m)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_pulses_that_jump_over_half_of_the_ring(seed):
+@pytest.mark.parametrize(
+    "T, n, speed", [(784, 32, -2.0), (200, 16, -2.0), (500, 48, 2.0), (784, 12, 2.0), (80, 24, -2.0)]
+)
+def test_pulses_that_jump_over_half_of_the_ring(T, n, speed):
     """Two neurons a step on an even ring: a pulse visits every other neuron, so only even distances have a lag, and
-    half a turn is added to it unnoticed. The speed is right all the same; where the lags are not, the meter says so."""
-    rng = np.random.default_rng(seed)
-    m = wave_speed(with_noise(staircase(784, 32, -2.0, rng), 6, rng), draws=19)
-    assert abs(m.speed / -2 - 1) < 0.02
-    alias = 1 / (1 / -2 + 16 / 2)  # half of the 16 steps that a turn takes
-    assert m.is_wave or (not m.agree and "lags" in m.why and abs(m.lag_speed / alias - 1) < 0.1)
+    half a turn may be added to it unnoticed. The shortest lag that fits is meant."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        m = wave_speed(with_noise(staircase(T, n, speed, rng), 6, rng), draws=19)
+        assert abs(m.speed / speed - 1) < 0.02 and m.is_wave, m
+        assert abs(m.lag_speed / speed - 1) < 0.05, m
+
+
+def test_no_speed_beyond_the_search():
+    "Nor from the picture laid on its side, where pixels that blink look infinitely fast."
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        blinking = white(100, 1, rng) * white(1, 32, rng) + 0.01 * white(100, 32, rng)
+        for h in (blinking, white(100, 32, rng)):
+            assert abs(wave_speed(h, draws=19, max_speed=8.0).speed) < 9
 
 
 @pytest.mark.parametrize("speed", [-0.07, 0.17, -0.33, 0.7, -1.23, 1.9, 2.6])

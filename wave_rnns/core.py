@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'WAVE', 'BUMP', 'WaveRNNError', 'ConfigError', 'DataError', 'CheckpointError', 'RecordError', 'data_root',
-           'default_device', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain', 'to_json', 'read_small',
-           'from_json', 'git_commit', 'environment', 'plot_style']
+           'default_device', 'is_watched', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain', 'to_json',
+           'read_small', 'from_json', 'git_commit', 'environment', 'plot_style']
 
 # %% ../nbs/09_core.ipynb #407d8cdc
 import contextlib
@@ -26,11 +26,11 @@ import wave_rnns
 
 # %% ../nbs/09_core.ipynb #a2c69154
 class WaveRNNError(Exception):
-    "Anything this package raises on purpose. Its message names the cause and, where there is one, the remedy."
+    "Raised on purpose. The message names the cause and, where there is one, the remedy."
 
 
 class ConfigError(WaveRNNError, ValueError):
-    "An option, a size or a shape that cannot work. Also a `ValueError`: callers used to PyTorch's errors catch it."
+    "An option, a size or a shape that cannot work. Also a `ValueError`, as PyTorch raises."
 
 
 class DataError(WaveRNNError):
@@ -46,7 +46,7 @@ class RecordError(WaveRNNError):
 
 # %% ../nbs/09_core.ipynb #e7212d82
 def data_root() -> Path:
-    "Folder of the raw data sets: `$WAVE_RNNS_DATA`, or `~/.cache/wave_rnns` where that is not set."
+    "Folder of the raw data sets: `$WAVE_RNNS_DATA`, else `~/.cache/wave_rnns`."
     root = os.environ.get("WAVE_RNNS_DATA") or "~/.cache/wave_rnns"
     try:
         return Path(root).expanduser()
@@ -57,28 +57,34 @@ def data_root() -> Path:
 
 
 def default_device() -> "torch.device":  # noqa: F821 - torch takes seconds to import
-    "The GPU where CUDA sees one, else the CPU. CUDA is asked when this is called, never at import."
+    "The GPU where CUDA sees one, else the CPU. CUDA is asked here, never at import."
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/09_core.ipynb #fdcc320a
+def is_watched() -> bool:
+    "Does somebody see standard error, in a terminal or in a notebook of a Jupyter server?"
+    in_notebook = "ipykernel" in type(sys.stderr).__module__
+    return sys.stderr.isatty() or (in_notebook and "JPY_SESSION_NAME" in os.environ)
+
+
 def progress(
     iterable=None,  # what to walk through, or None for a bar that is moved by hand
     **kwargs,  # handed to tqdm
 ):
-    "A tqdm bar that keeps quiet where standard error is not a terminal. `disable=False` draws it all the same."
+    "A tqdm bar, in a terminal or in JupyterLab; quiet elsewhere. `disable=False` draws it."
     with warnings.catch_warnings(
         action="ignore"
     ):  # a notebook without ipywidgets gets the plain bar, and no sermon
         from tqdm.auto import tqdm  # here, not above: `import wave_rnns.core` stays cheap
     if kwargs.get("disable") is None:
-        kwargs["disable"] = not sys.stderr.isatty()
+        kwargs["disable"] = not is_watched()
     return tqdm(iterable, **kwargs)
 
 # %% ../nbs/09_core.ipynb #8022c914
 def sync_folder(folder: Path):
-    "Make a rename inside `folder` survive a power cut. File systems that cannot do that are left alone."
+    "Make a rename inside `folder` survive a power cut, where the file system can do that."
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -93,13 +99,11 @@ def atomic_write(
     path: str | Path,  # the file to make or to replace; its folder must exist
     data: bytes | str,  # the whole new content; text is written as UTF-8
 ) -> Path:
-    """Replace a file in one step: a reader sees the old content or the new, never a part of either.
+    """Replace a file in one step: readers see the old content or the new, never a part.
 
-    The new file has mode 0644, less what the umask takes away. Raises `OSError` that names `path`; the old content is
-    then untouched, and no temporary file is left behind."""
-    target = Path(
-        os.path.realpath(path)
-    )  # through a link: the link stays, its target is replaced
+    The new file has mode 0644, less what the umask takes away. Raises `OSError` that names
+    `path`; the old content is then untouched, and no temporary file is left behind."""
+    target = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     data = data.encode() if isinstance(data, str) else data
     try:
@@ -134,7 +138,7 @@ def sha256(
 
 # %% ../nbs/09_core.ipynb #e011608f
 def plain(value):
-    "`value` in JSON's own types: dataclasses become dictionaries, paths strings, tuples lists, NaN and infinity None."
+    "`value` in JSON's types: dataclasses as dictionaries, tuples as lists, NaN as None."
     if hasattr(value, "tolist"):  # a tensor, an array, or a number out of one
         value = value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -152,7 +156,7 @@ def to_json(
     obj,  # dictionaries, lists, dataclasses, paths, numbers, arrays, tensors
     indent: int | None = None,  # None for one line
 ) -> str:
-    "Strict JSON with sorted keys: equal content gives equal text. Raises `TypeError` for what JSON cannot hold."
+    "Strict JSON with sorted keys, equal for equal content. TypeError for what it cannot hold."
     return json.dumps(plain(obj), sort_keys=True, allow_nan=False, indent=indent)
 
 
@@ -160,7 +164,7 @@ SMALL = 2**20  # bytes: a record is some 3 kB, and nothing makes us read a gigab
 
 
 def read_small(path: str | Path, limit: int = SMALL) -> bytes:
-    "The content of a file that is meant to be small. Raises ValueError for a larger one, before it is read; OSError."
+    "The content of a small file. Raises ValueError for a large one, before reading; OSError."
     with open(path, "rb") as f:
         data = f.read(limit + 1)
     if len(data) > limit:
@@ -169,7 +173,7 @@ def read_small(path: str | Path, limit: int = SMALL) -> bytes:
 
 
 def from_json(text: bytes | str):
-    "What strict JSON says. Raises ValueError for anything else: NaN, a number of a thousand digits, a nest without bottom."
+    "What strict JSON says. ValueError for all else: NaN, a thousand digits, endless nesting."
 
     def no_constant(name):
         raise ValueError(f"{name} is not JSON")
@@ -183,11 +187,11 @@ def from_json(text: bytes | str):
         raise ValueError("it is nested too deeply") from e
 
 # %% ../nbs/09_core.ipynb #9a1b90b0
-@functools.cache  # a record is about the code that runs, not about what is committed while it runs
+@functools.cache  # the code that runs, not what is committed while it runs
 def git_commit() -> str | None:
-    "Commit of the checkout this package runs from, with `+` where its modules were changed since; None elsewhere."
+    "The commit of our checkout, with `+` where modules were changed since; None elsewhere."
     root = Path(wave_rnns.__file__).resolve().parent.parent
-    # settings.ini tells our own checkout from a virtual environment that sits inside somebody else's repository
+    # settings.ini tells our checkout from an environment in somebody else's repository
     if not ((root / ".git").exists() and (root / "settings.ini").exists()):
         return None
     git = ["git", "-C", str(root)]
@@ -226,7 +230,7 @@ BUMP = "#D55E00"  # vermilion: what stays (iRNN)
 
 
 class plot_style:
-    "The figures of this project: `plot_style()` switches the style on, `with plot_style():` only inside the block."
+    "The style of our figures: for good with `plot_style()`, for a block with `with`."
 
     def __init__(self):
         import matplotlib  # here, not above: training needs no figures

@@ -68,7 +68,7 @@ def options_by_name(init: Callable) -> Callable:
 def check_input(
     layer: "RecurrentLayers", input: Tensor | PackedSequence | Rows, h_0: Tensor | None
 ) -> None:
-    "Raise TypeError (not a tensor), ValueError (number of dimensions) or RuntimeError (sizes)."
+    "Raise TypeError (no tensor), ValueError (number of dimensions) or RuntimeError (sizes)."
     name, packed = type(layer).__name__, isinstance(input, PackedSequence)
     if isinstance(input, Rows):
         batch = (batch_size(input),)
@@ -108,7 +108,7 @@ def time_first(
     h_0: Tensor | None,
     in_pieces: bool = False,  # cut a packed batch wherever a sequence ends
 ) -> tuple[list, Tensor | None, Tensor | None]:
-    "An input of any form as pieces [T, B, F]; h_0 [layers, B, hidden_size]; lengths, if padded."
+    "Any form of input as pieces [T, B, F]; h_0 [layers, B, hidden_size]; lengths, if padded."
     if isinstance(input, Rows):
         return [input], h_0, None
     if isinstance(input, PackedSequence):
@@ -170,7 +170,7 @@ def hand_over(
 
 
 def last_states(y: Tensor, lengths: Tensor | None) -> Tensor:
-    "The states at the end of time, or each at the end of its own sequence: [T, B, ...] -> [B, ...]."
+    "The states at the end, each of its own sequence: [T, B, ...] -> [B, ...]."
     if lengths is None:
         return y[-1]
     return y[lengths - 1, torch.arange(len(lengths), device=y.device)]
@@ -227,9 +227,7 @@ class RecurrentLayers(nn.Module):
 
     def forward(
         self,
-        input: Tensor
-        | PackedSequence
-        | Rows,  # [T, B, F], [B, T, F] (batch_first), [T, F] ...
+        input: Tensor | PackedSequence | Rows,  # [T, B, F]; [B, T, F] (batch_first); [T, F]
         h_0: Tensor | None = None,  # [num_layers * directions, B, hidden_size]; None: zeros
         last: bool = False,  # no output, only h_n
         in_pieces: bool = False,  # see above; found out by itself
@@ -270,7 +268,7 @@ class RecurrentLayers(nn.Module):
         input: Tensor | PackedSequence | Rows,  # as in `forward`
         h_0: Tensor | None = None,
     ) -> Tensor:  # h_n [num_layers * directions, B, hidden_size]
-        "`layer(input, h_0)[1]`, without keeping the top layer's states where no gradient needs them."
+        "`layer(input, h_0)[1]`, without keeping states of the top layer that nobody needs."
         return self(input, h_0, last=True)[1]
 
     def flat(self, h: Tensor) -> Tensor:
@@ -298,12 +296,12 @@ class RecurrentLayers(nn.Module):
     def __prepare_scriptable__(self):
         raise NotImplementedError(
             f"torch.jit.script cannot compile {type(self).__name__}: use torch.compile, "
-            "torch.export.export (sequence length and batch size stay open), or torch.onnx.export"
+            "torch.onnx.export or torch.export.export (T and B stay open)"
         )
 
 
 def check_dropout(dropout: float, num_layers: int) -> None:
-    "Raise ConfigError unless it is a probability; warn where it would do nothing, as nn.RNN does."
+    "Raise ConfigError unless it is a probability; warn, as nn.RNN, where it does nothing."
     number = isinstance(dropout, numbers.Number) and not isinstance(dropout, bool)
     if not number or not 0 <= dropout <= 1:
         raise ConfigError(f"dropout must be a probability in [0, 1], got {dropout!r}")
@@ -316,15 +314,15 @@ def check_dropout(dropout: float, num_layers: int) -> None:
 
 # %% ../nbs/05_layer.ipynb #9f24acbe
 class WaveRNN(RecurrentLayers):
-    """A wave recurrent layer, used like `nn.RNN`: `output, h_n = WaveRNN(input_size, n, c=16)(x)`.
+    """A wave layer, used like `nn.RNN`: `output, h_n = WaveRNN(input_size, n, c=16)(x)`.
 
     The hidden state is `c` rings of `n` neurons, `hidden_size = c * n`; `rings(h)` shows it as
     [..., c, n]. Options behind `n` go by name.
 
-    Which `V_init`? The paper's 'sparse' writes every feature with weight 1 into neuron 0 of each
-    ring. It suits one-hot symbols and one or two features. With many dense features they add up
-    there, and the state starts about ten times too large: take `V_init='uniform'`. Layers above
-    the first see nothing but dense states and start 'uniform' unless you name another.
+    Which `V_init`? The paper's 'sparse' writes every feature with weight 1 into neuron 0 of
+    each ring. It suits one-hot symbols and one or two features. Many dense features add up
+    there, and the state starts about ten times too large: take `V_init='uniform'`. Layers
+    above the first see nothing but dense states: they start 'uniform' unless told otherwise.
 
     The fused GPU kernels need kernel_size=3, float32 and compute capability 8.0. On an H100 or
     H200 they take rings up to this size; anything larger is computed too, far more slowly:
@@ -363,8 +361,8 @@ class WaveRNN(RecurrentLayers):
     ):
         def make_cell(F, level):
             start = V_init or ("uniform" if level else "sparse")
-            return self.cell_type(F, n, c, kernel_size, activation, u_init, start, bias, freeze,
-                                  device=device, dtype=dtype)  # fmt: skip
+            options = (kernel_size, activation, u_init, start, bias, freeze)
+            return self.cell_type(F, n, c, *options, device=device, dtype=dtype)
 
         super().__init__(make_cell, (c, n), input_size, num_layers, batch_first, dropout,
                          bidirectional, precision)  # fmt: skip
@@ -378,12 +376,13 @@ class WaveRNN(RecurrentLayers):
 
 # %% ../nbs/05_layer.ipynb #30b3e9a4
 class IdentityRNN(RecurrentLayers):
-    """The identity RNN of Le, Jaitly & Hinton (2015), the paper's baseline, used like `nn.RNN`.
+    """The paper's baseline, the identity RNN of Le, Jaitly & Hinton (2015), like `nn.RNN`.
 
     U starts as the identity and all of it is trained. `U_init='sigma'` starts it as the shift
-    matrix instead (Table 4, "+ Sigma-init"). `V_init='normal'` (std 0.001) is the paper's for copy
-    and adding; for dense features 'uniform' is the better start. Options behind `n` go by name.
-    Raises ConfigError for unknown options. Source: equation (2), Keller et al. 2024, Section 3."""
+    matrix instead (Table 4, "+ Sigma-init"). `V_init='normal'` (std 0.001) is the paper's for
+    copy and adding; for dense features 'uniform' is the better start. Options behind `n` go
+    by name. Raises ConfigError for unknown options.
+    Source: equation (2), Keller et al. 2024, Section 3."""
 
     scan, loop = staticmethod(dense_scan), staticmethod(dense_loop)
 
@@ -408,8 +407,9 @@ class IdentityRNN(RecurrentLayers):
         dtype=None,
     ):
         def make_cell(F, level):
-            return DenseCell(F, n, activation, U_init, V_init, bias, freeze,
-                             device=device, dtype=dtype, recurrent_bias=recurrent_bias)  # fmt: skip
+            place = {"device": device, "dtype": dtype}
+            options = (activation, U_init, V_init, bias, freeze)
+            return DenseCell(F, n, *options, recurrent_bias=recurrent_bias, **place)
 
         super().__init__(make_cell, (n,), input_size, num_layers, batch_first, dropout,
                          bidirectional, precision)  # fmt: skip
@@ -424,7 +424,7 @@ def local_scan(x, u, V, b, h_0=None, activation="relu", last=False, precision="f
 
 
 class LocalRNN(WaveRNN):
-    "A wave layer whose kernel is untied, [n, c, c, k]: a control for weight sharing, without a fast path."
+    "A wave layer with an untied kernel, [n, c, c, k]: a control, without a fast path."
 
     scan = staticmethod(local_scan)
     cell_type = LocalCell

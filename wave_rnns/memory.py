@@ -20,9 +20,9 @@ def decode_past(
     states,  # [B, ...]: one state of each sequence, say the last
     inputs,  # [T, B] or [T, B, F]: what each sequence was shown, up to that state
     lags: list[int],  # 0 is the newest input
-    folds: int = 5,  # the sequences are split into so many parts, each predicted from the others
+    folds: int = 5,  # the sequences are split into so many parts, predicted in turn
 ) -> np.ndarray:  # [lags]
-    "Held-out R2 of a linear readout of each past input (equation 1), the mean over the F features."
+    "Held-out R2 of a linear readout of each past input (equation 1), mean over features."
     h = torch.as_tensor(states).detach().cpu().double().flatten(1).numpy()
     x = torch.as_tensor(inputs).detach().cpu().double().numpy()
     x = x[..., None] if x.ndim == 2 else x
@@ -51,7 +51,7 @@ def fit_ridge(
     h: np.ndarray,  # [B, d]
     y: np.ndarray,  # [B, targets]
 ):
-    "Ridge regression of every target; returns the function that predicts. Penalties by generalised cross-validation."
+    "Ridge regression of every target, penalties by generalised cross-validation."
     h_mean, y_mean = h.mean(0), y.mean(0)
     U, s, Wt = np.linalg.svd(h - h_mean, full_matrices=False)
     fitted = U.T @ (y - y_mean)
@@ -74,7 +74,7 @@ def ring_theory(
     T: int,  # steps
     noise: float,  # standard deviation of what disturbs the state, relative to the inputs'
 ) -> np.ndarray:  # [T], for lags 0 to T - 1
-    "The best R2 with which a linear ring's inputs can be read from its last state (equation 2)."
+    "The best R2 of reading a linear ring's inputs from its last state (equation 2)."
     Sigma, v, columns = np.asarray(Sigma, float), np.asarray(V, float), []
     for _ in range(T):
         columns.append(v)

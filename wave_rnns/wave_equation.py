@@ -16,7 +16,7 @@ def exact_travel(
     h_0: torch.Tensor,  # real, [..., n], the ring on the last axis
     distance: float,  # nu t / dx: how far to travel, in neurons; fractions welcome
 ) -> torch.Tensor:  # [..., n]
-    "The exact solution h_0(x + nu t) of the one-way wave equation on a ring (equation 2), by turning each Fourier mode."
+    "The exact solution h_0(x + nu t) on a ring (equation 2), by turning each Fourier mode."
     n = h_0.shape[-1]
     k = 2 * math.pi * torch.arange(n // 2 + 1, dtype=torch.float64, device=h_0.device) / n
     return torch.fft.irfft(torch.fft.rfft(h_0) * torch.exp(1j * k * distance), n=n).to(
@@ -37,7 +37,7 @@ def upwind_step(
     h: torch.Tensor,  # [..., n], the ring on the last axis
     courant: float,  # C, stable from 0 to 1
 ) -> torch.Tensor:  # [..., n]
-    "One step of the one-way wave equation on a ring: h[x] <- (1 - C) h[x] + C h[x+1] (equation 3)."
+    "One step of the wave equation on a ring: h[x] <- (1 - C) h[x] + C h[x+1] (equation 3)."
     return (1 - courant) * h + courant * h.roll(-1, dims=-1)
 
 # %% ../nbs/01_wave_equation.ipynb #39f9c1db
@@ -45,7 +45,7 @@ def upwind_kernel(
     courant: float,  # C
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [3]
-    "The step's weights on (left neighbour, self, right neighbour): [0, 1 - C, C] (equation 5)."
+    "The step's weights on (left neighbour, self, right one): [0, 1 - C, C] (equation 5)."
     return torch.tensor([0.0, 1 - courant, courant], dtype=dtype)
 
 
@@ -54,7 +54,7 @@ def shift_matrix(
     courant: float = 1.0,  # C; at 1 the matrix only shifts
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # [n, n]
-    "Sigma, the circulant matrix of one upwind step: Sigma @ h == upwind_step(h, courant) (equation 4)."
+    "Sigma, the matrix of one step: Sigma @ h == upwind_step(h, courant) (equation 4)."
     eye = torch.eye(n, dtype=dtype)
     return (1 - courant) * eye + courant * eye.roll(1, dims=-1)
 
@@ -63,7 +63,7 @@ def growth_factor(
     courant: float,  # C
     wavenumber: torch.Tensor,  # k, radians per neuron, any shape
 ) -> torch.Tensor:  # complex128, the shape of `wavenumber`
-    "What one upwind step multiplies the wave exp(i k x) by: G = 1 - C + C exp(i k) (equation 9)."
+    "The factor that one step puts on exp(i k x): G = 1 - C + C exp(i k) (equation 9)."
     k = torch.as_tensor(wavenumber, dtype=torch.float64)
     return 1 - courant + courant * torch.exp(1j * k)
 
@@ -83,7 +83,7 @@ def two_way_energy(
     h: torch.Tensor,  # [..., n], one step before `h_next`
     courant: float,  # C
 ) -> torch.Tensor:  # [...]
-    "Kinetic plus elastic energy between two states: `two_way_step` conserves it, step by step (equation 14)."
+    "Kinetic plus elastic energy between two states; `two_way_step` conserves it (eq. 14)."
     slope_next, slope = h_next.roll(-1, dims=-1) - h_next, h.roll(-1, dims=-1) - h
     return 0.5 * ((h_next - h) ** 2 + courant**2 * slope_next * slope).sum(dim=-1)
 
@@ -92,5 +92,5 @@ def varying_speed_step(
     h: torch.Tensor,  # [..., n]
     courant_x: torch.Tensor,  # [n], a Courant number for each neuron, from 0 to 1
 ) -> torch.Tensor:  # [..., n]
-    "One upwind step of dh/dt = nu(x) dh/dx on a ring: each neuron listens at its own pace (equation 15)."
+    "One step of dh/dt = nu(x) dh/dx: each neuron listens at its own pace (equation 15)."
     return (1 - courant_x) * h + courant_x * h.roll(-1, dims=-1)

@@ -22,7 +22,7 @@ from .core import BUMP, ConfigError
 def ring_states(
     states,  # NumPy array or tensor, [T, n] or [T, c, n]
 ) -> np.ndarray:  # float64, [T, c, n]
-    "States as [T, c, n] in double precision. Raises ConfigError for what no wave can be measured in."
+    "States as [T, c, n] in double precision; ConfigError for what no wave can be measured in."
     if isinstance(states, torch.Tensor):
         states = states.detach().cpu()
         states = (states.double() if states.is_floating_point() else states).numpy()
@@ -53,10 +53,10 @@ def ring_states(
 def draw_space_time(
     states,  # [T, n] or [T, c, n]: one panel a ring
     inputs=None,  # [T] or [T, F]: a strip above the rings
-    normalise: bool = False,  # divide each step of a ring by its largest |h|: old, faint waves show
+    normalise: bool = False,  # each step of a ring by its largest |h|: faint waves show
     speed: float | None = None,  # draw a dashed line of this speed, neurons per step
 ) -> Figure:
-    "The space-time picture of a layer's rings: time to the right, neurons upwards, inputs above."
+    "The space-time picture of a layer's rings: time to the right, neurons upwards."
     h = ring_states(states)
     T, c, n = h.shape
     if normalise:
@@ -100,7 +100,7 @@ def draw_space_time(
 # %% ../nbs/06_waves.ipynb #18099578
 @dataclass(frozen=True, eq=False)
 class WaveSpectrum:
-    "Power of one ring over wavenumber and frequency. A wave of speed v lies on frequency = -v * wavenumber."
+    "Power over wavenumber and frequency. A wave of speed v lies on w = -v k."
 
     power: (
         np.ndarray
@@ -115,7 +115,7 @@ class WaveSpectrum:
 def wave_spectrum(
     states,  # one ring, [T, n]
 ) -> WaveSpectrum:
-    "Wavenumber-frequency power of a ring, each neuron's time mean removed, and its null (equations 2 and 3)."
+    "Power of a ring, each neuron's time mean removed, and its null (equations 2 and 3)."
     h = ring_states(states)
     if h.shape[1] != 1:
         raise ConfigError(
@@ -134,7 +134,7 @@ def draw_spectrum(
     speed: float | None = None,  # dashed line w = -speed * k, wrapped where it aliases
     ax=None,  # a matplotlib axis; a new figure if None
 ):
-    """A ring's spectrum less its null, in decibels below the highest point that is not all neurons together (k = 0).
+    """A ring's spectrum less its null, in decibels below its highest point beside k = 0.
 
     Axes: cycles per neuron, cycles per step; black is 40 dB down, or not above the null."""
     spectrum = wave_spectrum(states)
@@ -171,7 +171,7 @@ class FirstLook:
 
 
 class LineScan:
-    "Share of a ring's power within a bin of the line w = -v k, for every v of a grid (first look, and null)."
+    "Share of a ring's power within a bin of the line w = -v k, for every v of a grid."
 
     def __init__(self, T: int, n: int, fastest: float, slowest: float = 0.0):
         count = math.ceil(fastest * T / 2)
@@ -185,7 +185,7 @@ class LineScan:
         self.T = T
 
     def power(self, by_neuron: np.ndarray) -> np.ndarray:  # [W, n] -> [W, n]
-        "Power summed over three neighbouring frequencies; the mirror image continues it below 0."
+        "Power summed over three frequencies; the mirror image continues it below 0."
         S = np.abs(np.fft.fft(by_neuron, axis=1)) ** 2
         mirror = np.roll(S[:, ::-1], 1, axis=1)
         above = np.concatenate([S[1:], mirror[-1:] if self.T % 2 else mirror[-2:-1]])
@@ -203,7 +203,7 @@ class LineScan:
         return FirstLook(float(self.speeds[best]), float(shares[best]), max(k, 1.0))
 
     def p_value(self, by_neuron: np.ndarray, draws: int, seed: int) -> float:
-        "How often circular shifts in time, one for each neuron, have a line as strong as the states'."
+        "How often circular shifts in time, one a neuron, have as strong a line."
         rng, w = np.random.default_rng(seed), np.arange(len(by_neuron))[:, None]
         turn = np.exp(-2j * np.pi * np.arange(self.T) / self.T)
         best, exceeded = self.shares(by_neuron).max(), 0
@@ -218,7 +218,7 @@ def slowest_peak(
     where: np.ndarray,  # its abscissa
     near: float,  # peaks at least this share of the highest count as equal
 ) -> int:
-    "Index of the peak nearest to 0 among those about as high as the highest: aliases of a sinusoid tie."
+    "Index of the peak nearest to 0 among those about as high as the highest (aliases tie)."
     if height.max() <= 0:
         return int(height.argmax())
     padded = np.r_[-np.inf, height, -np.inf]
@@ -231,7 +231,7 @@ BLOCKS = 16  # of time; windows are made of 1, 2, 4, 8 or all 16 of them
 
 
 class RigidFit:
-    "Equation (5) in windows of time. Everything is kept as sums over 16 blocks, so that leaving one out is cheap."
+    "Equation (5) in windows of time, kept as sums over 16 blocks: leaving one out is cheap."
 
     def __init__(self, h: np.ndarray):  # [T, n]
         self.T, self.n = h.shape
@@ -269,7 +269,7 @@ class RigidFit:
 
     @staticmethod
     def _explained(A, E, M, N):
-        "Sum of squares that the moving part explains beyond a constant, from sums over N steps."
+        "Sum of squares that the moving part explains beyond a constant, over N steps."
         N = np.maximum(N, 1)
         left = N - np.abs(E) ** 2 / N  # of the turn, its mean removed
         usable = left > 1e-7 * N
@@ -297,7 +297,7 @@ class RigidFit:
         return np.array(result)
 
     def R2(self, explained: float, r: int) -> float:
-        "Share of variance, corrected for the two numbers fitted to each series (0 on average for noise)."
+        "Share of variance, corrected for two fitted numbers a series (noise: 0 on average)."
         M, N = self._join(self.sum_F, r), self._join(self.steps, r)
         chance = 1 / (self.T * r / BLOCKS - 1)
         share = explained / (self.sum_F2.sum() - (np.abs(M) ** 2 / N).sum())
@@ -448,7 +448,7 @@ def peak_near(
     curve: np.ndarray,
     i: int,  # where to start
 ) -> tuple[float, float]:  # its place, in samples, and its height
-    "Climb to the next peak; its place is the vertex of a parabola through all above 70 % of it."
+    "Climb to the next peak: the vertex of a parabola through all above 70 % of it."
     while 0 < i < len(curve) - 1 and max(curve[i - 1], curve[i + 1]) > curve[i]:
         i += 1 if curve[i + 1] > curve[i - 1] else -1
     low = curve < 0.7 * curve[i]
@@ -481,12 +481,13 @@ def lag_speed(
     for i in near:
         at = np.round((slowness * distances[i] + M) * fine).astype(int)
         inside = (at >= 0) & (at < curves.shape[1])
-        stacked[inside] += curves[i, at[inside]]
+        stacked[inside] += np.maximum(curves[i, at[inside]], 0)
     slope = slowness[slowest_peak(stacked, slowness, 0.8)]
-    once = np.flatnonzero(np.abs(slowness) <= 2 * abs(slope) / n)
+    half_turn = abs(slope) / (n / 2 - 1) + 2 / per_neuron  # pulses may skip every other neuron
+    once = np.flatnonzero(np.abs(slowness) <= half_turn)
     best = once[stacked[once].argmax()]
     if stacked[best] >= 0.45 * stacked.max() and best not in (once[0], once[-1]):
-        slope = slowness[best]  # what was found first had gone around the whole ring
+        slope = slowness[best]  # what was found first had gone around the ring, or half
     strongest = max(
         np.interp((slope * distances[i] + M) * fine, np.arange(curves.shape[1]), curves[i])
         for i in near
@@ -531,11 +532,12 @@ def wave_speed(
 ):  # WaveSpeed for [T, n]; a list of c for [T, c, n]; a list of B lists of c with a batch
     """How fast, how surely, and whether at all waves travel around each ring.
 
-    Axes: T steps, c rings, n neurons around a ring, B sequences. Three axes are always [T, c, n].
-    Raises ConfigError for fewer than 16 steps or 4 neurons, values that are not finite, other shapes. States that
-    do not change, and rings whose neurons all change alike, are no error: they are no wave, and `why` says so.
-    A sinusoid of wavelength L can be told up to a speed of L / 2, beyond it shows its alias; so does a pattern that
-    repeats every L neurons. Of several speeds in one ring the reading is one of the strongest, `travelling` its share.
+    Axes: T steps, c rings, n neurons around a ring, B sequences; three axes are [T, c, n].
+    Raises ConfigError for fewer than 16 steps or 4 neurons, values that are not finite, and
+    other shapes. States that do not change, and rings whose neurons all change alike, are no
+    error: they are no wave, and `why` says so. A sinusoid of wavelength L can be told up to a
+    speed of L / 2, beyond it shows its alias; so does a pattern that repeats every L neurons.
+    Of several speeds in one ring the reading is one of the strongest, `travelling` its share.
     """
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 19:
         raise ConfigError(f"draws: expected an integer of 19 or more, got {draws!r}")
@@ -550,14 +552,20 @@ def wave_speed(
     lying = LineScan(n, T, min(T / 4, 20.0), 1 / max_speed) if n >= BLOCKS else None
     exact = np.float64 if str(getattr(states, "dtype", "")).endswith("64") else np.float32
     found = [
-        _measure(h[:, ring], scan, lying, np.finfo(exact).eps, draws, seed)
+        _measure(h[:, ring], scan, lying, np.finfo(exact).eps, draws, seed, max_speed)
         for ring in range(h.shape[1])
     ]
     return found[0] if len(np.shape(states)) == 2 else found
 
 
 def _measure(
-    h: np.ndarray, scan: LineScan, lying: LineScan | None, eps: float, draws: int, seed: int
+    h: np.ndarray,
+    scan: LineScan,
+    lying: LineScan | None,
+    eps: float,
+    draws: int,
+    seed: int,
+    max_speed: float,
 ) -> WaveSpeed:
     "The reading for one ring, [T, n]; `eps` tells change from rounding."
     tiny = 16 * eps * np.abs(h).max()
@@ -576,7 +584,8 @@ def _measure(
         look = lying.first_look(np.fft.rfft(h.T, axis=0))
         if look.share > 1.25 * found.share:
             side = line_speed(h.T, look).turned()
-            if side.travelling > 1.25 * line.travelling:
+            fastest = 1.1 * min(max_speed, h.shape[1] / 2)
+            if side.travelling > 1.25 * line.travelling and abs(side.speed) <= fastest:
                 found, line = look, side
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)

@@ -14,15 +14,32 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from PIL import Image, ImageDraw, ImageFont
 from api import api_page, symbols
 from check import check_site
 from finish import finish
+from house import map_page
 from stage import ROOT, Room, pictures, relink, room, settings, sidebar, stage_notebook
 
 WEB = Path(__file__).resolve().parent
 SKIP = "add_show_docs,exec_show_docs,mv_exports,add_links"  # the API has its own pages, and exported code stays in the text
 FONTS = ("source-serif-4", "source-sans-3", "source-code-pro")
 SCRIPTS = ("latin", "latin-ext", "greek")
+ABOUT = {
+    "CONTRIBUTING.md": "Contributing",
+    "tests/README.md": "Promises of the tests",
+    "CHANGELOG.md": "Changelog",
+}
+
+NOT_FOUND = """---
+title: There is no such page
+toc: false
+page-navigation: false
+---
+
+The address leads nowhere: a page may have moved with its notebook. The list of pages is beside this text (on a phone behind the
+button above), the search box knows every word, and [the first page](index.ipynb) is a good place to start.
+"""
 
 
 def process(rooms: list[Room], work: Path, cfg: dict, blob: str) -> Path:
@@ -43,14 +60,15 @@ def process(rooms: list[Room], work: Path, cfg: dict, blob: str) -> Path:
 
 
 def house_pages(pages: Path, blob: str) -> list[dict]:
-    "CONTRIBUTING and CHANGELOG are pages of the site too."
+    "CONTRIBUTING, CHANGELOG and what the tests promise are pages of the site too."
     entries = []
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+    for name, title in ABOUT.items():
         if (ROOT / name).exists():
             text = (ROOT / name).read_text(encoding="utf-8")
             text = re.sub(r"\]\((?!https?:|#|\.\./)([^)\s]+)\)", rf"]({blob}/\1)", text)
-            (pages / name.lower()).write_text(text, encoding="utf-8")
-            entries.append({"text": name.removesuffix(".md").title(), "href": name.lower()})
+            page = f"{title.split()[0].lower()}.md"
+            (pages / page).write_text(text, encoding="utf-8")
+            entries.append({"text": title, "href": page})
     return entries
 
 
@@ -84,7 +102,7 @@ def assets(pages: Path):
                         face.replace("./files/", "files/").replace("files/", "fonts/")
                     )
     (out / "fonts.css").write_text("\n".join(faces) + "\n", encoding="utf-8")
-    for name in ("site.css", "favicon.svg"):
+    for name in ("site.css", "favicon.svg", "search.js"):
         shutil.copy(WEB / name, out)
     bootstrap = (
         Path(__import__("smalldocs").__file__).parent
@@ -99,6 +117,24 @@ def assets(pages: Path):
         )
 
 
+def card(cfg: dict, target: Path):
+    "The picture that a link to the site shows elsewhere, 1200 by 630: the rings, and what this is."
+    rings = Image.open(ROOT / "nbs/images/wave.webp")
+    rings.seek(rings.n_frames // 3)
+    picture = Image.new("RGB", (1200, 630), "white")
+    frame = rings.convert("RGB")
+    frame.thumbnail((1160, 470))
+    picture.paste(frame, ((1200 - frame.width) // 2, 20))
+    draw = ImageDraw.Draw(picture)
+    words, tagline = (
+        cfg["description"].split(":")[0],
+        "A literate, tested reproduction in PyTorch",
+    )
+    for text, size, y, ink in ((words, 46, 520, "#101418"), (tagline, 30, 582, "#616972")):
+        draw.text((600, y), text, fill=ink, font=ImageFont.load_default(size), anchor="mm")
+    picture.save(target)
+
+
 def config(cfg: dict, contents: list) -> dict:
     "The site generator's configuration, from settings.ini, _quarto.yml and sidebar.yml."
     quarto = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["format"][
@@ -110,6 +146,11 @@ def config(cfg: dict, contents: list) -> dict:
             "title": cfg["title"],
             "description": cfg["description"],
             "favicon": "assets/favicon.svg",
+            "site-url": cfg["doc_host"]
+            + cfg["doc_baseurl"],  # addresses in sitemap.xml, and of the picture on cards
+            "image": "/assets/card.png",
+            "open-graph": True,
+            "twitter-card": True,
             "navbar": {
                 "title": cfg["title"],
                 "logo": "assets/favicon.svg",
@@ -154,10 +195,13 @@ def build(out: Path) -> list[Room]:
                 api.append({"text": r.module, "href": f"api/{r.module}.md"})
         (pages / "_symbols.json").write_text(json.dumps(index), encoding="utf-8")
         assets(pages)
+        card(cfg, pages / "assets/card.png")
+        (pages / "404.md").write_text(NOT_FOUND, encoding="utf-8")
         contents = sidebar(rooms, ROOT / "nbs")
         contents += [{"section": "API", "contents": api}] if api else []
-        house = house_pages(pages, blob)
-        contents += [{"section": "House", "contents": house}] if house else []
+        (pages / "map.md").write_text(map_page(rooms), encoding="utf-8")
+        about = [{"text": "The map", "href": "map.md"}, *house_pages(pages, blob)]
+        contents += [{"section": "About the project", "contents": about}]
         (pages / "_smalldocs.yml").write_text(
             yaml.safe_dump(config(cfg, contents), sort_keys=False), encoding="utf-8"
         )
@@ -176,7 +220,11 @@ def build(out: Path) -> list[Room]:
             ):  # nbdev writes it for Quarto; the pages have their names already
                 continue
             print(f"warning: {warning}", file=sys.stderr)
-        finish(pages / "site", WEB)
+        finish(pages / "site", WEB, rooms, cfg)
+        sitemap = pages / "site/sitemap.xml"
+        text = sitemap.read_text(encoding="utf-8")
+        text = re.sub(r"\s*<url>\s*<loc>[^<]*/404\.html</loc>.*?</url>", "", text, flags=re.S)
+        sitemap.write_text(text, encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         shutil.copytree(pages / "site", out)

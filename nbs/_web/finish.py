@@ -1,8 +1,11 @@
 """From generated pages to the finished site: equations, numbers, captions, and nothing from another host."""
 
+import base64
 import html
 import json
 import re
+import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -95,45 +98,126 @@ def contents_like_headings(text: str) -> str:
     return re.sub(r'(<a href="#[^"]*" id="toc-([^"]+)"[^>]*>)[^<]*</a>', put, text)
 
 
-def describe_figures(text: str) -> str:
-    "A figure without a description gets its caption, or at least its page's title, for people who cannot see it."
-    title = re.search(r"<title>(.*?)</title>", text, re.S)
-    name = re.sub(r"\s+–.*", "", title[1]) if title else "this page"
-    count = 0
+def picture_size(png: bytes) -> tuple[int, int]:
+    "Width and height in CSS pixels: matplotlib writes its dots per inch into the file, and 100 of them are an inch here."
+    width, height = struct.unpack(">II", png[16:24])
+    at = png.find(b"pHYs", 0, 4096)
+    dense = round(struct.unpack(">I", png[at + 4 : at + 8])[0] * 0.0254 / 100) if at > 0 else 1
+    return width // max(dense, 1), height // max(dense, 1)
+
+
+def figures_to_files(text: str, page: str, site: Path, up: str) -> str:
+    "Figures become files beside the pages, with their size, and a link that opens them at full size."
+    folder, count = site / "figures", 0
 
     def put(m: re.Match) -> str:
         nonlocal count
         count += 1
-        after = re.match(
-            r"(?:\s*</div>)+\s*<p><strong>(.*?)</p>", text[m.end() : m.end() + 3000], re.S
+        data = base64.b64decode(m[2])
+        folder.mkdir(exist_ok=True)
+        name = f"{page}-{count}.png"
+        (folder / name).write_bytes(data)
+        width, height = picture_size(data)
+        alt = re.search(r'alt="[^"]*"', m[0])
+        img = f'<img {alt[0] if alt else ""} src="{up}figures/{name}" width="{width}" height="{height}" loading="lazy">'
+        return f'<a class="figure-file" href="{up}figures/{name}">{img}</a>'
+
+    return re.sub(r'<img\b([^>]*?)src="data:image/png;base64,([^"]+)"[^>]*>', put, text)
+
+
+UNIT = re.compile(r"(<t[dh]\b[^>]*>)([^<]{1,16})(</t[dh]>)")
+
+
+def tables_keep_units(text: str) -> str:
+    "`4.31 ms` and `1e-4` in a table stay on one line; a table that is too wide can be scrolled with the keyboard too."
+    text = re.sub(
+        r"<td\b[^>]*>[^<]*\de-\d[^<]*",
+        lambda m: re.sub(r"[\d.]+e-\d+", r'<span class="number">\g<0></span>', m[0]),
+        text,
+    )
+    text = UNIT.sub(lambda m: m[1] + m[2].replace(" ", "\xa0") + m[3], text)
+    return text.replace(
+        '<div class="sd-table">',
+        '<div class="sd-table" tabindex="0" role="region" aria-label="Table">',
+    )
+
+
+def head_of_page(text: str, page: str, notebook: str, cfg: dict) -> str:
+    "Under the title: where the notebook is, and on a phone what the page holds."
+    links = ""
+    if notebook:
+        path = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs/{notebook}"
+        links = (
+            '<p class="notebook-links"><span>This page is a notebook:</span> '
+            f'<a href="notebooks/{notebook}" download>download</a> '
+            f'<a href="{cfg["git_url"]}/blob/{cfg["branch"]}/nbs/{notebook}">GitHub</a> '
+            f'<a href="https://colab.research.google.com/github/{path}">Colab</a></p>'
         )
-        words = (
-            re.sub(r"<[^>]+>|\s+", " ", after[1]).strip()
-            if after
-            else f"Figure {count} of {name}"
+    toc = re.search(r'<nav id="TOC"[^>]*>.*?</h2>(<ul>.*?</ul>)</nav>', text, re.S)
+    menu = ""
+    if toc:
+        items = re.sub(r' (?:id|class|data-scroll-target)="[^"]*"', "", toc[1])
+        menu = (
+            f'<details class="on-this-page"><summary>On this page</summary>{items}</details>'
         )
-        return f'<img alt="{html.escape(html.unescape(words))[:300]}" loading="lazy"{m[1]}>'
+    return re.sub(
+        r'(<header id="title-block-header".*?</header>)',
+        lambda m: m[1] + links + menu,
+        text,
+        count=1,
+        flags=re.S,
+    )
 
-    return re.sub(r"<img((?:(?! alt=)[^>])*)>", put, text)
 
-
-def localise(text: str, depth: int) -> str:
+def localise(text: str, up: str) -> str:
     "Drop what the generator would load from a content network; equations are HTML by now and need only a style sheet."
-    up = "../" * depth
     had_math = 'class="katex' in text
     text = REMOTE.sub("", text)
     styles = (
-        [f'<link rel="stylesheet" href="{up}assets/katex/katex.min.css">'] if had_math else []
+        f'<link rel="stylesheet" href="{up}assets/katex/katex.min.css">' if had_math else ""
     )
-    return text.replace("</head>", "".join(styles) + "</head>", 1)
+    text = text.replace("</head>", f"{styles}</head>", 1)
+    fuse = f'<script src="{up}site_libs/fuse/fuse.min.js"></script>'
+    return text.replace(fuse, f'{fuse}<script src="{up}assets/search.js"></script>', 1)
 
 
-def finish(site: Path, web: Path):
+def sort_search(site: Path, numbers: dict[str, str]):
+    "The search index says what is a notebook (with its number) and what is an entry of the API."
+    path = site / "search.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for e in entries:
+        page = e["href"].split("#")[0]
+        e["api"] = page.startswith("api/")
+        e["title"] = f"{numbers.get(page, '')} {e['title']}".strip()
+    kept = [e for e in entries if not e["href"].startswith("404.html")]
+    path.write_text(
+        json.dumps(kept, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+    )
+
+
+def finish(site: Path, web: Path, rooms: list, cfg: dict):
     "Run every step over every page."
     pages = {p: p.read_text(encoding="utf-8") for p in sorted(site.rglob("*.html"))}
     pages = render_equations(pages, web)
+    notebooks = {f"{r.page}.html": r.path for r in rooms}
+    (site / "notebooks").mkdir()
+    for path in notebooks.values():
+        shutil.copy(path, site / "notebooks")
     for path, text in pages.items():
-        text = localise(text, len(path.relative_to(site).parts) - 1)
-        for step in (contents_like_headings, link_equations, number_sidebar, describe_figures):
+        name = path.relative_to(site).as_posix()
+        up = "../" * name.count("/")
+        text = localise(text, up)
+        text = figures_to_files(text, path.stem, site, up)
+        for step in (
+            contents_like_headings,
+            link_equations,
+            number_sidebar,
+            tables_keep_units,
+        ):
             text = step(text)
+        source = notebooks.get(name)
+        text = head_of_page(text, name, source.name if source else "", cfg)
+        if name == "404.html":  # it is shown in the place of any address
+            text = text.replace("<head>", f'<head><base href="{cfg["doc_baseurl"]}/">', 1)
         path.write_text(text, encoding="utf-8")
+    sort_search(site, {f"{r.page}.html": r.number for r in rooms})

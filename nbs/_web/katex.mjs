@@ -5,9 +5,18 @@ import { readFileSync } from "node:fs";
 
 const equations = JSON.parse(readFileSync(0, "utf8"));
 const failures = [];
+
+// a displayed equation that is too wide may break after \qquad and after a relation, but not after a plus
+const breakable = (tex) => tex.replace(/\\q?quad(?![a-zA-Z])/g, "$&\\allowbreak ");
+const keepSums = (html) =>
+  html
+    .replace(/(<span class="mbin">[^<]*<\/span><span class="mspace"[^>]*><\/span>)<\/span><span class="base">/g, "$1")
+    .replaceAll("\\allowbreak ", "");
+
 const html = equations.map(({ tex, display, where }) => {
   try {
-    return katex.renderToString(tex, { displayMode: display, throwOnError: true, strict: "ignore", output: "htmlAndMathml" });
+    const options = { displayMode: display, throwOnError: true, strict: "ignore", output: "htmlAndMathml" };
+    return display ? keepSums(katex.renderToString(breakable(tex), options)) : katex.renderToString(tex, options);
   } catch (error) {
     failures.push(`${where}: ${error.message}\n    ${tex}`);
     return "";

@@ -6,6 +6,7 @@ and links between notebooks follow. Everything here is text in, text out.
 """
 
 import ast
+import json
 import re
 from configparser import ConfigParser
 from dataclasses import dataclass, field
@@ -89,7 +90,56 @@ def only_imports(source: str) -> bool:
     return len(body) > 1 and all(isinstance(n, ast.Import | ast.ImportFrom) for n in body)
 
 
-def stage_cell(cell, pages: dict[str, str], blob: str):
+def plain(markdown: str) -> str:
+    "Markdown as a sentence to be read aloud: no marks, no links, formulas in words as far as they go."
+
+    def formula(m: re.Match) -> str:
+        tex = re.sub(r"\\(?:text|mathrm|texttt|operatorname)\{([^}]*)\}", r"\1", m[1])
+        tex = re.sub(r"\\[,;:! ]|\\(?:left|right|big|Big|quad|qquad)\b", " ", tex)
+        tex = re.sub(r"\^\{?([^{}\s])", r" to the \1", tex)
+        return re.sub(r"[\\{}]", "", tex.replace("_", " "))
+
+    text = re.sub(r"\$+([^$]+)\$+", formula, markdown)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return " ".join(re.sub(r"[*`]", "", text).split())
+
+
+def figure_words(nb, name: str) -> dict[int, str]:
+    """Cell number -> what its picture shows, in words: `#| fig-alt: ...` in the cell, else the caption, a paragraph right after
+    it that begins in bold. A picture without either stops the build."""
+    words = {}
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code" or re.search(r"^#\|\s*hide\s*$", cell.source, re.M):
+            continue
+        if not any(
+            k.startswith("image/") for o in cell.get("outputs", []) for k in o.get("data", {})
+        ):
+            continue
+        written = re.search(r"^#\|\s*fig-alt:\s*(.+?)\s*$", cell.source, re.M)
+        after = nb.cells[i + 1].source if i + 1 < len(nb.cells) else ""
+        if written:
+            words[i] = written[1].strip("\"'")
+        elif after.startswith("**"):
+            text = plain(after.split("\n\n")[0])
+            words[i] = text if len(text) < 400 else text[: text.rfind(" ", 0, 400)] + " ..."
+        else:
+            raise SystemExit(
+                f"{name}, cell {cell.get('id', i)}: a figure without words. Write a caption after it (a paragraph that begins in "
+                "bold) or '#| fig-alt: what it shows' in the cell"
+            )
+    return words
+
+
+def answers_first(cell) -> bool:
+    "On a result page code folds away above a figure or a table, and where it is longer than half a screen."
+    shown = {k for o in cell.get("outputs", []) for k in o.get("data", {})}
+    return (
+        bool(shown & {"image/png", "text/markdown", "text/html"})
+        or cell.source.count("\n") > 14
+    )
+
+
+def stage_cell(cell, pages: dict[str, str], blob: str, fold: bool = False):
     "A cell as the site shows it."
     if cell.cell_type == "markdown":
         cell.source = BARE_ALIGN.sub(r"$$\n\1\n$$", relink(cell.source, pages, blob))
@@ -101,6 +151,8 @@ def stage_cell(cell, pages: dict[str, str], blob: str):
         if only_imports(cell.source) and "#| hide" not in cell.source:
             code = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M).strip()
             cell.source = f"#| code-fold: true\n#| code-summary: Imports\n{code}"
+        elif fold and "code-fold" not in cell.source:
+            cell.source = f"#| code-fold: true\n#| code-summary: Code\n{cell.source}"
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             if "text/markdown" in data:
@@ -154,8 +206,11 @@ def pictures(path: Path) -> list[str]:
 def stage_notebook(path: Path, target: Path, pages: dict[str, str], blob: str):
     "Write the notebook as the site wants it; the text under a title is kept (nbdev would drop the rest of that cell)."
     nb = nbformat.read(path, as_version=4)
+    results = path.name.startswith("2")
+    words = figure_words(nb, path.name)
+    chapter = next((i for i, c in enumerate(nb.cells) if c.source.startswith("## ")), 0)
     cells = []
-    for cell in nb.cells:
+    for i, cell in enumerate(nb.cells):
         m = (
             re.match(r"(#\s[^\n]+\n*(?:>[^\n]*\n?)?)(.*)", cell.source, re.S)
             if not cells and cell.cell_type == "markdown"
@@ -164,7 +219,13 @@ def stage_notebook(path: Path, target: Path, pages: dict[str, str], blob: str):
         if m and m[2].strip():
             cells.append(nbformat.v4.new_markdown_cell(m[1].strip()))
             cell.source = m[2].strip()
-        cells.append(stage_cell(cell, pages, blob))
+        folds = results and (i < chapter or answers_first(cell))
+        cell = stage_cell(cell, pages, blob, folds)
+        if i in words and "fig-alt:" not in cell.source:
+            cell.source = (
+                f"#| fig-alt: {json.dumps(words[i], ensure_ascii=False)}\n{cell.source}"
+            )
+        cells.append(cell)
     nb.cells = cells
     nbformat.write(nb, target)
 

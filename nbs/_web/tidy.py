@@ -1,8 +1,7 @@
 """One form for every notebook, after nbdev_clean: python nbs/_web/tidy.py [NOTEBOOK ...]
 
 Stored line by line, so that a diff shows lines. The title cell holds `# Title` and `> summary` and nothing else: nbdev reads it
-as front matter and would drop any text after it from the documentation; such text moves to a cell of its own. Progress bars, which
-live on standard error, are not kept.
+as front matter and would drop any text after it from the documentation; such text moves to a cell of its own. Progress bars are not kept.
 """
 
 import hashlib
@@ -16,7 +15,9 @@ TITLE = re.compile(r"(# \S[^\n]*\n\n> \S[^\n]*)\n*(.*)", re.S)
 
 
 def is_bar(output) -> bool:
-    "Is it what tqdm writes? Warnings stay, for a test to find them."
+    "Is it what tqdm writes, or its widget? Warnings stay, for a test to find them."
+    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return True
     lines = re.split(r"[\r\n]+", "".join(output.get("text", "")))
     bars = [line for line in lines if re.search(r"\d+/\d+ \[|\d+%\|", line)]
     return output.get("name") == "stderr" and len(bars) == sum(

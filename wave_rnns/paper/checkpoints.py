@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core import CheckpointError, atomic_write, from_json, sha256, to_json
+from ..core import CheckpointError, atomic_write, from_json, plain, sha256, to_json
 from .config import ModelConfig
 from .models import build_model
 from .training import fit
@@ -41,14 +41,15 @@ def pack(
 ) -> bytes:  # a safetensors file
     "Tensors and plain data as the bytes of one file."
     own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    return safetensors.torch.save(own, metadata={"meta": to_json(meta)})
+    text = json.dumps(plain(meta), allow_nan=False)  # unsorted: rows keep their columns' order
+    return safetensors.torch.save(own, metadata={"meta": text})
 
 
 def read_header(
     file: BinaryIO,
     size: int,  # of the whole file, bytes
 ) -> dict:  # name -> {dtype, shape, data_offsets}, and __metadata__
-    "The table of contents. Raises ValueError that says what is wrong, after reading no more than the table."
+    "The table of contents, reading nothing else. ValueError says what is wrong."
     start = file.read(9)
     if not size:
         raise ValueError("is empty")
@@ -98,7 +99,7 @@ def read_trusted(
     path: Path,
     hashes: list[str],  # beginnings of the hashes that are believed
 ) -> tuple[dict[str, Tensor], dict]:
-    "Read a file, once, if its hash is known. Raises CheckpointError that names the file and what is wrong with it."
+    "Read a file, once, if its hash is known. CheckpointError names the file and the fault."
     try:
         with path.open("rb") as f:
             read_header(f, os.fstat(f.fileno()).st_size)  # a wrong file is not read to its end
@@ -123,8 +124,7 @@ DIGITS = 32  # of the hash, in a file's name
 
 
 def checkpoints_of(
-    path: str
-    | Path,  # x.safetensors: what the checkpoints are called, without number and hash
+    path: str | Path,  # x.safetensors: their name without number and hash
 ) -> list[tuple[Path, str]]:  # file and the hash in its name, newest first
     "The checkpoints x.NUMBER.HASH.safetensors that are there, good or bad."
     path = Path(path)
@@ -142,7 +142,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     meta: dict,  # plain data; floats that are not finite become None
 ) -> Path:  # of the file
-    "Write a checkpoint and keep the one before. Raises OSError that names the file; what was there is then still there."
+    "Write a checkpoint, keep the one before. After an OSError what was there is still there."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_overs(path)
@@ -168,7 +168,7 @@ def load_checkpoint(
     path: str | Path,  # as given to `save_checkpoint`
     device="cpu",
 ) -> tuple[dict[str, Tensor], dict]:
-    "The newest good checkpoint, with a warning where a newer one is bad. Raises CheckpointError naming every file and cause."
+    "The newest good checkpoint, warning of bad ones. CheckpointError where all are bad."
     problems: list[CheckpointError] = []
     for candidate, known in checkpoints_of(path):
         try:
@@ -215,7 +215,8 @@ def listen_for(
 ) -> Iterator[Callable[[], bool]]:  # a function that says whether one of them has come
     """Inside the block the signals only leave a note; a second SIGINT interrupts at once.
 
-    Only the main thread hears signals, and a handler that was set from C is left alone: it could not be put back."""
+    Only the main thread hears signals. A handler that was set from C is left alone: it could
+    not be put back."""
     heard, before = [], {}
 
     def note(number, frame):
@@ -238,12 +239,13 @@ def resumable_fit(
     model: ModelConfig,
     runs,
     *,
-    checkpoint: str
-    | Path,  # x.safetensors; `CheckpointFile(checkpoint).remove()` when all is safe
+    checkpoint: str | Path,  # x.safetensors; `CheckpointFile(checkpoint).remove()` removes it
     checkpoint_every: int,  # steps
     **options,  # of `fit`
 ) -> list:  # of RunResult
-    "`fit` that can be killed at any moment and called again. Raises Interrupted after SIGTERM or Ctrl-C, ResumeRefused if settings changed."
+    """`fit` that can be killed at any moment and called again.
+
+    Raises Interrupted after SIGTERM or Ctrl-C, ResumeRefused if settings changed."""
     place = {"checkpoint": CheckpointFile(checkpoint), "checkpoint_every": checkpoint_every}
     with listen_for() as asked_to_stop:
         return fit(task, model, runs, **place, interrupt=asked_to_stop, **options)
@@ -253,7 +255,7 @@ CONFIG_LIMIT = 2**20  # bytes of config.json we are ready to parse
 
 
 def hashes_of(path: Path) -> list[str]:
-    "The hashes listed beside a file, newest first; [] where there are none or they cannot be read."
+    "The hashes listed beside a file, newest first; [] where none can be read."
     try:
         with Path(f"{path}.sha256").open("rb") as f:
             lines = f.read(4096).decode("ascii", errors="replace").splitlines()
@@ -273,7 +275,7 @@ def save_weights(
     config: ModelConfig,  # of the model they belong to
     about: dict | None = None,  # plain data worth knowing: task, seed, accuracy, license
 ) -> Path:
-    "A folder with model.safetensors, its sha256, and config.json. Raises CheckpointError where the weights are not that model's."
+    "A folder of model.safetensors, sha256 and config.json. CheckpointError for misfits."
     folder, model = Path(folder), build_empty(config)
     check_weights(model, weights, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +291,7 @@ def save_weights(
 def load_weights(
     folder: str | Path, device="cpu"
 ) -> torch.nn.Module:  # with `.config` (ModelConfig) and `.about` (dict)
-    "The model that `save_weights` stored. Raises CheckpointError that names the file and what is wrong with it."
+    "The model that `save_weights` stored. CheckpointError names the file and the fault."
     folder = Path(folder)
     config, about = read_config(folder / "config.json")
     path = folder / "model.safetensors"
@@ -308,11 +310,12 @@ def load_weights(
 
 # %% ../../nbs/14_checkpoints.ipynb #e46ab5bb
 def check_sizes(config: ModelConfig, numbers: int) -> None:
-    "Raise ValueError where a size of the config is larger than all weights together: no such model was stored."
+    "ValueError where a size exceeds all weights together: no such model was stored."
     for f in fields(config):
         if f.type is int and getattr(config, f.name) > numbers:
             raise ValueError(
-                f"{f.name} is {getattr(config, f.name)}, but there are {numbers} weights in all"
+                f"{f.name} is {getattr(config, f.name)}, "
+                f"but there are {numbers} weights in all"
             )
 
 
@@ -323,30 +326,33 @@ def build_empty(config: ModelConfig) -> torch.nn.Module:
 
 
 def check_weights(model: torch.nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    "Raise CheckpointError unless the weights are floating-point tensors of exactly this model's names and shapes."
+    "CheckpointError unless these are floating-point tensors of the model's names and shapes."
     expected, found = (
         {k: list(t.shape) for k, t in w.items()} for w in (model.state_dict(), weights)
     )
     for k in sorted({*expected, *found}):
         if expected.get(k) != found.get(k):
             raise CheckpointError(
-                f"{where}: weight {k!r} is {found.get(k, 'absent')}, the model has {expected.get(k, 'no such weight')}"
+                f"{where}: weight {k!r} is {found.get(k, 'absent')}, "
+                f"the model has {expected.get(k, 'no such weight')}"
             )
         if not weights[k].is_floating_point():
             raise CheckpointError(
-                f"{where}: weight {k!r} has type {weights[k].dtype}; expected floating-point numbers"
+                f"{where}: weight {k!r} has type {weights[k].dtype}; "
+                "expected floating-point numbers"
             )
 
 
 def read_config(path: Path) -> tuple[ModelConfig, dict]:
-    "Model and remarks of a config.json. Raises CheckpointError naming the key that is unknown, missing or wrong."
+    "Model and remarks of a config.json. CheckpointError names a key that is unknown or wrong."
     try:
         with path.open("rb") as f:
             content = json.loads(f.read(CONFIG_LIMIT))
         known = {f.name: f.type for f in fields(ModelConfig)}
         if content.get("format") != 1:
             raise CheckpointError(
-                f"{path}: format {content.get('format')!r} is not known; this version reads format 1"
+                f"{path}: format {content.get('format')!r} is not known; "
+                "this version reads format 1"
             )
         for key, value in content["model"].items():
             if key not in known:

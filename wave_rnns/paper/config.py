@@ -29,8 +29,9 @@ MODELS = ("wrnn", "irnn", "local", "mlp")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model as pure data. `n` is neurons per ring for 'wrnn' and 'local', units for 'irnn', hidden
-    units for the 'mlp' on the whole sequence. Raises ConfigError naming an unknown or useless value."""
+    """A model as pure data. Raises ConfigError naming an unknown or useless value.
+
+    `n` is neurons per ring ('wrnn', 'local'), units ('irnn'), or hidden units ('mlp')."""
 
     kind: str  # 'wrnn', 'irnn', 'local' or 'mlp'
     input_size: int  # F, features of one step (for 'mlp': T * F of the whole sequence)
@@ -130,7 +131,7 @@ def check_steps(name: str, value, least: int = 1) -> None:
 
 
 def check_halving(rungs: Sequence, length: int) -> dict[int, int]:  # steps: runs that go on
-    "Raise ConfigError unless later rungs come later, let fewer runs go on, and end before training does."
+    "ConfigError unless rungs ascend, keep fewer and fewer runs, and end before training does."
     rungs = [tuple(rung) if isinstance(rung, (list, tuple)) else (rung,) for rung in rungs]
     whole = all(
         len(rung) == 2 and all(isinstance(n, int) and n > 0 for n in rung) for rung in rungs
@@ -149,7 +150,7 @@ WORDS = ("name", "source", "seeds")  # fields that describe an experiment
 
 
 def decisive(thing) -> dict:
-    "The fields of a dataclass that are not at their default, except for words; nested ones too."
+    "The fields of a dataclass that are not at their default, words excepted; nested ones too."
     found = {}
     for f in fields(thing):
         value = getattr(thing, f.name)
@@ -161,7 +162,7 @@ def decisive(thing) -> dict:
 
 
 def merge(config: dict, differences: dict) -> dict:
-    "A copy of `config` with the differences put in; dictionaries inside are merged, the rest is replaced."
+    "A copy of `config` with the differences put in; dictionaries inside are merged."
     nested = {
         k: {**config[k], **v}
         for k, v in differences.items()
@@ -171,7 +172,7 @@ def merge(config: dict, differences: dict) -> dict:
 
 # %% ../../nbs/10_config.ipynb #3b622c24
 def answer(work):
-    "Decorate a command, below `call_parse`: on the command line errors become one line and an exit code."
+    "Below `call_parse`: on the command line errors become one line and an exit code."
 
     @functools.wraps(work)
     def command(*args, **kwargs):

@@ -442,8 +442,8 @@ def pictures(shows: dict[str, dict[str, Trained]], film: bytes) -> list[tuple]:
     ]
     if digits:
         caption = (
-            "A validation digit, read pixel by pixel, and the states meanwhile. With more steps"
-            " and a smaller learning rate an identity network learns digits too."
+            "A validation digit, read pixel by pixel, and the states meanwhile. With more"
+            " steps and a smaller learning rate an identity network learns digits too."
         )
         out.insert(4, ("A digit as a wave", as_bytes(draw_digit(digits)), caption))
     return out

@@ -40,7 +40,9 @@ from .records import content_hash, results_root, write_record  # noqa: F401
 # %% ../../nbs/16_experiments.ipynb #acd420f0
 @dataclass(frozen=True)
 class Experiment:
-    "A task, a model and how it is trained, as pure data. Raises ConfigError for numbers that cannot be meant."
+    """A task, a model and how it is trained, as pure data.
+
+    Raises ConfigError for numbers that cannot be meant."""
 
     name: str  # letters, digits, underscores: also its address on the command line
     task: str  # 'copy', 'adding', 'smnist', 'psmnist', 'nscifar10'
@@ -75,7 +77,7 @@ LARGEST = 1e30  # what training takes as a rate, a norm or a factor (notebook 13
 
 
 def check_numbers(e: Experiment) -> None:
-    "Raise ConfigError for a name that is no name, a rate that goes uphill, a length that is missing."
+    "Raise ConfigError for a name that is none, a rate that goes uphill, a missing length."
     letters = "must be letters, digits and underscores"
     one_length = f"or epochs must be given, not both and not neither (epochs={e.epochs})"
     seeds = all(type(s) is int and 0 <= s < 2**63 for s in e.seeds)
@@ -118,13 +120,16 @@ def to_config(experiment: Experiment) -> dict:
 
 
 def from_config(config: dict) -> Experiment:
-    "The experiment that `to_config` wrote down. Raises ConfigError for anything that is not one, naming the key."
+    """The experiment that `to_config` wrote down.
+
+    Raises ConfigError for anything that is not one, naming the key."""
     check_fields(Experiment, config, "experiment")
     model = ModelConfig(**check_fields(ModelConfig, config["model"], "model"))
     return Experiment(**{**config, "model": model})
 
 # %% ../../nbs/16_experiments.ipynb #dbf1618a
-RECIPE = 1  # raise when the same configuration would give other results: all runs are then to do again
+# Raise it when the same configuration would give other results: all runs are then to do again.
+RECIPE = 1
 
 
 def run_key(
@@ -140,7 +145,7 @@ def run_key(
 
 # %% ../../nbs/16_experiments.ipynb #94f18e58
 class Registry(Mapping):
-    "Experiments by name. Each is stored as differences from a base and built when it is asked for."
+    "Experiments by name, stored as differences from a base and built when asked for."
 
     def __init__(self):
         self.declared = {}
@@ -175,7 +180,7 @@ declare = EXPERIMENTS.declare
 FINAL_SEEDS = (0, 1, 2, 3, 4)
 BEST = "preprint, appendix B: best of the authors' search"
 
-# Copy: Section 3 "Copy Task", Figures 3 and 4, Table 4 -------------------------------------------------------------------
+# Copy: Section 3 "Copy Task", Figures 3 and 4, Table 4
 COPY_BEST = {  # T: learning rate, clip, and how U starts
     "wrnn": {
         0: (1e-3, 1.0),
@@ -211,7 +216,8 @@ COPY_MODELS = {"wrnn": {}, "irnn": PAPER_IRNN, "irnn625": {**PAPER_IRNN, "n": 62
 declare(
     "copy30_base",
     None,
-    "paper: n=100, c=6, batch 128, 60,000 steps. Rerun: Adam, lr 1e-3, clip 1. Sweep files: log every 100 steps",
+    "paper: n=100, c=6, batch 128, 60,000 steps. Rerun: Adam, lr 1e-3, clip 1. Sweep files: "
+    "log every 100 steps",
     task="copy",
     task_options={"T": 30, "batch_size": 128},
     model=dict(kind="wrnn", input_size=10, output_size=10, n=100, c=6, every_step=True),
@@ -232,7 +238,8 @@ for family, settings in COPY_BEST.items():
             seeds=seeds,
         )
 
-# The rows of Table 4 start elsewhere. The authors chose lr and clip of each by a search; so does notebook 17, from these.
+# The rows of Table 4 start elsewhere. The authors chose lr and clip of each by a search;
+# so does notebook 17, from these.
 ABLATIONS = {
     "wrnn_no_V": (dict(V_init="normal"), "'- V-init'; authors' code: else normal, std 0.001"),
     "wrnn_no_u": (
@@ -262,9 +269,16 @@ for T in (0, 10, 30, 80):
             task_options={"T": T},
         )
 declare("copy80_irnn_rerun", "copy80_irnn_identity", "rerun: lr 1e-3, clip 1", seeds=(0, 1))
+declare(
+    "copy80_irnn_sigma_no_bias",
+    "copy80_irnn_sigma",
+    "ours: does the bias beside V, random at first, spoil '+ Sigma-init'? (notebook 24)",
+    model={"bias": False},
+    seeds=(0, 1),
+)
 
 # %% ../../nbs/16_experiments.ipynb #da473660
-# Adding: Section 3 "Adding Task", Table 1, Figure 5 ----------------------------------------------------------------------
+# Adding: Section 3 "Adding Task", Table 1, Figure 5
 ADDING_BEST = {  # T: learning rate, clip
     "wrnn": {
         100: (1e-3, 100.0),
@@ -284,7 +298,8 @@ ADDING_BEST = {  # T: learning rate, clip
 declare(
     "adding_base",
     None,
-    "paper, Table 1: n=100, c=27, batch 128, at most 60,000 steps. Sweep files: log every 100 steps",
+    "paper, Table 1: n=100, c=27, batch 128, at most 60,000 steps. Sweep files: log every "
+    "100 steps",
     task="adding",
     task_options={"T": 100, "batch_size": 128},
     model=dict(kind="wrnn", input_size=2, output_size=1, n=100, c=27),
@@ -303,11 +318,9 @@ for family, settings in ADDING_BEST.items():
             clip=clip,
             seeds=FINAL_SEEDS,
         )
-for T in (
-    100,
-    200,
-    1000,
-):  # what we ran before the appendix was found: at T = 1000 one Adam step of 1e-3 makes a state explode
+# What we ran before the appendix was found: at T = 1000 one Adam step of 1e-3 makes a state
+# explode.
+for T in (100, 200, 1000):
     for family, model in (("wrnn", {}), ("irnn", IRNN)):
         declare(
             f"adding{T}_{family}_lr3",
@@ -326,12 +339,13 @@ for family, model in (("wrnn", {}), ("irnn", IRNN)):
         lr=1e-4,
     )
 
-# Pixel MNIST: Section 3 "Sequential Image Classification", Table 2, Figures 6 and 7 -----------------------------------------
+# Pixel MNIST: Section 3 "Sequential Image Classification", Table 2, Figures 6 and 7
 FAST = dict(precision="fast")
 declare(
     "smnist_wrnn",
     None,
-    f"{BEST}: lr 1e-4, clip 1, 120 epochs, lr / 10 every 100. Paper, Table 2: n=256, c=16, batch 128",
+    f"{BEST}: lr 1e-4, clip 1, 120 epochs, lr / 10 every 100. Paper, Table 2: n=256, c=16, "
+    "batch 128",
     task="smnist",
     task_options={"batch_size": 128},
     model=dict(kind="wrnn", input_size=1, output_size=10, n=256, c=16),
@@ -368,12 +382,16 @@ declare(
 declare(
     "smnist_fc",
     "smnist_wrnn",
-    "authors' code: feed-forward baseline 784 -> 256 -> 10, all pixels at once (the paper prints no number)",
+    "authors' code: feed-forward baseline 784 -> 256 -> 10, all pixels at once (the paper "
+    "prints no number)",
     model=dict(kind="mlp", input_size=784, n=256, c=1),
     seeds=(0, 1),
 )
 PSMNIST = dict(task="psmnist", task_options={"permutation": "torch12008"})
-UNSEEDED = "The permutation is unseeded in the authors' code: torch seed 12008 stands commented out there, and coRNN used it"
+UNSEEDED = (
+    "The permutation is unseeded in the authors' code: torch seed 12008 stands commented out"
+    " there, and coRNN used it"
+)
 declare(
     "psmnist_wrnn", "smnist_wrnn_fast", f"{BEST}: clip 100. {UNSEEDED}", **PSMNIST, clip=100.0
 )
@@ -415,11 +433,12 @@ for permutation, who in PERMUTATIONS.items():
         )
 
 # %% ../../nbs/16_experiments.ipynb #02bedf25
-# Noisy sequential CIFAR-10: Table 3, Figure 8 -----------------------------------------------------------------------------
+# Noisy sequential CIFAR-10: Table 3, Figure 8
 declare(
     "nscifar10_wrnn",
     "smnist_wrnn_fast",
-    f"{BEST}: lr 1e-4, no clip, 250 epochs. Paper, Table 3: n=256, c=16, batch 256, T=1000; authors' code: one fixed noise for all images",
+    f"{BEST}: lr 1e-4, no clip, 250 epochs. Paper, Table 3: n=256, c=16, batch 256, T=1000; "
+    "authors' code: one fixed noise for all images",
     task="nscifar10",
     task_options={"batch_size": 256, "noise": "fixed"},
     model=dict(input_size=96),
@@ -471,7 +490,8 @@ for model in ("wrnn", "irnn"):
 declare(
     "smnist_cpu",
     "smnist_wrnn",
-    "ours: all of pixel MNIST in a quarter of an hour on two CPU cores; two rings as long as the sequence, so that no pixel meets another on its way",
+    "ours: all of pixel MNIST in a quarter of an hour on two CPU cores; two rings as long "
+    "as the sequence, so that no pixel meets another on its way",
     model=dict(n=784, c=2),
     **dict(
         lr=1e-3,
@@ -526,19 +546,29 @@ def read_object(path: Path, what: str) -> dict:
     return config
 
 
-def read_experiment(path: Path) -> Experiment:
-    "An experiment from a JSON file: a whole one, or differences from a declared `base`. Raises ConfigError."
+def read_experiment(
+    path: Path,  # a whole experiment, or differences from a declared `base`
+    trusted: bool = False,  # may its task be 'module:Class', which imports the module?
+) -> Experiment:
+    "An experiment from a JSON file. Raises ConfigError."
     config = read_object(path, "of named settings")
+    if trusted and ":" in str(config.get("task")):
+        from wave_rnns.paper.tasks import find_task
+
+        config["task"] = find_task(config["task"], trusted, Path(path).parent).name
     base = config.pop("base", None)
     if base is not None:
         config = merge(to_config(EXPERIMENTS[base]), {"name": Path(path).stem, **config})
     return from_config(config)
 
 
-def select(pattern: str) -> list[Experiment]:
-    "The experiments a user means: a declared name, a pattern like 'copy80_*', or a JSON file. Raises ConfigError if there is none."
+def select(
+    pattern: str,  # a declared name, a pattern like 'copy80_*', or a JSON file
+    trusted: bool = False,  # named on the command line: see `read_experiment`
+) -> list[Experiment]:
+    "The experiments a user means. Raises ConfigError if there is none."
     if pattern.endswith(".json"):
-        return [read_experiment(Path(pattern))]
+        return [read_experiment(Path(pattern), trusted)]
     if not re.search(r"[*?\[]", pattern):
         return [EXPERIMENTS[pattern]]
     names = fnmatch.filter(EXPERIMENTS, pattern)
@@ -575,7 +605,9 @@ class Run:
 
 
 def record_of(results: Path, run: Run) -> dict | None:
-    "The run's record if it is done. Raises ConfigError where a setting changed under it although the key did not."
+    """The run's record if it is done.
+
+    Raises ConfigError where a setting changed under it although the key did not."""
     record = trusted_record(run.path(results))
     if record is None:
         return None
@@ -607,10 +639,13 @@ def todo(
 
 # %% ../../nbs/16_experiments.ipynb #05f21be6
 def rhythm_of(experiment: Experiment, task) -> dict:
-    "An experiment's length and intervals in steps of this task. Raises ConfigError for epochs of a task that has none."
+    """An experiment's length and intervals in steps of this task.
+
+    Raises ConfigError for epochs of a task that has none."""
     if experiment.epochs and task.steps_per_epoch is None:
         raise ConfigError(
-            f"experiment {experiment.name!r}: {task.name} has no epochs, give its length in steps"
+            f"experiment {experiment.name!r}: {task.name} has no epochs:"
+            " give its length in steps"
         )
     eval_every = experiment.eval_every or task.steps_per_epoch
     steps = experiment.steps or experiment.epochs * task.steps_per_epoch
@@ -625,7 +660,9 @@ def rungs_of(experiment: Experiment, task) -> list[tuple[int, int]]:
 
 
 def checked_device(name: str | None):
-    "A torch device by name. Raises ConfigError for one that is not here, or on which nothing can be trained."
+    """A torch device by name.
+
+    Raises ConfigError for one that is not here, or on which nothing can be trained."""
     import torch
 
     from wave_rnns.core import default_device
@@ -639,6 +676,7 @@ def checked_device(name: str | None):
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(
-            f"device {name!r} is not here ({gpus} CUDA devices): leave --device out, or use cpu"
+            f"device {name!r} is not here ({gpus} CUDA devices): leave --device out,"
+            " or use cpu"
         )
     return device

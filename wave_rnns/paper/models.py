@@ -18,8 +18,9 @@ from ..scan import Rows, linear_steps
 
 # %% ../../nbs/11_models.ipynb #f767d5b8
 class SequenceModel(nn.Module):
-    """A recurrent layer and a readout W. Input [T, B, F], tokens [T, B] or `Rows`; output [B, out],
-    or [T, B, out] with `every_step`."""
+    """A recurrent layer and a readout W.
+
+    Input [T, B, F], tokens [T, B] or `Rows`. Output [B, out]; [T, B, out] if `every_step`."""
 
     def __init__(self, layer: RecurrentLayers, readout: nn.Module, every_step: bool = False):
         super().__init__()
@@ -78,7 +79,7 @@ def build_model(
 ) -> (
     nn.Module
 ):  # float32 on the CPU, whatever the defaults are (`torch.device("meta")`: there)
-    "The model a config describes. Raises ConfigError naming an option that is unknown or out of range."
+    "The model a config describes. ConfigError names an unknown or impossible option."
     meta = torch.get_default_device().type == "meta"
     new = dict(device=torch.device("meta" if meta else "cpu"), dtype=torch.float32)
     with cpu_seed(seed), new["device"]:

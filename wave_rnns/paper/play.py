@@ -72,7 +72,7 @@ SCENES = {"copy": (10, 8), "ring": (150, 8), "digit": (784, 15)}  # inputs, larg
 def encode(
     levels: list[int],  # 0 to 15
 ) -> str:
-    "Levels as text: hexadecimal digits, and letters A to Z for 1 to 26 zeros. Zeros at the end are left out."
+    "Levels as hexadecimal digits; letters A to Z stand for 1 to 26 zeros, none at the end."
     text, zeros = "", 0
     for level in levels:
         if level == 0:
@@ -84,7 +84,7 @@ def encode(
 
 
 def decode(text: str, length: int, highest: int) -> list[int]:
-    "The inverse: `length` levels. Raises ConfigError for what is too long, too high or no code at all."
+    "The inverse: `length` levels. ConfigError for what is too long, too high or no code."
     levels = []
     for letter in text:
         if "A" <= letter <= "Z":
@@ -182,7 +182,7 @@ def wave_states(
 
 # %% ../../nbs/19_play_page.ipynb #ace3b365
 def networks(view: View) -> tuple[SequenceModel, SequenceModel | None]:
-    "The wave network and the one that it is compared with: trained ones, or a bare ring at the view's speed."
+    "The wave network and the other one: trained, or a bare ring at the view's speed."
     if view.scene == "copy":
         return load("copy-small-wrnn"), load("copy-small-irnn")
     if view.scene == "digit":
@@ -194,7 +194,7 @@ def networks(view: View) -> tuple[SequenceModel, SequenceModel | None]:
 
 
 def inputs(view: View, dtype: torch.dtype = torch.float32) -> Tensor:  # [T, F]
-    "What the networks hear: one-hot tokens with the signal 9 after the silence, or one value a step."
+    "What the networks hear: one-hot tokens, 9 after the silence, or one value a step."
     levels = torch.tensor(view.levels)
     if view.scene != "copy":
         return levels[:, None].to(dtype) / SCENES[view.scene][1]
@@ -213,7 +213,7 @@ def read_back(
     silent: Tensor,  # [T, c, n]: the same without input
     view: View,
 ) -> Tensor:  # [T, 10]: what is read where number i should be; 0 before it came in
-    "What the wave network would say of each number at each time, were it turned to the right place and asked."
+    "What the wave network would say of each number at each time, turned to its place."
     cell, signal = model.layer.cells[0], one_hot(torch.tensor([9]), 10).to(h.dtype)
     waiting = wave_states(model, one_hot(torch.zeros(LAG + 1).long(), 10).to(h.dtype),
                           View("copy", ()))[-1]  # fmt: skip
@@ -242,7 +242,8 @@ class Shown:
 
     def __str__(self) -> str:
         if self.view.scene == "ring":
-            return f"{self.view.steps} steps of {tuple(self.wave.shape[1:])} and {tuple(self.bump.shape[1:])} neurons"
+            shapes = [tuple(t.shape[1:]) for t in (self.wave, self.bump)]
+            return f"{self.view.steps} steps of {shapes[0]} and {shapes[1]} neurons"
         if self.view.scene == "digit":
             p = self.wave_says[-1].softmax(-1)
             return f"a {p.argmax()}, with probability {p.max():.3f}"
@@ -272,7 +273,7 @@ def run(
 
 # %% ../../nbs/19_play_page.ipynb #c1d87e17
 def example_digits() -> dict[str, str]:
-    "The first test image of each class of MNIST, at 16 levels of grey, as addresses have them."
+    "The first test image of each class of MNIST, at the 16 levels of grey of an address."
     images, labels = load_digits()["test"]
     pixels = [images[labels == d][0].flatten() / 17 for d in range(10)]
     return {str(d): encode(p.round().int().tolist()) for d, p in enumerate(pixels)}
@@ -285,14 +286,15 @@ def base64_of(tensor: Tensor) -> str:
 
 def page_data() -> dict:
     "What the page computes with: networks, digits, names of things."
-    nets = {
-        name: {"kind": kind, "n": cell.n, "c": getattr(cell, "c", 1), "inputs": cell.input_size,
-               **{key.split(".")[-1] if "cells" in key else key.replace("readout.", "W_"): base64_of(value)
-                  for key, value in model.state_dict().items()}}
-        for name, kind in {"copy-small-wrnn": "wrnn", "copy-small-irnn": "irnn", "smnist-wrnn": "wrnn"}.items()
-        for model in [load(name)]
-        for cell in model.layer.cells
-    }  # fmt: skip
+    nets = {}
+    for name in ("copy-small-wrnn", "copy-small-irnn", "smnist-wrnn"):
+        model = load(name)
+        cell = model.layer.cells[0]
+        sizes = {"n": cell.n, "c": getattr(cell, "c", 1), "inputs": cell.input_size}
+        nets[name] = {"kind": name.split("-")[-1], **sizes}
+        for key, value in model.state_dict().items():
+            part = key.split(".")[-1]
+            nets[name][part if "cells" in key else f"W_{part}"] = base64_of(value)
     bare = networks(View("ring", ()))[1].layer.cells[0].V
     return {"nets": nets, "bare": base64_of(bare), "digits": example_digits(), "lag": LAG}
 
@@ -315,7 +317,7 @@ def blend(color: str, share: float) -> tuple[int, ...]:
 
 
 def draw_ring(draw, center, radius: float, rings: Tensor, color: str):
-    "Rings of neurons around a center, the first one outside; each is scaled to its largest value."
+    "Rings of neurons around a center, the first outside, each scaled to its largest value."
     c, n = rings.shape
     width = 0.09 * radius if c > 1 else 0.3 * radius
     for i, ring in enumerate(rings):
@@ -332,7 +334,7 @@ def draw_animation(
     path: str | Path,  # of the WebP file
     address: str = "scene=copy&in=5861437824",
 ) -> Path:
-    "A sequence on its way, the wave network beside the iRNN: one frame a step, 640 x 340 pixels."
+    "A sequence on its way, wave network beside iRNN: one frame a step, 640 x 340 pixels."
     from PIL import Image, ImageDraw, ImageFont
 
     shown, scale = run(address), 2  # drawn twice as large, for smooth edges
@@ -390,8 +392,8 @@ def draw_animation(
 
     frames = [frame(t) for t in range(shown.view.steps)]
     times, out = [130] * (len(frames) - 1) + [3000], io.BytesIO()
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0,
-                   quality=75, method=2)  # fmt: skip
+    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=times,
+                   loop=0, quality=75, method=2)  # fmt: skip
     return atomic_write(path, out.getvalue())
 
 

@@ -15,7 +15,7 @@ from ..core import ConfigError
 
 # %% ../../nbs/10_random.ipynb #85be871a
 def signed64(word: int) -> int:
-    "The signed 64-bit integer with the bits of `word` modulo 2^64, the form in which torch holds a word."
+    "`word` modulo 2^64 as a signed integer with the same bits, which is how torch holds it."
     return (word + 2**63) % 2**64 - 2**63
 
 
@@ -48,14 +48,14 @@ SEED_STRIDE, STREAM_STRIDE = (
 
 def counter_key(
     seed: torch.Tensor,  # int64 [R], one a run
-    step: int
-    | torch.Tensor,  # an int, or a 0-dim int64 tensor where a CUDA graph counts the steps
+    step: int | torch.Tensor,  # 0-dim int64 where a CUDA graph counts the steps
     stream: int,  # which use of randomness this is
 ) -> torch.Tensor:  # int64 [R]
-    "Where each run starts to read at this step. Raises `ConfigError` for another type or shape."
+    "Where each run starts to read at this step. ConfigError for another type or shape."
     if seed.dtype != torch.int64 or seed.dim() != 1:
         raise ConfigError(
-            f"seed: expected an int64 tensor of shape [R], got {seed.dtype} of shape {list(seed.shape)}"
+            "seed: expected an int64 tensor of shape [R], "
+            f"got {seed.dtype} of shape {list(seed.shape)}"
         )
     offset = stream * STREAM_STRIDE
     if not isinstance(step, torch.Tensor):
@@ -64,7 +64,8 @@ def counter_key(
         offset = step * GOLDEN + signed64(offset)
     else:
         raise ConfigError(
-            f"step: expected an int or a 0-dim int64 tensor, got {step.dtype} {list(step.shape)}"
+            "step: expected an int or a 0-dim int64 tensor, "
+            f"got {step.dtype} {list(step.shape)}"
         )
     z = seed * SEED_STRIDE + offset
     return (z ^ (z >> 32 & 2**32 - 1)) * MIX_1
@@ -77,7 +78,7 @@ def counter_bits(
     stream: int,  # which use of randomness this is
     bits: int = 32,  # length of a word, 1 to 63
 ) -> torch.Tensor:  # int64 [R, *shape] in [0, 2^bits)
-    "Random words, a pure function of (seed, stream, step, position): the same on every device, no state anywhere."
+    "Random words, a pure function of (seed, stream, step, position), equal on every device."
     return splitmix(counter_key(seed, step, stream), math.prod(shape), bits).view(
         len(seed), *shape
     )
@@ -89,7 +90,7 @@ def counter_uniform(
     shape: tuple,  # shape of one run's block
     stream: int,  # which use of randomness this is
 ) -> torch.Tensor:  # float32 [R, *shape]
-    "Uniform numbers in [0, 1) on the multiples of 2^-24: each is exact in float32, and 1 never comes."
+    "Uniform on the multiples of 2^-24 in [0, 1): each is exact in float32."
     return counter_bits(seed, step, shape, stream, bits=24).to(torch.float32).mul_(2.0**-24)
 
 # %% ../../nbs/10_random.ipynb #9224f097
@@ -101,7 +102,7 @@ def counter_integers(
     shape: tuple,  # shape of one run's block
     stream: int,  # which use of randomness this is
 ) -> torch.Tensor:  # int64 [R, *shape]
-    "Integers in [low, high): a 32-bit word scaled by the span, so a value's chance is off by less than 2^-32."
+    "Integers in [low, high): 32-bit words scaled; a value's chance is off by under 2^-32."
     if not 0 < high - low <= 2**31:
         raise ConfigError(f"high - low: expected 1 to 2^31, got {high - low}")
     return (
@@ -118,5 +119,5 @@ def counter_permutation(
     m: int,  # how many things to put in order
     stream: int,  # which use of randomness this is
 ) -> torch.Tensor:  # int64 [R, m], each row holds 0 .. m-1
-    "A random order for each run: the order that sorts m words of 63 bits, so long that no two ever tie."
+    "A random order for each run: what sorts m words of 63 bits, too long to tie."
     return counter_bits(seed, epoch, (m,), stream, bits=63).argsort(dim=-1, stable=True)

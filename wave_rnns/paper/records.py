@@ -30,7 +30,7 @@ from wave_rnns.core import (
 
 # %% ../../nbs/15_records.ipynb #d187e0c2
 def shipped_results() -> Path | None:
-    "`nbs/results` of the checkout we run from; None where the package is installed without one."
+    "`nbs/results` of the checkout we run from; None for a package installed without one."
     checkout = Path(wave_rnns.__file__).resolve().parent.parent
     return checkout / "nbs" / "results" if (checkout / "settings.ini").exists() else None
 
@@ -42,7 +42,7 @@ def results_root() -> Path:
 
 
 def existing_results(folder: str | Path | None = None) -> Path:
-    "The results folder, for commands that only look. Raises ConfigError where a named one is not there."
+    "The results folder, for commands that only look. ConfigError where it is not there."
     path = Path(folder).expanduser() if folder else results_root()
     if folder and not path.is_dir():
         raise ConfigError(
@@ -64,7 +64,7 @@ def run_path(
     suffix: str = ".json",  # '.csv' is its curve
     part: str = "runs",  # or 'weights'
 ) -> Path:
-    "Where a run's file lies. Raises RecordError for names that are none, and for links that lead out of the folder."
+    "Where a run's file lies. RecordError for impossible names and links out of the folder."
     if not is_name(task, key):
         raise RecordError(f"not the name of a run: task {task!r}, key {key!r}")
     path = Path(results) / part / task / f"{key}{suffix}"
@@ -111,7 +111,7 @@ CURVE_ROWS = 200
 
 
 def thin(rows: list[dict], best_step: int | None = None, most: int = CURVE_ROWS) -> list[dict]:
-    "At most `most` rows: first, last, the one at `best_step`, then validated ones, then others, spread evenly."
+    "At most `most` rows: first, last, the best, then validated ones, then others, evenly."
     if len(rows) <= most:
         return rows
     best = (i for i, row in enumerate(rows) if row.get("step") == best_step)
@@ -125,7 +125,7 @@ def thin(rows: list[dict], best_step: int | None = None, most: int = CURVE_ROWS)
 
 
 def curve_text(rows: list[dict]) -> str:
-    "Rows as CSV: a line of names, then numbers with 6 digits; an empty place where a row has no number."
+    "Rows as CSV: a line of names, then numbers with 6 digits, empty where there is none."
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def cell(value):
@@ -140,7 +140,7 @@ def curve_text(rows: list[dict]) -> str:
 def read_curve(
     path: Path,
 ) -> tuple[list[dict], int]:  # rows (None for an empty place), and bytes dropped at the end
-    "A run's curve up to its last whole line. Raises RecordError where it is no table, or not the one of its record."
+    "A run's curve up to its last whole line. RecordError where it is not its record's table."
     try:
         data = read_small(path)
         whole, _, torn = data.rpartition(b"\n")
@@ -166,7 +166,7 @@ def read_curve(
 
 
 def recorded_hash(curve: Path) -> str | None:
-    "What the record beside a curve says of it; None where there is no sound record, or an old one."
+    "What the record beside a curve says of it; None without a sound record, or an old one."
     try:
         about = read_record(curve.with_suffix(".json")).get("curve")
     except (OSError, RecordError):
@@ -177,13 +177,13 @@ def recorded_hash(curve: Path) -> str | None:
 def at_epochs(
     curve: list[dict], column: str = "valid_accuracy", epochs: tuple = (1, 5, 20)
 ) -> dict:  # epoch -> value, None where the curve has none
-    "A column of a curve after a few epochs: enough to see within minutes whether a rerun works."
+    "A column of a curve after a few epochs: soon enough to see whether a rerun works."
     rows = {row["epoch"]: row.get(column) for row in curve if row.get("epoch") is not None}
     return {epoch: rows.get(epoch) for epoch in epochs}
 
 # %% ../../nbs/15_records.ipynb #a254b0cd
 def set_aside(path: Path) -> Path:
-    "Rename a broken file so that nothing takes it for a good one again; never over an older one. Returns the new path."
+    "Rename a broken file so that nothing takes it for a good one; never over an older one."
     path = Path(path)
     for number in range(1, 10_000):
         aside = path.with_name(f"{path.name}.broken{number}")
@@ -194,7 +194,7 @@ def set_aside(path: Path) -> Path:
 
 
 def trusted_record(path: Path) -> dict | None:
-    "A run's record; None if there is none, or if it was broken: then it is set aside, with a warning."
+    "A run's record; None if there is none. A broken one is set aside, with a warning."
     try:
         return read_record(path)
     except FileNotFoundError:
@@ -212,7 +212,7 @@ def trusted_record(path: Path) -> dict | None:
 
 
 def read_records(results: Path | None = None) -> list[dict]:
-    "Every sound record, in the order of their paths. A broken one is set aside and a stranger skipped, with a warning."
+    "Every sound record, by path. Broken ones are set aside, strangers skipped: it warns."
     results, found = Path(results_root() if results is None else results), []
     for path in sorted((results / "runs").glob("*/*.json")):
         if not is_name(path.parent.name, path.stem):
@@ -227,7 +227,7 @@ SOLVED = {"adding": ("loss", 0.05)}  # task -> (column of the curve, threshold),
 
 
 def solved_step(task: str, curve: list[dict]) -> dict | None:
-    "When the task first counted as solved, step None if never; None for tasks without such a rule."
+    "When the task first counted as solved, step None if never; None without such a rule."
     if task not in SOLVED:
         return None
     column, threshold = SOLVED[task]
@@ -245,28 +245,35 @@ def make_record(
     together: int,  # runs in the population
     device: str,
 ) -> dict:
-    "Everything one run has to say, in JSON's own types, with the hash of its curve and its own."
+    "Everything one run has to say, in JSON's types, with the hash of its curve and its own."
     from wave_rnns.core import environment
     from wave_rnns.paper.models import build_model, count_parameters
     from wave_rnns.paper.training import code_hash
 
     network = build_model(model, run["seed"])
-    order = "highest" if task.higher_is_better else "lowest"
+    selection = (
+        f"{'highest' if task.higher_is_better else 'lowest'} validation {task.metric}, "
+        f"looked at every {rhythm['eval_every']} steps, the earlier of equals; "
+        "test looked at once, at the end"
+    )
+    with_biases, without = (count_parameters(network, biases=b) for b in (True, False))
     rows = thin(result.curve, result.best_step)
+    curve_hash = sha256(curve_text(rows).encode())
     record = {
         "format": 1, **run,
-        "status": result.status, "diverged_step": result.diverged_step, "stopped_step": result.stopped_step,
+        "status": result.status,
+        "diverged_step": result.diverged_step, "stopped_step": result.stopped_step,
         "metric": task.metric, "baseline": task.baseline, "baseline_text": task.baseline_text,
-        "selection": f"{order} validation {task.metric}, looked at every {rhythm['eval_every']} steps, the earlier of equals; test looked at once, at the end",
-        "best_step": result.best_step, **rhythm,
+        "selection": selection, "best_step": result.best_step, **rhythm,
         "valid_best": result.valid_best or {}, "valid_final": result.valid_final or {},
         "test_best": result.test_best or {}, "test_final": result.test_final or {},
         "solved": solved_step(task.name, result.curve), "task_options": task.options,
-        "parameters": {"with_biases": count_parameters(network), "without_biases": count_parameters(network, biases=False)},
-        "seconds": result.seconds, "steps_per_second": result.steps_per_second, "together": together,
+        "parameters": {"with_biases": with_biases, "without_biases": without},
+        "seconds": result.seconds, "steps_per_second": result.steps_per_second,
+        "together": together,
         "device": device, "environment": environment(), "code": code_hash(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "curve": {"rows": len(rows), "of": len(result.curve), "sha256": sha256(curve_text(rows).encode())},
+        "curve": {"rows": len(rows), "of": len(result.curve), "sha256": curve_hash},
     }  # fmt: skip
     if result.pruned:
         record["pruned"] = result.pruned
@@ -275,7 +282,7 @@ def make_record(
 
 # %% ../../nbs/15_records.ipynb #6d1cd813
 def write_record(results: Path, record: dict, curve: list[dict]) -> Path:
-    "Write a run's curve, then its record, each in one step: where the record is, the curve is whole."
+    "Write a run's curve, then its record: where the record is, the curve is whole."
     place = Path(results), record["config"]["task"], record["key"]
     path, beside = run_path(*place), run_path(*place, ".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +293,7 @@ def write_record(results: Path, record: dict, curve: list[dict]) -> Path:
 
 
 def write_weights(results: Path, task: str, key: str, weights: dict) -> Path:
-    "The weights that validation chose: too large for the repository, kept by whoever trained them."
+    "The weights that validation chose: kept by whoever trained them, not in the repository."
     from safetensors.torch import save
 
     path = run_path(results, task, key, ".safetensors", "weights")

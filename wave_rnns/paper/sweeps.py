@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'COPY', 'ADDING', 'CLIPS', 'IRNN_AXES', 'ROWS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES',
-           'OWN_SETTINGS', 'FULL', 'BROKEN', 'WORKER', 'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied',
-           'point_name', 'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'populations', 'population_path',
-           'claimed', 'half_finished', 'train_population', 'fit_population', 'work', 'left_overs', 'note_failure',
-           'label', 'train', 'ranking', 'winners', 'ranking_text', 'be_worker', 'start_worker', 'stop_workers', 'sweep',
-           'run_workers', 'what_is_there', 'is_done', 'failures', 'cores', 'sbatch_text']
+           'WAVES', 'FINALS', 'BUMPS', 'TABLE_2', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'FULL', 'BROKEN', 'WORKER',
+           'STOPPING', 'DEATHS', 'Grid', 'is_setting', 'varied', 'point_name', 'declare_grid', 'grid_from',
+           'grid_config', 'find_grid', 'beginning', 'populations', 'population_path', 'h200_seconds', 'seconds_left',
+           'duration', 'standing', 'claimed', 'half_finished', 'train_population', 'fit_population', 'work',
+           'left_overs', 'note_failure', 'label', 'train', 'ranking', 'winners', 'ranking_text', 'be_worker',
+           'start_worker', 'stop_workers', 'sweep', 'refuse_to_crawl', 'run_workers', 'what_is_there', 'is_done',
+           'failures', 'cores', 'sbatch_text']
 
 # %% ../../nbs/17_sweeps.ipynb #e93034f3
 import contextlib
@@ -41,6 +43,7 @@ from wave_rnns.core import (
 )
 from .config import WORDS, check_fields, decisive, merge
 from wave_rnns.paper.experiments import (
+    EXPERIMENTS,
     RECIPE,
     Experiment,
     Run,
@@ -68,7 +71,9 @@ MOST_RUNS = 100_000
 
 @dataclass(frozen=True)
 class Grid:
-    "Experiments and the values to try for some of their settings, as pure data. Raises ConfigError for what cannot be meant."
+    """Experiments and the values to try for some of their settings, as pure data.
+
+    Raises ConfigError for what cannot be meant."""
 
     name: str  # letters, digits, underscores
     experiments: tuple  # of Experiment: what is varied
@@ -102,9 +107,8 @@ class Grid:
         ]
         for name, holds, rule in rules:
             if not holds:
-                raise ConfigError(
-                    f"grid {self.name!r}: {name} {rule}, got {getattr(self, name)!r}"
-                )
+                found = getattr(self, name)
+                raise ConfigError(f"grid {self.name!r}: {name} {rule}, got {found!r}")
         if self.halving:
             populations(self.runs(), self.together)  # raises where a family must be cut
         self.points()  # raises for a setting that does not exist
@@ -140,13 +144,16 @@ def varied(
     settings: dict,  # {'lr': 0.001, 'model.n': 100}
     name: str,  # of the new one
 ) -> Experiment:
-    "The experiment with other settings. Raises ConfigError naming a setting that does not exist or a value that cannot be."
+    """The experiment with other settings.
+
+    Raises ConfigError naming a setting that does not exist or a value that cannot be."""
     config = to_config(base)
     for path, value in settings.items():
         head, _, tail = path.partition(".")
         if tail and not isinstance(config.get(head), dict):
             raise ConfigError(
-                f"experiment {base.name!r} has no setting {path!r}: use lr, clip, model.n, task_options.T ..."
+                f"experiment {base.name!r} has no setting {path!r}: use lr,"
+                " clip, model.n, task_options.T ..."
             )
         config = merge(config, {head: {tail: value} if tail else value})
     new = from_config({**config, "name": name})
@@ -202,18 +209,21 @@ for name, sizes in (("nscifar10_wrnn", [144, 256]), ("nscifar10_irnn", [144, 256
 
 # %% ../../nbs/17_sweeps.ipynb #0f4ec735
 def grid_from(config: dict, where: str = "grid", folder: Path = Path()) -> Grid:
-    "A grid from plain data. Raises ConfigError for an unknown key, a missing one, or an experiment that does not exist."
+    "A grid from plain data. Raises ConfigError for a key or an experiment that is none."
     plain_config = {**config, "experiments": ()} if isinstance(config, dict) else config
     check_fields(Grid, plain_config, where)
     named = config.get("experiments")
     if not isinstance(named, list) or not all(isinstance(e, (str, dict)) for e in named):
         raise ConfigError(
-            f"{where}: experiments must be a list of names, patterns, files or whole experiments, got {named!r}"
+            f"{where}: experiments must be a list of names, patterns, files or whole"
+            f" experiments, got {named!r}"
         )
     found = []
     for e in named:
         if isinstance(e, dict):
             found.append(from_config(e))
+        elif e.startswith("grid:") and e[5:] in GRIDS:  # all points of that grid
+            found += [point for *_, point in find_grid(e[5:]).points()]
         else:
             found += select(str(folder / e) if e.endswith(".json") else e)
     return Grid(**{**config, "experiments": tuple(found)})
@@ -228,7 +238,9 @@ def grid_config(grid: Grid) -> dict:
 
 
 def find_grid(text: str) -> Grid:
-    "The grid a user means: a declared one, a JSON file, or the declared runs of an experiment or pattern. Raises ConfigError."
+    """The grid a user means: a declared one, a JSON file, or the declared runs of a pattern.
+
+    Raises ConfigError."""
     if text in GRIDS:
         return grid_from(GRIDS[text], f"grid {text!r}")
     name = re.sub(r"\W+", "_", Path(text).stem)[:64]
@@ -243,12 +255,52 @@ def find_grid(text: str) -> Grid:
         raise ConfigError(f"{e}; grids are {', '.join(GRIDS)}") from None
     return Grid(name, tuple(experiments), seeds=())
 
+# %% ../../nbs/17_sweeps.ipynb #5d0c1a02
+WAVES = [*(f"adding{T}_wrnn" for T in ADDING), "nscifar10_wrnn"]
+FINALS = [f"copy{T}_{family}" for T in COPY for family in ("wrnn", "irnn")]
+BUMPS = ["smnist_irnn", "psmnist_irnn", *(f"adding{T}_irnn" for T in ADDING)]
+TABLE_2 = ["smnist_wrnn_fast", "psmnist_wrnn", "smnist_wrnn_mlp", "psmnist_wrnn_mlp"]
+declare_grid(
+    "paper",
+    [
+        "smnist_wrnn",
+        *TABLE_2,
+        *WAVES,
+        *FINALS,
+        *BUMPS,
+        "grid:copy_ablations",
+        "nscifar10_irnn",
+    ],
+    {},
+    "the final rows of Tables 1 to 4 and 7",
+    seeds=(),
+)
+
+
+def beginning(name: str, seeds: int) -> dict:
+    "The first epochs or steps of a declared experiment, for a few seeds."
+    config = EXPERIMENTS.config(name)
+    short = {"copy": {"steps": 6000}, "adding": {"steps": 5000}}
+    length = short.get(config["task"], {"epochs": 10 if name == "nscifar10_irnn" else 20})
+    about = {"name": f"quick_{name}", "source": f"the beginning of {name}"}
+    return {"model": {}, **config, **about, "seeds": list(range(seeds)), **length}
+
+
+SEEDS = {"smnist_wrnn_mlp": 2, "psmnist_wrnn_mlp": 2, "nscifar10_wrnn": 2}
+SEEDS |= dict.fromkeys(BUMPS, 5)  # five identity networks together cost little more than one
+QUICK = [beginning(name, SEEDS.get(name, 3)) for name in (*TABLE_2, *WAVES, *FINALS, *BUMPS)]
+QUICK += [beginning(f"copy80_{row}", 1) for row in ROWS]
+QUICK += [beginning("nscifar10_irnn", 1)]
+declare_grid("quick", QUICK, {}, "the beginning of the final rows", seeds=())
+
 # %% ../../nbs/17_sweeps.ipynb #fc8e5af4
 OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # a run's own inside a population
 
 
 def populations(runs: list[Run], together: int) -> list[list[Run]]:
-    "Runs that can be trained in one loop, in groups of at most `together`, in a fixed order. Raises ConfigError where halving would be cut."
+    """Runs that can be trained in one loop, in groups of at most `together`, in a fixed order.
+
+    Raises ConfigError where halving would be cut."""
     families: dict[str, list[Run]] = {}
     for run in runs:
         settings = decisive(run.experiment).items()
@@ -259,8 +311,8 @@ def populations(runs: list[Run], together: int) -> list[list[Run]]:
         parts = math.ceil(len(family) / together)
         if parts > 1 and family[0].experiment.halving:
             raise ConfigError(
-                f"{family[0].experiment.name}: halving compares {len(family)} runs, which must be"
-                f" trained together, and together is {together}"
+                f"{family[0].experiment.name}: halving compares {len(family)} runs,"
+                f" which must be trained together, and together is {together}"
             )
         cuts = [len(family) * i // parts for i in range(parts + 1)]
         found += [family[a:b] for a, b in itertools.pairwise(cuts)]
@@ -268,12 +320,79 @@ def populations(runs: list[Run], together: int) -> list[list[Run]]:
 
 
 def population_path(results: Path, runs: list[Run]) -> Path:
-    "What a population's files are called: this is its checkpoint's name, `.lock` and `.failed` lie beside it."
+    "The name of a population's checkpoint; `.lock` and `.failed` lie beside it."
     name = sha256(" ".join(sorted(run.key for run in runs)).encode())[:16]
     folder = Path(results) / "checkpoints"
     if folder.is_symlink():
         raise RecordError(f"{folder} leads out of the results folder: remove the link")
     return folder / f"{name}.safetensors"
+
+# %% ../../nbs/17_sweeps.ipynb #5d0c1a04
+H200 = {  # task, model, n: ms of a run's step at T = 0, and more for each T, runs in company
+    # from the committed records: 1000 / (steps_per_second * together); the fast wave kernels
+    ("adding", "wrnn", 100): (0.1, 0.0021),
+    ("adding", "irnn", 100): (0.11, 0.0005),
+    ("smnist", "wrnn", 256): (0.89, 0),
+    ("psmnist", "wrnn", 256): (0.89, 0),
+    ("nscifar10", "irnn", 529): (22.2, 0),
+    ("copy", "irnn", 100): (0.08, 0.003),
+    # measured by themselves, with the command that the records come from
+    ("smnist", "irnn", 256): (1.5, 0),
+    ("psmnist", "irnn", 256): (1.5, 0),
+    ("nscifar10", "wrnn", 256): (4.1, 0),
+    ("copy", "wrnn", 100): (0.084, 0.0012),
+}
+
+
+def h200_seconds(run: Run) -> float | None:
+    "What a run takes on one H200 by the table above; None for a model that is not in it."
+    from wave_rnns.paper.tasks import make_task
+
+    e = run.experiment
+    known = H200.get((e.task, e.model.kind, e.model.n))
+    if known is None:
+        return None
+    ms = known[0] + known[1] * e.task_options.get("T", 0)
+    if e.model.kind == "wrnn" and e.model.precision == "faithful" and e.task != "copy":
+        ms *= 2  # the copy runs above were faithful themselves
+    return rhythm_of(e, make_task(e.task, **e.task_options))["steps"] * ms / 1000
+
+
+def seconds_left(runs: list[Run], results: Path) -> float | None:
+    """What the runs without a record will take, scaled by what those with one took.
+
+    None where nobody knows yet."""
+    left, expected, spent, strange = 0.0, 0.0, 0.0, False
+    for run in runs:
+        seconds = h200_seconds(run)
+        strange |= seconds is None
+        if seconds is None:  # as if only steps counted
+            seconds = (run.experiment.steps or run.experiment.epochs) / 1000
+        record = record_of(results, run)
+        if record is None:
+            left += seconds
+        elif record.get("steps_per_second"):  # else it says nothing about others
+            expected += seconds
+            spent += record["steps"] / record["steps_per_second"] / record["together"]
+    if not expected:
+        return None if strange else left
+    return left * spent / expected
+
+
+def duration(seconds: float) -> str:
+    "'3 h 20 min', '12 min', '40 s': no more digits than an estimate has."
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def standing(runs: list[Run], results: Path, workers: int = 1) -> str:
+    "'12 of 40 runs done, about 25 min left'."
+    done = sum(run.path(results).exists() for run in runs)
+    seconds = seconds_left(runs, results) if done < len(runs) else None
+    time_left = "" if seconds is None else f", about {duration(seconds / workers)} left"
+    return f"{done} of {len(runs)} runs done{time_left}"
 
 # %% ../../nbs/17_sweeps.ipynb #9be9d488
 @contextlib.contextmanager
@@ -291,7 +410,8 @@ def claimed(path: Path) -> Iterator[bool]:
     try:
         if isinstance(lock, SoftFileLock):  # a lock that nobody takes back
             raise ConfigError(
-                f"{path.parent} is on a file system without locks: put the results on another one"
+                f"{path.parent} is on a file system without locks: put the results"
+                " on another one"
             )
         yield True
     finally:
@@ -299,7 +419,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 # %% ../../nbs/17_sweeps.ipynb #69487af7
 def half_finished(place) -> list[str]:
-    "The keys of the runs in a checkpoint; [] where there is none, or only damaged ones, which are set aside."
+    "The keys of the runs in a checkpoint; [] where there is no sound one."
     from wave_rnns.paper.checkpoints import CheckpointError, checkpoints_of
 
     try:
@@ -324,7 +444,7 @@ def train_population(
     anew: bool = False,  # also what is done or half finished
     **options,  # of `fit`: interrupt, progress, checkpoint_seconds
 ) -> list[Run]:  # those that were trained
-    "Go on from the checkpoint or begin, write a record for each run, remove the population's files."
+    "Go on from the checkpoint or begin; write a record for each run; remove the files."
     from wave_rnns.paper.checkpoints import CheckpointError, CheckpointFile
 
     path = population_path(results, runs)
@@ -340,9 +460,8 @@ def train_population(
         try:
             trained = fit_population(members, place, device, **options)
         except CheckpointError as e:
-            e.args = (
-                f"{e} (its files are {path.with_suffix('')}.*; --resume no begins anew)",
-            )
+            files = f"its files are {path.with_suffix('')}.*; --resume no begins anew"
+            e.args = (f"{e} ({files})",)
             raise
         for run, (record, result) in zip(members, trained, strict=True):
             if run in left:
@@ -408,7 +527,7 @@ def work(
     "Train what is not done and nobody else is at. Raises Interrupted when asked to stop."
     from wave_rnns.paper.training import Interrupted
 
-    interrupt, failed = options.get("interrupt"), {}
+    interrupt, failed, hopeful = options.get("interrupt"), {}, runs
     for group in populations(runs, together):
         with contextlib.ExitStack() as held:
             try:
@@ -420,13 +539,16 @@ def work(
                 trained = train_population(group, results, device, anew, **options)
                 if trained and keep_going:
                     seconds = time.monotonic() - start
-                    print(f"{label(trained)}: trained in {seconds:.0f} s", file=sys.stderr)
+                    said = f"{label(trained)}: trained in {seconds:.0f} s; "
+                    said += standing(hopeful, results)
+                    print(said, file=sys.stderr, flush=True)
             except Interrupted:
                 raise
             except Exception as e:
                 if not keep_going or (isinstance(e, OSError) and e.errno in FULL):
                     raise
                 failed[label(group)] = note_failure(path, group, e)
+                hopeful = [run for run in hopeful if run not in group]
                 if type(e).__name__ == "AcceleratorError":  # nothing more works on this GPU
                     broken = WaveRNNError(f"{label(group)}: {failed[label(group)]}")
                     broken.exit_code = BROKEN
@@ -468,7 +590,9 @@ def train(
     together: int = 64,  # runs in one training loop, at most
     **options,  # of `train_population`: interrupt, progress, checkpoint_seconds
 ) -> list[dict]:  # one record a run, in order
-    "Train what is not done yet, here and now. Raises what training raises, Interrupted when asked to stop."
+    """Train what is not done yet, here and now.
+
+    Raises what training raises, Interrupted when asked to stop."""
     results = Path(results_root() if results is None else results)
     distinct = list({run.key: run for run in runs}.values())
     if not distinct:
@@ -480,7 +604,9 @@ def train(
 
 # %% ../../nbs/17_sweeps.ipynb #7cf9efbf
 def ranking(grid: Grid, results: Path) -> list[dict]:
-    "The points of a grid, best first within each experiment: those that halving let go further, then by their mean validation score."
+    """The points of a grid, best first within each experiment.
+
+    First those that halving let go further, then by their mean validation score."""
     rows = []
     for place, (base, settings, point) in enumerate(grid.points()):
         found = [record_of(results, Run(point, seed)) for seed in grid.seeds or point.seeds]
@@ -505,10 +631,8 @@ def winners(grid: Grid, results: Path) -> list[Experiment]:
     "The best point of each experiment that has one, to be trained with more seeds."
     best: dict[str, Experiment] = {}
     for row in ranking(grid, results):
-        whole = (
-            row["runs"] == len(grid.seeds or row["point"].seeds) and row["score"] is not None
-        )
-        if whole and not row["diverged"] and row["rung"] is None:
+        whole = row["runs"] == len(grid.seeds or row["point"].seeds)
+        if whole and row["score"] is not None and not row["diverged"] and row["rung"] is None:
             best.setdefault(row["base"], replace(row["point"], halving=()))
     return list(best.values())
 
@@ -538,17 +662,15 @@ def ranking_text(grid: Grid, results: Path, most: int = 5) -> str:
 
 # %% ../../nbs/17_sweeps.ipynb #547603cf
 WORKER = "import sys; from wave_rnns.paper.sweeps import be_worker; sys.exit(be_worker())"
-STOPPING = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # USR: time is short
+# USR1 and USR2: what clusters send when time is short
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 DEATHS = 5  # in a row, with nothing new on the disk
 
 
 def be_worker() -> int:
-    "The process that `sweep` starts. Its exit code: 0 nothing is left, 75 asked to stop, 1 an error, 70 a broken GPU."
+    """The process that `sweep` starts.
+
+    Its exit code: 0 nothing is left, 75 asked to stop, 1 an error, 70 a broken GPU."""
     from wave_rnns.paper.checkpoints import listen_for
 
     order = json.load(sys.stdin)
@@ -573,11 +695,8 @@ def start_worker(order: dict, number: int, log: Path, threads: int) -> subproces
     "A process that works on a grid and writes what it has to say to a log."
     package = str(Path(wave_rnns.__file__).resolve().parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environ["PYTHONPATH"] = os.pathsep.join(paths)
     device = order["device"]
     if order["gpus"] and device in (None, "cuda"):
         device = f"cuda:{number % order['gpus']}"
@@ -586,9 +705,8 @@ def start_worker(order: dict, number: int, log: Path, threads: int) -> subproces
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environ
         )
-    with contextlib.suppress(
-        BrokenPipeError
-    ):  # it died before it could read: its code will tell
+    # one that died before it could read tells by its exit code
+    with contextlib.suppress(BrokenPipeError):
         told = {**order, "device": device, "parent": os.getpid()}
         worker.stdin.write(json.dumps(told).encode())
         worker.stdin.close()
@@ -596,7 +714,7 @@ def start_worker(order: dict, number: int, log: Path, threads: int) -> subproces
 
 
 def stop_workers(workers: list[subprocess.Popen], seconds: float = 300.0) -> None:
-    "Ask all to save and end; one that does not is killed, and goes on from an older checkpoint."
+    "Ask all to save and end; kill one that does not: its checkpoint is only older."
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
         worker.send_signal(signal.SIGCONT)  # one that was stopped could not hear
@@ -618,9 +736,10 @@ def sweep(
     show: bool = True,  # a bar where somebody watches
     checkpoint_seconds: float = 60.0,
 ) -> dict[str, str]:  # what failed, and why
-    """Train whatever of a grid is not done; other processes and machines may do the same in the same folder.
+    """Train whatever of a grid is not done; others may do the same in the same folder.
 
-    Raises Interrupted when asked to stop, once all workers have saved; WaveRNNError where workers die in a row."""
+    Raises Interrupted when asked to stop, once all workers have saved; WaveRNNError where
+    workers die in a row."""
     import torch
 
     from wave_rnns.paper.checkpoints import listen_for
@@ -628,23 +747,37 @@ def sweep(
     results, runs = Path(results_root() if results is None else results).resolve(), grid.runs()
     checked_device(device)
     gpus = torch.cuda.device_count() if device in (None, "cuda") else 0
+    if device is None and not gpus:
+        refuse_to_crawl(grid.name, runs, results)
     wanted = workers or gpus or max(1, 1 if device not in (None, "cpu") else cores() // 2)
     left = [g for g in populations(runs, grid.together) if not is_done(g, results)]
     workers = min(wanted, len(left))
     with listen_for(STOPPING) as asked:
+        if left:
+            print(
+                f"{grid.name}: {standing(runs, results, workers)}", file=sys.stderr, flush=True
+            )
         if workers <= 1:
             often = dict(interrupt=asked, progress=show, checkpoint_seconds=checkpoint_seconds)
             return work(runs, results, device, grid.together, **often)
-        order = {
-            "grid": grid_config(grid),
-            "results": str(results),
-            "device": device,
-            "gpus": gpus,
-        }
-        order["checkpoint_seconds"] = checkpoint_seconds
-        with progress(total=len(runs), desc=grid.name, disable=None if show else True) as bar:
+        order = {"grid": grid_config(grid), "results": str(results), "device": device}
+        order |= {"gpus": gpus, "checkpoint_seconds": checkpoint_seconds}
+        form = "{desc} {bar} {postfix}"  # tqdm's own estimate takes all runs for equal
+        quiet = None if show else True
+        with progress(total=len(runs), desc=grid.name, bar_format=form, disable=quiet) as bar:
             run_workers(order, workers, runs, asked, bar)
     return failures(grid, results)
+
+
+def refuse_to_crawl(name: str, runs: list[Run], results: Path) -> None:
+    "Raise ConfigError where nobody asked for a CPU, and it would take days."
+    left = [s for run in runs if record_of(results, run) is None and (s := h200_seconds(run))]
+    if sum(left) > 60:
+        raise ConfigError(
+            f"no GPU is here, and {name} takes about {duration(sum(left))} on one H200;"
+            " a CPU takes thousands of times as long. To start all the same: --device cpu"
+            " (make reproduce DEVICE=cpu). For minutes on a laptop: wrnn_demo"
+        )
 
 
 def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
@@ -656,11 +789,14 @@ def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
     logs = [results / "logs" / f"{order['grid']['name']}-{k}.log" for k in range(number)]
     threads = max(1, cores() // number)
     workers = {k: start_worker(order, k, log, threads) for k, log in enumerate(logs)}
-    problem = None
+    problem, shown = None, -1
     try:
         while workers:
             time.sleep(0.2)
             bar.n = sum(run.path(results).exists() for run in runs)
+            if bar.n != shown:
+                shown, words = bar.n, standing(runs, results, number)
+                bar.set_postfix_str(words, refresh=False)
             bar.refresh()
             if asked():
                 raise Interrupted(
@@ -673,7 +809,7 @@ def run_workers(order: dict, number: int, runs: list[Run], asked, bar) -> None:
                 if code in (0, Interrupted.exit_code):
                     continue
                 said = (logs[k].read_text(errors="replace").strip().splitlines() or [""])[-1]
-                how = f"worker {k} ended with code {code} (log: {logs[k]}; its last line: {said})"
+                how = f"worker {k} ended with code {code} (log: {logs[k]}; at its end: {said})"
                 if code > 0 and code != BROKEN:  # an error: a new worker would not do better
                     problem = how
                     continue

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PURPOSES', 'HELD_OUT_SEED', 'PERMUTATIONS', 'NOISE_SEED', 'NOT_DUE', 'TASKS', 'stream', 'Task',
-           'check_whole', 'GeneratedTask', 'CopyTask', 'counted', 'AddingTask', 'StoredTask', 'ImageTask',
+           'check_whole', 'GeneratedTask', 'counted', 'CopyTask', 'AddingTask', 'StoredTask', 'ImageTask',
            'pool_images', 'PixelMNIST', 'Digits', 'permutation', 'PermutedMNIST', 'fixed_noise', 'normal_pairs',
            'NoisyCIFAR10', 'sequences', 'random_split', 'ArrayTask', 'register_task', 'signature', 'find_task',
            'task_options', 'make_task']
@@ -22,16 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..cell import check_choice
 from ..core import ConfigError, DataError, WaveRNNError, sha256
-from wave_rnns.paper.data import (
-    have_data,  # noqa: F401 - where callers look for it
-    load_splits,
-)
+from .data import have_data, load_splits  # noqa: F401
 from .random import counter_integers, counter_permutation, counter_uniform
 from ..scan import Rows, rows
 
@@ -103,9 +99,7 @@ def check_whole(
 class GeneratedTask(Task):
     "Sequences computed from (seed, stream, step); `sample` of the subclass does it."
 
-    block = (
-        1000  # held-out sequences drawn at a time; part of their definition, so never changed
-    )
+    block = 1000  # held-out sequences drawn at a time; it defines them, so it never changes
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -136,6 +130,12 @@ class GeneratedTask(Task):
             for i in range(0, min(self.block, n - start), batch):
                 part = slice(i, min(i + batch, n - start))
                 yield x[0, :, part], y[0, ..., part]
+
+
+def counted(like: Tensor, n: int, **sums: Tensor) -> dict[str, Tensor]:
+    "Sums over n samples with their `count`, in double precision; fits a CUDA graph."
+    count = torch.full((), n, dtype=torch.float64, device=like.device)
+    return {"count": count} | {k: v.double() for k, v in sums.items()}
 
 # %% ../../nbs/12_tasks.ipynb #c7382e94
 class CopyTask(GeneratedTask):
@@ -171,25 +171,19 @@ class CopyTask(GeneratedTask):
         "Mean cross-entropy over steps and samples: out [T, B, 10], y [T, B]."
         return F.cross_entropy(out.flatten(0, 1), y.flatten())
 
-# %% ../../nbs/12_tasks.ipynb #2a41998c
-def counted(like: Tensor, n: int, **sums: Tensor) -> dict[str, Tensor]:
-    "Sums over n samples with their `count`, in double precision; fits a CUDA graph."
-    count = torch.full((), n, dtype=torch.float64, device=like.device)
-    return {"count": count} | {k: v.double() for k, v in sums.items()}
-
-
-@patch
-def measure(
-    self: CopyTask,
-    out: Tensor,  # logits [T, B, 10]
-    y: Tensor,  # int64 [T, B]
-) -> dict[str, Tensor]:  # sums over the batch
-    "Cross-entropy per token, the paper's scale of it, and recall of the ten tokens."
-    nats = F.cross_entropy(out.double().movedim(-1, 1), y, reduction="none").mean(0).sum()
-    right = out[-10:].argmax(-1) == y[-10:]
-    accuracy, exact = right.double().mean(0).sum(), right.all(0).sum()
-    metrics = dict(cross_entropy=nats, paper_scale=nats / 128, accuracy=accuracy, exact=exact)
-    return counted(out, y.shape[1], **metrics)
+    def measure(
+        self,
+        out: Tensor,  # logits [T, B, 10]
+        y: Tensor,  # int64 [T, B]
+    ) -> dict[str, Tensor]:  # sums over the batch
+        "Cross-entropy per token, the paper's scale of it, and recall of the ten tokens."
+        nats = F.cross_entropy(out.double().movedim(-1, 1), y, reduction="none").mean(0).sum()
+        right = out[-10:].argmax(-1) == y[-10:]
+        accuracy, exact = right.double().mean(0).sum(), right.all(0).sum()
+        metrics = dict(
+            cross_entropy=nats, paper_scale=nats / 128, accuracy=accuracy, exact=exact
+        )
+        return counted(out, y.shape[1], **metrics)
 
 # %% ../../nbs/12_tasks.ipynb #db204e69
 class AddingTask(GeneratedTask):
@@ -250,7 +244,7 @@ class StoredTask(Task):
 
     def held_out(self, x: Tensor, split: str, start: int) -> Tensor | Rows:
         "The inputs [T, B, F] of held-out examples x [B, ...], number `start` and following."
-        raise NotImplementedError
+        return self.batch(x, None, None)
 
     def targets(self, y: Tensor) -> Tensor:
         "What is due for some examples y [..., B, ...]; here: classes as int64."
@@ -395,12 +389,8 @@ class PixelMNIST(ImageTask):
         return images.flatten(1)[:, self.pixel_order()]
 
     def batch(self, pixels: Tensor, seeds: Tensor, step: Tensor | int) -> Tensor:
-        "uint8 [R, B, T] -> float32 [R, T, B, 1] in 0..1."
+        "uint8 [..., B, T] -> float32 [..., T, B, 1] in 0..1."
         return pixels.transpose(-1, -2).contiguous().unsqueeze(-1).float() / 255
-
-    def held_out(self, pixels: Tensor, split: str, start: int) -> Tensor:
-        "uint8 [B, T] -> float32 [T, B, 1] in 0..1."
-        return self.batch(pixels, None, None)
 
 # %% ../../nbs/12_tasks.ipynb #2aba7f0b
 class Digits(PixelMNIST):
@@ -443,9 +433,8 @@ def permutation(
     "A published pixel order; for 784 pixels its sha256 is checked."
     check_choice("permutation", name, tuple(PERMUTATIONS))
     if name.startswith("torch"):
-        order = torch.randperm(
-            n, generator=torch.Generator().manual_seed(int(name[5:])), device="cpu"
-        ).numpy()
+        generator = torch.Generator().manual_seed(int(name[5:]))
+        order = torch.randperm(n, generator=generator, device="cpu").numpy()
     elif name == "numpy92916":
         order = np.random.RandomState(92916).permutation(n)
     else:
@@ -546,55 +535,45 @@ class NoisyCIFAR10(ImageTask):
         super().prepare_epoch(seeds, epoch)
         self.layout(self.batch_size)
 
-# %% ../../nbs/12_tasks.ipynb #0206693e
-@patch
-@torch.inference_mode(False)
-def layout(self: NoisyCIFAR10, batch: int) -> Rows:  # with an empty table
-    "Equation (10) for one batch size, computed once."
-    if batch not in self.layouts:
-        t, b = (
-            torch.arange(self.length, device=self.device)[:, None],
-            torch.arange(batch, device=self.device),
-        )
-        index = torch.where(
-            t < self.height, self.n_noise + self.height * b + t, t - self.height
-        )
-        table = self.noise.new_zeros(self.n_noise + self.height * batch, 1)
-        self.layouts[batch] = rows(table, index)
-    return self.layouts[batch]
+    @torch.inference_mode(False)
+    def layout(self, batch: int) -> Rows:  # with an empty table
+        "Equation (10) for one batch size, computed once."
+        if batch not in self.layouts:
+            t = torch.arange(self.length, device=self.device)[:, None]
+            own = self.n_noise + self.height * torch.arange(batch, device=self.device) + t
+            index = torch.where(t < self.height, own, t - self.height)
+            table = self.noise.new_zeros(self.n_noise + self.height * batch, 1)
+            self.layouts[batch] = rows(table, index)
+        return self.layouts[batch]
 
-# %% ../../nbs/12_tasks.ipynb #5f10f73e
-@patch
-def batch(
-    self: NoisyCIFAR10,
-    pictures: Tensor,  # uint8 [R, B, 32, 96]
-    seeds: Tensor,  # int64 [R]
-    step: Tensor | int,
-) -> Rows | Tensor:
-    "Fixed noise: `Rows` with a table [R, 968 + 32 B, 96]; fresh noise: [R, 1000, B, 96]."
-    R, B = pictures.shape[:2]
-    pictures = pictures.float() / 255
-    if self.options["noise"] == "fresh":
-        noise = normal_pairs(seeds, step, (self.n_noise, B, self.input_size), "train")
-        return torch.cat([pictures.transpose(1, 2), noise], 1)
-    table = torch.cat([self.noise.expand(R, -1, -1), pictures.flatten(1, 2)], 1)
-    return self.layout(B)._replace(table=table)
+    def batch(
+        self,
+        pictures: Tensor,  # uint8 [R, B, 32, 96]
+        seeds: Tensor,  # int64 [R]
+        step: Tensor | int,
+    ) -> Rows | Tensor:
+        "Fixed noise: `Rows` with a table [R, 968 + 32 B, 96]; fresh noise: [R, 1000, B, 96]."
+        R, B = pictures.shape[:2]
+        pictures = pictures.float() / 255
+        if self.options["noise"] == "fresh":
+            noise = normal_pairs(seeds, step, (self.n_noise, B, self.input_size), "train")
+            return torch.cat([pictures.transpose(1, 2), noise], 1)
+        table = torch.cat([self.noise.expand(R, -1, -1), pictures.flatten(1, 2)], 1)
+        return self.layout(B)._replace(table=table)
 
-
-@patch
-def held_out(
-    self: NoisyCIFAR10,
-    pictures: Tensor,  # uint8 [B, 32, 96]
-    split: str,
-    start: int,  # number of the first picture: with fresh noise, each has noise of its own
-) -> Rows | Tensor:
-    "The same without the run dimension."
-    if self.options["noise"] == "fixed":
-        x = self.batch(pictures[None], None, None)
-        return x._replace(table=x.table[0])
-    numbers = torch.arange(start, start + len(pictures), device=self.device)
-    noise = normal_pairs(numbers, 0, (self.n_noise, self.input_size), split)
-    return torch.cat([pictures.float() / 255, noise], 1).transpose(0, 1)
+    def held_out(
+        self,
+        pictures: Tensor,  # uint8 [B, 32, 96]
+        split: str,
+        start: int,  # number of the first picture: with fresh noise, each has noise of its own
+    ) -> Rows | Tensor:
+        "The same without the run dimension."
+        if self.options["noise"] == "fixed":
+            x = self.batch(pictures[None], None, None)
+            return x._replace(table=x.table[0])
+        numbers = torch.arange(start, start + len(pictures), device=self.device)
+        noise = normal_pairs(numbers, 0, (self.n_noise, self.input_size), split)
+        return torch.cat([pictures.float() / 255, noise], 1).transpose(0, 1)
 
 # %% ../../nbs/12_tasks.ipynb #72a9830e
 NOT_DUE = -100  # a class that nobody asks for: F.cross_entropy leaves it out
@@ -723,11 +702,7 @@ class ArrayTask(StoredTask):
         return {k: (self.x[i], self.y[i]) for k, i in zip(SPLITS, numbers, strict=True)}
 
     def batch(self, x: Tensor, seeds: Tensor, step: Tensor | int) -> Tensor:
-        "[R, B, T, F] -> [R, T, B, F]."
-        return x.transpose(-3, -2).contiguous()
-
-    def held_out(self, x: Tensor, split: str, start: int) -> Tensor:
-        "[B, T, F] -> [T, B, F]."
+        "[..., B, T, F] -> [..., T, B, F]."
         return x.transpose(-3, -2).contiguous()
 
     def targets(self, y: Tensor) -> Tensor:
@@ -748,36 +723,31 @@ class ArrayTask(StoredTask):
         "Sums over the answers that are due, in double precision."
         out = out.double()
         if self.goal == "classes":
-            due, flat = y != NOT_DUE, dict(input=out.flatten(0, -2), target=y.flatten())
-            sums = {
-                "accuracy": ((out.argmax(-1) == y) & due).sum(),
-                "cross_entropy": F.cross_entropy(
-                    **flat, ignore_index=NOT_DUE, reduction="sum"
-                ),
-            }
+            due, flat = y != NOT_DUE, (out.flatten(0, -2), y.flatten())
+            nats = F.cross_entropy(*flat, ignore_index=NOT_DUE, reduction="sum")
+            right = ((out.argmax(-1) == y) & due).sum()
+            sums = {"accuracy": right, "cross_entropy": nats}
         else:
             due = ~y.isnan()
             sums = {"mse": torch.where(due, out - y.nan_to_num(), 0).square().sum()}
         return {k: v.double() for k, v in ({"count": due.sum()} | sums).items()}
 
-# %% ../../nbs/12_tasks.ipynb #a7690db5
-@patch
-def trivial(self: ArrayTask) -> tuple[float, str]:
-    "The test score of an answer that needs no learning, and what it is."
-    sets = self.read()
-    (_, seen), (x, y) = sets["train"], sets["test"]
-    if self.goal == "classes":
-        counts = seen[seen != NOT_DUE].bincount(minlength=self.output_size)
-        common = int(counts.argmax())
-        share = (y == common).sum() / (y != NOT_DUE).sum()
-        return float(share), f"always the commonest class, {self.classes[common]}"
-    mean = seen.double().flatten(0, -2).nanmean(0)
-    answers = {"always the mean": mean.expand(y.shape)}
-    if self.goal == "next step":
-        answers["the same as now"] = x.double()
-    costs = {k: float((a - y).square().nanmean()) for k, a in answers.items()}
-    best = min(costs, key=costs.get)
-    return costs[best], best
+    def trivial(self) -> tuple[float, str]:
+        "The test score of an answer that needs no learning, and what it is."
+        sets = self.read()
+        (_, seen), (x, y) = sets["train"], sets["test"]
+        if self.goal == "classes":
+            counts = seen[seen != NOT_DUE].bincount(minlength=self.output_size)
+            common = int(counts.argmax())
+            share = (y == common).sum() / (y != NOT_DUE).sum()
+            return float(share), f"always the commonest class, {self.classes[common]}"
+        mean = seen.double().flatten(0, -2).nanmean(0)
+        answers = {"always the mean": mean.expand(y.shape)}
+        if self.goal == "next step":
+            answers["the same as now"] = x.double()
+        costs = {k: float((a - y).square().nanmean()) for k, a in answers.items()}
+        best = min(costs, key=costs.get)
+        return costs[best], best
 
 # %% ../../nbs/12_tasks.ipynb #96654954
 TASKS: dict[str, type[Task]] = {}  # name -> class
