@@ -92,7 +92,8 @@ def test_parameter_counts_are_the_papers():
     for p in printed:
         model = build_model(EXPERIMENTS[p["experiment"]].model, 0)
         counts = [count_parameters(model, biases) for biases in (True, False)]
-        digits = 1 if p["value"] in (10_287,) else 100 if p["value"] == 10_300 else 1000
+        exact = p["table"] == "Figure 7" or p["value"] == 10_287
+        digits = 1 if exact else 100 if p["value"] == 10_300 else 1000
         assert p["value"] in [round(c / digits) * digits for c in counts], p
 
 
