@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wave_rnns.paper import tasks
+from wave_rnns.paper import generated_tasks, stored_tasks, tasks
 from wave_rnns.core import ConfigError, DataError, WaveRNNError
 from wave_rnns.scan import Rows, wave_loop, wave_scan
 from wave_rnns.paper.data import load_digits
 from wave_rnns.paper.models import ModelConfig, build_model
-from wave_rnns.paper.tasks import NOT_DUE, PERMUTATIONS, TASKS, ArrayTask, Task, find_task, fixed_noise
-from wave_rnns.paper.tasks import make_task, permutation, register_task, task_options
+from wave_rnns.paper.arrays import ArrayTask, NOT_DUE
+from wave_rnns.paper.stored_tasks import PERMUTATIONS, fixed_noise
+from wave_rnns.paper.tasks import TASKS, Task, find_task
+from wave_rnns.paper.stored_tasks import permutation
+from wave_rnns.paper.tasks import make_task, register_task, task_options
 from wave_rnns.paper.training import RunSettings, fit
 
 ALL_TASKS = [
@@ -263,7 +266,7 @@ def test_adding_markers_visit_every_step():
 def test_no_training_sequence_is_a_held_out_one():
     task = make_task("copy", T=0)
     held = {tuple(s) for split in ("valid", "test") for x, _ in task.eval_batches(split) for s in x[:10].T.tolist()}
-    seeds = torch.tensor([0, tasks.HELD_OUT_SEED])  # even for a run whose seed is the held-out one
+    seeds = torch.tensor([0, generated_tasks.HELD_OUT_SEED])  # even for a run whose seed is the held-out one
     batches = (task.train_batch(seeds, step)[0][:, :10] for step in range(40))
     seen = {tuple(s) for x in batches for s in x.transpose(1, 2).flatten(0, 1).tolist()}
     assert len(held) > 10_990 and not held & seen  # 8^10 sequences exist: a chance meeting had odds of 1 in 10
@@ -278,11 +281,11 @@ def test_adding_markers_do_not_know_of_each_other():
 
 def test_pooling_is_the_average_of_four_rounded():
     images = torch.randint(0, 256, (3, 2, 6, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pooled = tasks.pool_images(images, 2)
+    pooled = stored_tasks.pool_images(images, 2)
     assert pooled.shape == (3, 2, 3, 2) and pooled.dtype == torch.uint8
     exact = F.avg_pool2d(images.double(), 2)
     assert torch.equal(pooled.double(), (exact + 0.5).floor())
-    assert torch.equal(tasks.pool_images(images, 1), images)
+    assert torch.equal(stored_tasks.pool_images(images, 1), images)
 
 
 @pytest.mark.parametrize("name", [None, *PERMUTATIONS])

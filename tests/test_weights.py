@@ -11,7 +11,8 @@ from wave_rnns.core import CheckpointError, ConfigError
 from wave_rnns.paper import weights
 from wave_rnns.paper.experiments import EXPERIMENTS, run_key
 from wave_rnns.paper.records import read_record
-from wave_rnns.paper.tasks import have_data, make_task
+from wave_rnns.paper.data import have_data
+from wave_rnns.paper.tasks import make_task
 from wave_rnns.paper.weights import SHIPPED, load, median_run, shipped_weights
 
 CARDS = shipped_weights()
