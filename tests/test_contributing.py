@@ -122,18 +122,3 @@ def test_commands_of_the_readme_mean_something(line, run):
         assert all(select(name) for name in rest if not name.startswith("-"))
     elif not rest:
         run(line)
-
-
-def test_only_a_command_line_imports_a_task(tmp_path, monkeypatch):
-    "A file that is merely read names modules in vain: `wrnn_train FILE.json` trusts it, nothing else does."
-    from wave_rnns.core import ConfigError
-    from wave_rnns.paper.experiments import read_experiment, select
-
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    (tmp_path / "spy_task.py").write_text("raise SystemExit('imported')")
-    (tmp_path / "e.json").write_text('{"base": "adding100_wrnn", "task": "spy_task:Spy"}')
-    for read in (read_experiment, lambda path: select(str(path))):
-        with pytest.raises(ConfigError, match="task must be"):
-            read(tmp_path / "e.json")
-    with pytest.raises(SystemExit, match="imported"):
-        select(str(tmp_path / "e.json"), trusted=True)
