@@ -22,6 +22,10 @@ import wave_rnns
 
 PACKAGE = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "wave_rnns")}
 MOST = 15_000_000  # bytes
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini")
+CFG = SETTINGS["DEFAULT"]
+REQUIRED = {re.match(r"[\w-]+", r)[0] for r in CFG["requirements"].split()}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,7 @@ def wheel(dist) -> zipfile.ZipFile:
 
 @pytest.fixture(scope="module")
 def metadata(wheel):
-    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
-    return message_from_bytes(wheel.read(name))
+    return message_from_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))))
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +83,13 @@ def test_the_sdist_holds_what_builds_it(dist):
 
 
 def test_the_metadata_say_what_the_settings_say(metadata, wheel):
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini")
-    cfg = settings["DEFAULT"]
     assert metadata["Version"] == wave_rnns.__version__
-    assert metadata["Requires-Python"] == f">={cfg['min_python']}"
+    assert metadata["Requires-Python"] == f">={CFG['min_python']}"
     assert metadata["License-Expression"] == "MIT" and metadata["License-File"] == "LICENSE"
     pythons = {c.rpartition(" ")[2] for c in metadata.get_all("Classifier") if re.search(r"Python :: 3\.", c)}
-    assert pythons == set(cfg["tested_pythons"].split()) and cfg["min_python"] in pythons
+    assert pythons == set(CFG["tested_pythons"].split()) and CFG["min_python"] in pythons
     assert set(metadata.get_all("Provides-Extra")) == {"dev", "hub"}
-    needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    names = {re.match(r"[\w-]+", r)[0] for r in needed}
-    assert names == {re.match(r"[\w-]+", r)[0] for r in cfg["requirements"].split()}
+    assert {re.match(r"[\w-]+", r)[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r} == REQUIRED
     commands = next(n for n in wheel.namelist() if n.endswith("/entry_points.txt"))
     assert all(f"{name} = " in wheel.read(commands).decode() for name in entry_points())
 
@@ -112,12 +110,9 @@ def test_every_requirement_is_used_and_every_use_is_required():
                 used |= {a.name.partition(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 used.add(node.module.partition(".")[0])
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini")
-    required = {re.match(r"[\w-]+", r)[0] for r in settings["DEFAULT"]["requirements"].split()}
     outside = {{"PIL": "pillow"}.get(u, u) for u in used - sys.stdlib_module_names - {"wave_rnns"}}
     there_when_needed = {"cuda", "triton", "IPython"}  # torch brings the first two, a notebook the last
-    assert outside - there_when_needed == required
+    assert outside - there_when_needed == REQUIRED
 
 
 USE = """
