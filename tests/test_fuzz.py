@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,39 +124,34 @@ VALUES = [
 ]  # fmt: skip
 
 
-def spots(tree) -> list:
+def spots(tree) -> Iterator[tuple]:
     "Every place in a tree of dictionaries and lists: (container, key)."
-    found, stack = [], [tree]
-    while stack:
-        node = stack.pop()
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            found.append((node, key))
-            if isinstance(node[key], (dict, list)):
-                stack.append(node[key])
-    return found
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key
+        if isinstance(tree[key], (dict, list)):
+            yield from spots(tree[key])
 
 
 def spoil_tree(chance, tree, raw: bool = True):
     "A few changes inside; with `raw`, placeholders of what no JSON writer would write."
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
-        if not isinstance(tree, (dict, list)) or not (found := spots(tree)) or chance.random() < 0.02:
+        found = list(spots(tree)) if isinstance(tree, (dict, list)) else []
+        if not found or chance.random() < 0.02:
             return copy.deepcopy(chance.choice(VALUES))
-        node, key = chance.choice(found)
-        what = chance.randrange(6)
-        if what == 0:
-            del node[key]
-        elif what == 1 and isinstance(node, dict):
-            node[chance.choice([key + "x", "", key.upper(), "\u0000", "extra"])] = node.pop(key)
-        elif what == 2:
-            other, its = chance.choice(found)
-            with contextlib.suppress(KeyError, IndexError):
-                node[key] = json.loads(json.dumps(other[its]))
-        elif what == 3:
-            node[key] = [node[key]] if chance.random() < 0.5 else {"a": node[key]}
-        elif what == 4 and raw:
-            node[key] = f"@{chance.randrange(len(RAW))}@"
-        else:
-            node[key] = copy.deepcopy(chance.choice(VALUES))
+        (node, key), (other, its) = chance.choice(found), chance.choice(found)
+        match chance.randrange(6):
+            case 0:
+                del node[key]
+            case 1 if isinstance(node, dict):
+                node[chance.choice([key + "x", "", key.upper(), "\u0000", "extra"])] = node.pop(key)
+            case 2:
+                node[key] = copy.deepcopy(other[its])
+            case 3:
+                node[key] = chance.choice([[node[key]], {"a": node[key]}])
+            case 4 if raw:
+                node[key] = f"@{chance.randrange(len(RAW))}@"
+            case _:
+                node[key] = copy.deepcopy(chance.choice(VALUES))
     return tree
 
 
@@ -353,7 +348,8 @@ def _(folder):
     path = folder / f"{run.key}.json"
 
     def load():
-        assert records.read_record(path)["key"] == run.key
+        record = records.read_record(path)
+        assert record["key"] == run.key and all(math.isfinite(v or 0) for v in record["test_best"].values())
 
     return Target([record], load, path, (spoil_json, spoil_sealed))
 
@@ -380,7 +376,7 @@ def _(folder):
 
     def load():
         rows, torn = records.read_curve(path)
-        assert torn >= 0 and all(v is None or isinstance(v, (int, float)) for row in rows for v in row.values())
+        assert torn >= 0 and all(v is None or isinstance(float(v), float) for row in rows for v in row.values())
 
     return Target([trained()[2], b"step,loss\n1,0.5\n2,\n"], load, path)
 
@@ -605,26 +601,6 @@ LIARS = {
 # ----------------------------------------------------------------------------------------------------------- the tests
 
 
-def watched(load: Callable, errors: tuple) -> tuple[str, float, str]:
-    "What came of one file: the kind of outcome, processor seconds, and, of an outcome that may not be, what happened."
-    begin = time.process_time()
-    try:
-        load()
-        kind, wrong = "accepted", ""
-    except errors as error:
-        kind, wrong = type(error).__name__, ""
-        if not str(error) or len(str(error)) > 100_000:
-            wrong = f"a message of {len(str(error))} letters"
-    except Exception as error:
-        kind, wrong = "wrong", "".join(traceback.format_exception(error, limit=-4))[-1500:]
-        if isinstance(error, RecursionError):
-            wrong = f"{type(error).__name__} {error} {traceback.extract_tb(error.__traceback__, 3)}"
-    seconds = time.process_time() - begin
-    if seconds > SECONDS:
-        wrong = wrong or f"{seconds:.1f} s of processor time"
-    return kind, seconds, wrong
-
-
 def most_so_far() -> int:
     "Bytes of memory that this process ever had at once."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -636,6 +612,9 @@ def take_no_more_than(memory: int):
     resource.setrlimit(resource.RLIMIT_AS, (now + 2 * memory, resource.RLIM_INFINITY))  # addresses, twice the pages
 
 
+ZEROS = None  # in the place of content: as many zeros as the target's hole has
+
+
 def live(name: str, folder: str, count: int) -> int:
     "The process of one loader: feeds it, and writes report.json."
     warnings.simplefilter("ignore")
@@ -643,48 +622,42 @@ def live(name: str, folder: str, count: int) -> int:
     (folder / "files").mkdir()
     target = case.prepare(folder / "files")
     report = {"kinds": Counter(), "slowest": 0.0, "wrong": []}
-    signatures = set()
 
-    def feed(number, load, keep: Callable[[Path], object]):
-        before = most_so_far()
-        kind, seconds, wrong = watched(load, case.errors)
-        if (more := most_so_far() - before) > case.memory:
-            wrong = wrong or f"{more / 1e6:.0f} MB of memory"
+    def feed(number, data: bytes | None):
+        arguments = () if target.path else (data,)
+        if target.path:
+            target.path.unlink(missing_ok=True)
+            target.path.write_bytes(data or b"")
+            os.truncate(target.path, target.hole) if data is ZEROS else target.seal(data)
+        before, begin, kind, wrong = most_so_far(), time.process_time(), "accepted", ""
+        try:
+            target.load(*arguments)
+        except case.errors as error:
+            kind, length = type(error).__name__, len(str(error))
+            wrong = "" if 0 < length < 100_000 else f"a message of {length} letters"
+        except Exception as error:
+            kind, wrong = "wrong", "".join(traceback.format_exception(error, limit=-4))[-1500:]
+        seconds, more = time.process_time() - begin, most_so_far() - before
+        if seconds > SECONDS or more > case.memory:
+            wrong = wrong or f"{seconds:.1f} s of processor time, {more / 1e6:.0f} MB of memory"
         report["kinds"][kind] += 1
         report["slowest"] = max(report["slowest"], seconds)
-        signature = re.sub(r"\d+", "#", wrong.strip().splitlines()[-1])[:80] if wrong else ""
-        if wrong and signature not in signatures and len(signatures) < 10:
-            signatures.add(signature)
-            keep(kept := folder / f"wrong_{number}")
-            report["wrong"].append(f"number {number}, kept in {kept}: {wrong}")
-
-    def feed_bytes(number, data):
-        if target.path is None:
-            return feed(number, lambda: target.load(data), lambda kept: kept.write_bytes(data))
-        target.path.unlink(missing_ok=True)
-        target.path.write_bytes(data)
-        target.seal(data)
-        feed(number, target.load, lambda kept: kept.write_bytes(data))
+        if wrong and len(report["wrong"]) < 10:
+            (folder / f"wrong_{number}").write_bytes(data or b"zeros")
+            report["wrong"].append(f"number {number}, kept in {folder}: {wrong}")
 
     for data in target.corpus:
-        feed_bytes("of the corpus", data)
+        feed("of the corpus", data)
     bombs = [b"[" * 2_000_000, b'{"a":' * 500_000, b"1" * 3_000_000, b'"' + b"x" * 3_000_000 + b'"']
-    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *target.bombs]
+    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *target.bombs, *([ZEROS] if target.path else [])]
     take_no_more_than(case.memory)
     start = most_so_far()
     for number in range(count):
         (folder / "number").write_text(str(number))  # for the case that this process dies
-        feed_bytes(number, spoil(random.Random(f"{SEED} {name} {number}"), target))
+        feed(number, spoil(random.Random(f"{SEED} {name} {number}"), target))
     for number, data in enumerate(bombs):
-        feed_bytes(f"bomb {number}", data)
-    if target.path is not None:
-        target.path.unlink(missing_ok=True)
-        with target.path.open("wb") as file:
-            file.truncate(target.hole)
-        feed("of zeros", target.load, lambda kept: kept.write_text(f"{target.hole} zeros"))
-        report["kinds"]["bombs"] += 1
-    report["kinds"]["bombs"] += len(bombs)
-    report["memory"] = most_so_far() - start
+        feed(f"bomb {number}", data)
+    report |= {"bombs": len(bombs), "memory": most_so_far() - start}
     (folder / "report.json").write_text(json.dumps(report))
     return 0
 
@@ -709,7 +682,7 @@ def test_spoiled_files(name, nursery, tally, totals, tmp_path):
     assert code == 0, f"the process died ({code}) at file {number}, which is somewhere in {tmp_path / 'files'}; {again}"
     report = json.loads((tmp_path / "report.json").read_text())
     kinds = {"accepted": 0, **report["kinds"]}
-    bombs, wrong = kinds.pop("bombs"), kinds.pop("wrong", 0)
+    bombs, wrong = report["bombs"], kinds.pop("wrong", 0)
     kinds |= {"MB_more_memory": report["memory"] / 1e6, "s_the_slowest": report["slowest"]}
     tally(f"spoiled: {name}", files=portion(name), bombs=bombs, other_errors=wrong, **kinds)
     totals.update(files=portion(name), bombs=bombs, other_errors=wrong)
