@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPT, SKIP, entry_points, run_python
-from filelock import FileLock
 from test_house import tracked
 
 import wave_rnns
@@ -152,30 +150,6 @@ def test_without_records_the_tables_say_what_to_do(stranger):
     done = stranger("wrnn_tables")
     assert done.returncode == 1
     assert "--results" in done.stderr and "wrnn_train" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be two users")
-def test_two_users_share_a_folder():
-    "Why settings.ini asks for filelock 3.21: before it, the second user could not open the first one's lock."
-    folder = Path(tempfile.mkdtemp())
-    os.chown(folder, 1001, 2000)
-    folder.chmod(0o2775)
-    try:
-        for user in (1001, 1002, 1001):
-            if (pid := os.fork()) == 0:
-                code = 1
-                try:
-                    os.setgroups([2000])
-                    os.setgid(user)
-                    os.setuid(user)
-                    os.umask(0o002)
-                    with FileLock(folder / "a.lock", timeout=0):
-                        code = 0
-                finally:
-                    os._exit(code)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, f"user {user} cannot lock"
-    finally:
-        shutil.rmtree(folder)
 
 
 def test_what_is_public_is_there_listed_and_explained():
