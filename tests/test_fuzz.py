@@ -54,21 +54,17 @@ class Target:
     path: Path | None = None
     spoilers: tuple = ()  # beside those of bytes
     seal: Callable[[bytes], object] = lambda data: None  # what an attacker could write beside the file: its hash
-    bombs: tuple = ()  # beside those for every file
     hole: int = 2**33  # bytes of a file of zeros that needs no disk; fewer where all of a file is read for its hash
 
 
 LOADERS = {}
 
 
-def loader(name: str, *errors: type, share: int, memory: int = MEMORY):
+def loader(name: str, *errors: type, share: int, memory: int = MEMORY, among: dict = LOADERS):
     "Declare a loader: `errors` are the documented ones."
-
-    def declare(prepare):
-        LOADERS[name] = SimpleNamespace(prepare=prepare, errors=errors, share=share, memory=memory)
-        return prepare
-
-    return declare
+    return lambda prepare: among.setdefault(
+        name, SimpleNamespace(prepare=prepare, errors=errors, share=share, memory=memory)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ how to spoil
@@ -578,24 +574,21 @@ def _(folder):
 # ------------------------------------------------------------------------------------------- loaders that break promises
 
 
-def raise_key_error(data):
-    raise KeyError("which nobody has documented")
+LIARS = {}
 
 
-def be_wrong(data):
-    assert data == b"good"
+def be_wrong():
+    raise AssertionError("a wrong result")
 
 
-def liar(lie: Callable[[bytes], object]) -> SimpleNamespace:
-    prepare = lambda folder: Target([b"good"], lambda data: data == b"good" or lie(data))  # noqa: E731
-    return SimpleNamespace(prepare=prepare, errors=(ValueError,), memory=2**25)
+def liar(name: str, lie: Callable[[], object]):
+    load = lambda data: data == b"good" or lie()  # noqa: E731
+    loader(name, ValueError, share=0, memory=2**25, among=LIARS)(lambda folder: Target([b"good"], load))
 
 
-LIARS = {
-    "KeyError": liar(raise_key_error),
-    "MemoryError": liar(lambda data: bytearray(2**28)),
-    "AssertionError": liar(be_wrong),
-}
+liar("KeyError", lambda: {}["which nobody has documented"])
+liar("MemoryError", lambda: bytearray(2**28))
+liar("AssertionError", be_wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
@@ -649,7 +642,7 @@ def live(name: str, folder: str, count: int) -> int:
     for data in target.corpus:
         feed("of the corpus", data)
     bombs = [b"[" * 2_000_000, b'{"a":' * 500_000, b"1" * 3_000_000, b'"' + b"x" * 3_000_000 + b'"']
-    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *target.bombs, *([ZEROS] if target.path else [])]
+    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *([ZEROS] if target.path else [])]
     take_no_more_than(case.memory)
     start = most_so_far()
     for number in range(count):
