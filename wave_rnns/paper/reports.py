@@ -12,16 +12,8 @@ from fastcore.script import Param, call_parse, is_cli
 
 from .config import answer
 from .experiments import Experiment
-from wave_rnns.paper.outcomes import (
-    ENOUGH,
-    Outcome,
-    in_percent,
-    outcome_of,
-    paper_number,
-    paper_numbers,
-    paper_sample,
-    records_of,
-)
+from .outcomes import ENOUGH, Outcome, in_percent, outcome_of, paper_number
+from .outcomes import paper_numbers, paper_sample, records_of
 from .records import existing_results, read_records
 from .tables import SUMMARY, TABLES, curve_rows, run_or_older, with_early
 

@@ -19,25 +19,10 @@ from dataclasses import MISSING, asdict
 from pathlib import Path
 
 from .experiments import EXPERIMENTS, run_key
-from wave_rnns.paper.outcomes import (
-    Comparison,
-    Outcome,
-    Sample,
-    as_printed,
-    measured,
-    outcome,
-    outcome_of,
-    last_step,
-    paper_entry,
-    paper_number,
-    paper_sample,
-    records_of,
-    runs_text,
-    show,
-    show_p,
-    welch,
-)
-from .records import read_curve, run_path
+from .outcomes import Comparison, Outcome, Sample, as_printed, last_step
+from .outcomes import measured, outcome, outcome_of, paper_entry, paper_number
+from .outcomes import paper_sample, records_of, runs_text, show, show_p, welch
+from .records import at_epochs, read_curve, run_path
 
 # %% ../../nbs/18_paper_tables.ipynb #be905b31
 def markdown(
@@ -84,12 +69,8 @@ def with_early(records: list[dict], results: Path) -> list[dict]:
     "The records, each with `early`: epoch -> validation accuracy in %, read from its curve."
 
     def early(r: dict) -> dict[int, float]:
-        if not r["config"].get("epochs"):
-            return {}
-        epoch = r["steps"] // r["config"]["epochs"]  # in steps
-        rows = {row["step"]: row.get("valid_accuracy") for row in curve_rows(r, results)}
-        known = {k: rows.get(k * epoch) for k in EARLY}
-        return {k: 100 * v for k, v in known.items() if v is not None}
+        found = at_epochs(curve_rows(r, results), epochs=EARLY)
+        return {epoch: 100 * v for epoch, v in found.items() if v is not None}
 
     return [{**r, "early": early(r)} for r in records]
 
@@ -508,7 +489,8 @@ def section(table: str, title: str) -> str:
 def short_commit(environment: dict, unknown: str = "–") -> str:
     "The beginning of a record's commit, with its `+` where something was not committed."
     commit = str(environment.get("commit") or unknown)
-    return commit[:10] + "+" * (len(commit) > 10 and commit.endswith("+"))
+    mark = "+" if len(commit) > 10 and commit.endswith("+") else ""
+    return commit[:10] + mark
 
 
 def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
