@@ -5,6 +5,7 @@ import functools
 import html
 import http.server
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -20,9 +21,9 @@ sys.path.insert(0, str(WEB))
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 PACKAGE = ROOT / "wave_rnns"
-MODULES = sorted(
-    ".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_")
-)
+FILES = [p.relative_to(PACKAGE).with_suffix("") for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_")]
+MODULES = sorted(".".join(p.parts) for p in FILES)
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def settings() -> dict:
@@ -40,11 +41,14 @@ def page_of(path: Path) -> str:
     return re.sub(r"^\d+\w?_", "", path.stem) + ".html"
 
 
-def markdown_of(path: Path) -> str:
-    "The notebook's prose without code, where dollars mean equations."
-    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", "\n\n".join(cells), flags=re.S)
-    return text.replace(r"\$", "")
+def cells_of(path: Path, kind: str) -> list:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+
+
+def stored(cells: list, kind: str) -> list[str]:
+    "What some cells have stored of a kind."
+    found = ("".join(o.get("data", {}).get(kind, "")) for c in cells for o in c.get("outputs", []))
+    return [text for text in found if text]
 
 
 def test_links_land_and_nothing_is_remote(site):
@@ -65,47 +69,30 @@ def test_check_site_can_fail(tmp_path):
     assert len(check_site(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@every_notebook
 def test_equations_are_rendered(path, site):
     "As many displayed equations on the page as the notebook has, each numbered one linkable, none in red."
-    page, source = (site / page_of(path)).read_text(encoding="utf-8"), markdown_of(path)
-    displayed = len(re.findall(r"\$\$.+?\$\$", source, re.S)) + len(
-        re.findall(r"(?<!\$)(?<!\$\n)\\begin\{align", source)
-    )
-    outputs = sum(
-        "$$" in "".join(o.get("data", {}).get("text/markdown", ""))
-        for c in nbformat.read(path, as_version=4).cells
-        for o in c.get("outputs", [])
-    )
-    assert page.count('class="katex-display"') >= displayed, "a displayed equation is missing"
-    assert page.count('class="katex-display"') <= displayed + 20 * outputs
-    inline = len(re.findall(r"(?<!\$)\$(?!\s)[^$]+?(?<!\s)\$(?!\$|\d)", re.sub(r"\$\$.+?\$\$", "", source, flags=re.S)))
-    assert page.count('class="math inline"') >= inline, "an equation in a sentence is missing"
-    for tag in re.findall(r"\\tag\{([\w.]+)\}", source):
+    page = (site / page_of(path)).read_text(encoding="utf-8")
+    text = "\n\n".join(c.source for c in cells_of(path, "markdown"))
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S).replace(r"\$", "")  # where dollars mean equations
+    displayed = len(re.findall(r"\$\$.+?\$\$|(?<!\$)(?<!\$\n)\\begin\{align", text, re.S))
+    in_outputs = sum("$$" in table for table in stored(cells_of(path, "code"), "text/markdown"))
+    assert displayed <= page.count('class="katex-display"') <= displayed + 20 * in_outputs
+    inline = re.findall(r"(?<!\$)\$(?!\s)[^$]+?(?<!\s)\$(?!\$|\d)", re.sub(r"\$\$.+?\$\$", "", text, flags=re.S))
+    assert page.count('class="math inline"') >= len(inline), "an equation in a sentence is missing"
+    for tag in re.findall(r"\\tag\{([\w.]+)\}", text):
         assert f'id="eq-{tag}"' in page, f"equation ({tag}) has no place to link to"
     assert "katex-error" not in page
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@every_notebook
 def test_figures_are_there(path, site):
     "Every stored figure of a cell that is shown is on the page, with words for who cannot see it."
-    page = (site / page_of(path)).read_text(encoding="utf-8")
-    shown = [
-        c
-        for c in nbformat.read(path, as_version=4).cells
-        if c.cell_type == "code" and not re.search(r"^#\|\s*hide\s*$", c.source, re.M)
-    ]
-    figures = [
-        d
-        for c in shown
-        for o in c.get("outputs", [])
-        if (d := "".join(o.get("data", {}).get("image/png", "")).replace("\n", ""))
-    ]
-    main = page.split("<main", 1)[1]
-    files = re.findall(
-        r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="\d+" height="\d+"', main
-    )
-    assert [(site / f).read_bytes() for f in files] == [base64.b64decode(d) for d in figures]
+    shown = [c for c in cells_of(path, "code") if not re.search(r"^#\|\s*hide\s*$", c.source, re.M)]
+    figures = [base64.b64decode(d) for d in stored(shown, "image/png")]
+    main = (site / page_of(path)).read_text(encoding="utf-8").split("<main", 1)[1]
+    drawn = r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="\d+" height="\d+"'
+    assert [(site / f).read_bytes() for f in re.findall(drawn, main)] == figures
     assert not re.search(r'<img(?![^>]*\balt="[^"]+")', main), "a figure without a description"
 
 
@@ -124,20 +111,17 @@ def test_a_figure_without_words_stops_the_build():
         figure_words(nbformat.v4.new_notebook(cells=[draws, nbformat.v4.new_markdown_cell("And now")]), "x")
 
 
-def test_figures_keep_their_size_on_dense_screens():
+@pytest.mark.parametrize("dpi", [100, 200])
+def test_figures_keep_their_size_on_dense_screens(dpi):
     "A picture of twice the dots takes the same place on the page."
-    import io
-
     from finish import picture_size
     from matplotlib.figure import Figure
 
-    for dpi in (100, 200):
-        file = io.BytesIO()
-        Figure(figsize=(4, 3)).savefig(file, dpi=dpi)
-        assert picture_size(file.getvalue()) == (400, 300)
+    Figure(figsize=(4, 3)).savefig(file := io.BytesIO(), dpi=dpi)
+    assert picture_size(file.getvalue()) == (400, 300)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@every_notebook
 def test_a_page_links_its_notebook(path, site):
     "To download, to read on GitHub, to run on Colab; and a card for those who share the page."
     cfg = settings()
@@ -171,13 +155,11 @@ def test_result_pages_answer_first(path, site):
 def test_exported_symbols_have_entries(name, site):
     module = importlib.import_module(f"wave_rnns.{name}")
     page = (site / f"api/{name}.html").read_text(encoding="utf-8")
-    missing = [s for s in module.__all__ if f'id="{s}"' not in page]
-    assert not missing, f"no entry for {missing}"
     for symbol in module.__all__:
-        doc = (getattr(module, symbol).__doc__ or "").strip() if callable(getattr(module, symbol)) else ""
-        words = re.match(r"[A-Za-z ]+", doc)
-        if words and len(words[0].strip()) > 12 and getattr(module, symbol).__doc__.startswith(words[0]):
-            assert html.escape(words[0].strip(), quote=False) in page, f"the docstring of {symbol} is missing"
+        assert f'id="{symbol}"' in page, f"no entry for {symbol}"
+        value = getattr(module, symbol)
+        begins = re.match(r"[A-Za-z ]{13,}\b", (value.__doc__ or "") if callable(value) else "")
+        assert not begins or html.escape(begins[0], quote=False) in page, f"the docstring of {symbol} is missing"
 
 
 def test_exported_code_stays_in_the_text(site):

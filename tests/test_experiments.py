@@ -85,7 +85,7 @@ def test_ablations_differ_in_what_their_row_says():
 
 
 def test_parameter_counts_are_the_papers():
-    from wave_rnns.paper.reports import paper_numbers
+    from wave_rnns.paper.outcomes import paper_numbers
 
     printed = [p for p in paper_numbers() if p["measure"] == "parameters" and p["experiment"] and p["value"] != 47_000]
     assert len(printed) >= 10

@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,21 +54,17 @@ class Target:
     path: Path | None = None
     spoilers: tuple = ()  # beside those of bytes
     seal: Callable[[bytes], object] = lambda data: None  # what an attacker could write beside the file: its hash
-    bombs: tuple = ()  # beside those for every file
     hole: int = 2**33  # bytes of a file of zeros that needs no disk; fewer where all of a file is read for its hash
 
 
 LOADERS = {}
 
 
-def loader(name: str, *errors: type, share: int, memory: int = MEMORY):
+def loader(name: str, *errors: type, share: int, memory: int = MEMORY, among: dict = LOADERS):
     "Declare a loader: `errors` are the documented ones."
-
-    def declare(prepare):
-        LOADERS[name] = SimpleNamespace(prepare=prepare, errors=errors, share=share, memory=memory)
-        return prepare
-
-    return declare
+    return lambda prepare: among.setdefault(
+        name, SimpleNamespace(prepare=prepare, errors=errors, share=share, memory=memory)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ how to spoil
@@ -78,60 +74,41 @@ TOKENS = [
     b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 400, b"null", b"[" * 50, b'{"a":' * 50,
     b'"\\ud800"', b"../", b"\n", b",", b"\r\n", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", (2**63).to_bytes(8, "little"),
 ]  # fmt: skip
+NUMBERS = [b"0", b"-1", b"1e400", b"0.5", b"9" * 30, b"1" * 5000, str(2**69 + 1).encode(), b"00", b"1_0"]
 
 
-def noise(chance, data, corpus):
-    start = data[: chance.randrange(20)] if chance.random() < 0.5 else b""
-    return start + chance.randbytes(int(2 ** chance.uniform(0, 11)))
-
-
-def cut(chance, data, corpus):
-    return data[: chance.randrange(len(data) + 1)] if chance.random() < 0.7 else data[chance.randrange(len(data) + 1) :]
-
-
-def pad(chance, data, corpus):
-    kind = chance.choice([bytes, chance.randbytes, lambda n: data[:n], lambda n: b" " * n])
-    more = kind(int(2 ** chance.uniform(0, 14)))
-    return data + more if chance.random() < 0.7 else more + data
-
-
-def flip(chance, data, corpus):
-    data = bytearray(data or b"\0")
-    for _ in range(chance.choice([1, 1, 1, 2, 8, 64])):
-        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    return bytes(data)
-
-
-def overwrite(chance, data, corpus):
-    data = bytearray(data)
-    for _ in range(chance.choice([1, 1, 2, 5])):
-        at, token = chance.randrange(len(data) + 1), chance.choice(TOKENS)
-        data[at : at + chance.choice([0, 1, len(token), 8])] = token
-    return bytes(data)
-
-
-def splice(chance, data, corpus):
-    other = chance.choice(corpus)
-    return data[: chance.randrange(len(data) + 1)] + other[chance.randrange(len(other) + 1) :]
-
-
-def repeat(chance, data, corpus):
+def spoil_bytes(chance, data, corpus):
+    "One of the ways to spoil a file of any kind."
     a, b = sorted(chance.randrange(len(data) + 1) for _ in range(2))
-    return data[:a] + data[a:b] * chance.choice([0, 2, 3, min(20, 100_000 // max(1, b - a))]) + data[b:]
+    match chance.randrange(8):
+        case 0:  # noise, perhaps behind a good beginning
+            return data[: chance.choice([0, a % 20])] + chance.randbytes(int(2 ** chance.uniform(0, 11)))
+        case 1:  # a piece is all there is
+            return data[a:] if chance.random() < 0.3 else data[:b]
+        case 2:  # more than there should be
+            kind = chance.choice([bytes, chance.randbytes, lambda n: data[:n], lambda n: b" " * n])
+            more = kind(int(2 ** chance.uniform(0, 14)))
+            return data + more if chance.random() < 0.7 else more + data
+        case 3:  # flipped bits
+            data = bytearray(data or b"\0")
+            for _ in range(chance.choice([1, 1, 1, 2, 8, 64])):
+                data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        case 4:  # what parsers stumble over, in the place of something or between
+            data = bytearray(data)
+            for _ in range(chance.choice([1, 1, 2, 5])):
+                at, token = chance.randrange(len(data) + 1), chance.choice(TOKENS)
+                data[at : at + chance.choice([0, 1, len(token), 8])] = token
+        case 5:  # the end of another file
+            other = chance.choice(corpus)
+            return data[:a] + other[chance.randrange(len(other) + 1) :]
+        case 6:  # a piece left out, or there several times
+            return data[:a] + data[a:b] * chance.choice([0, 2, 3, min(20, 100_000 // max(1, b - a))]) + data[b:]
+        case _:  # another number in the place of one that is written in digits
+            found = list(re.finditer(rb"-?\d+(\.\d+)?", data))
+            at = chance.choice(found)  # without one: the file stays as it is
+            return data[: at.start()] + chance.choice(NUMBERS) + data[at.end() :]
+    return bytes(data)
 
-
-def renumber(chance, data, corpus):
-    "Another number in the place of one that is written in digits."
-    found = list(re.finditer(rb"-?\d+(\.\d+)?", data))
-    if not found:
-        return flip(chance, data, corpus)
-    at = chance.choice(found)
-    new = [b"0", b"-1", b"1e400", b"0.5", b"9" * 30, b"1" * 5000, str(chance.getrandbits(70)).encode(), b"00", b"1_0"]
-    new = chance.choice(new)
-    return data[: at.start()] + new + data[at.end() :]
-
-
-BYTES = (noise, cut, pad, flip, overwrite, splice, repeat, renumber)
 
 RAW = [
     "NaN", "Infinity", "-Infinity", "1e999", "-0", "01", "1.", "0x10", "True", "'x'", "undefined", '"\\ud800"', '{"a": 1, "a": 2}', "9" * 5000,
@@ -143,39 +120,34 @@ VALUES = [
 ]  # fmt: skip
 
 
-def spots(tree) -> list:
+def spots(tree) -> Iterator[tuple]:
     "Every place in a tree of dictionaries and lists: (container, key)."
-    found, stack = [], [tree]
-    while stack:
-        node = stack.pop()
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            found.append((node, key))
-            if isinstance(node[key], (dict, list)):
-                stack.append(node[key])
-    return found
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key
+        if isinstance(tree[key], (dict, list)):
+            yield from spots(tree[key])
 
 
 def spoil_tree(chance, tree, raw: bool = True):
     "A few changes inside; with `raw`, placeholders of what no JSON writer would write."
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
-        if not isinstance(tree, (dict, list)) or not (found := spots(tree)) or chance.random() < 0.02:
+        found = list(spots(tree)) if isinstance(tree, (dict, list)) else []
+        if not found or chance.random() < 0.02:
             return copy.deepcopy(chance.choice(VALUES))
-        node, key = chance.choice(found)
-        what = chance.randrange(6)
-        if what == 0:
-            del node[key]
-        elif what == 1 and isinstance(node, dict):
-            node[chance.choice([key + "x", "", key.upper(), "\u0000", "extra"])] = node.pop(key)
-        elif what == 2:
-            other, its = chance.choice(found)
-            with contextlib.suppress(KeyError, IndexError):
-                node[key] = json.loads(json.dumps(other[its]))
-        elif what == 3:
-            node[key] = [node[key]] if chance.random() < 0.5 else {"a": node[key]}
-        elif what == 4 and raw:
-            node[key] = f"@{chance.randrange(len(RAW))}@"
-        else:
-            node[key] = copy.deepcopy(chance.choice(VALUES))
+        (node, key), (other, its) = chance.choice(found), chance.choice(found)
+        match chance.randrange(6):
+            case 0:
+                del node[key]
+            case 1 if isinstance(node, dict):
+                node[chance.choice([key + "x", "", key.upper(), "\u0000", "extra"])] = node.pop(key)
+            case 2:
+                node[key] = copy.deepcopy(other[its])
+            case 3:
+                node[key] = chance.choice([[node[key]], {"a": node[key]}])
+            case 4 if raw:
+                node[key] = f"@{chance.randrange(len(RAW))}@"
+            case _:
+                node[key] = copy.deepcopy(chance.choice(VALUES))
     return tree
 
 
@@ -216,7 +188,7 @@ def spoil(chance: random.Random, target: Target) -> bytes:
     for _ in range(1 + (chance.random() < 0.15)):
         special = target.spoilers and chance.random() < 0.6
         with contextlib.suppress(Exception):  # what was spoiled once may be no JSON any more
-            data = chance.choice(target.spoilers if special else BYTES)(chance, data, target.corpus)
+            data = (chance.choice(target.spoilers) if special else spoil_bytes)(chance, data, target.corpus)
     return data
 
 
@@ -234,8 +206,8 @@ PACKED = [
 ]
 
 
-def list_hash(path: Path, *contents: bytes):
-    Path(f"{path}.sha256").write_text("".join(f"{sha256(c)}  {path.name}\n" for c in contents))
+def list_hash(path: Path, content: bytes):
+    Path(f"{path}.sha256").write_text(f"{sha256(content)}  {path.name}\n")
 
 
 def name_of(data: bytes, number: int) -> str:
@@ -259,26 +231,15 @@ def _(folder):
     return Target(PACKED, load, path, (spoil_header,), seal, hole=2**29)
 
 
-def is_one_of_two(found):
-    assert any(
-        found[1]["step"] == s and all(torch.equal(found[0][k], t) for k, t in tensors(s).items()) for s in (10, 20)
-    )
-
-
 @loader("a checkpoint beside the one before", share=5)
 def _(folder):
     (folder / name_of(PACKED[0], 1)).write_bytes(PACKED[0])
-    load = lambda: is_one_of_two(checkpoints.load_checkpoint(folder / "x.safetensors"))  # noqa: E731
+
+    def load():
+        got, meta = checkpoints.load_checkpoint(folder / "x.safetensors")
+        assert meta["step"] in (10, 20) and all(torch.equal(got[k], t) for k, t in tensors(meta["step"]).items())
+
     return Target(PACKED[1:], load, folder / name_of(PACKED[1], 2), (spoil_header,), hole=2**29)
-
-
-@loader("a list of hashes", CheckpointError, share=4)
-def _(folder):
-    config = MODELS[0]
-    checkpoints.save_weights(folder, build_model(config, 0).state_dict(), config)
-    beside = folder / "model.safetensors.sha256"
-    load = lambda: checkpoints.load_weights(folder)  # noqa: E731
-    return Target([beside.read_bytes()], load, beside)
 
 
 @loader("a table of contents", ValueError, share=5)
@@ -296,28 +257,33 @@ MODELS = [tiny_task.WAVE, replace(tiny_task.WAVE, kind="irnn", c=1, n=7)]
 MODELS += [replace(tiny_task.WAVE, kind="mlp", input_size=6, c=1)]
 
 
-@loader("config.json of stored weights", CheckpointError, share=5)
-def _(folder):
+def stored_weights(folder, name: str, models=tuple(MODELS[:1]), **more) -> Target:
+    "A folder of weights, of which one file is spoiled."
     corpus = []
-    for config in MODELS:
+    for config in models:
         checkpoints.save_weights(folder, build_model(config, 0).state_dict(), config, {"task": "tiny", "seed": 0})
-        corpus.append((folder / "config.json").read_bytes())
+        corpus.append((folder / name).read_bytes())
 
     def load():
         assert isinstance(checkpoints.load_weights(folder), torch.nn.Module)
 
-    return Target(corpus, load, folder / "config.json", (spoil_json,))
+    return Target(corpus, load, folder / name, **more)
+
+
+@loader("a list of hashes", CheckpointError, share=4)
+def _(folder):
+    return stored_weights(folder, "model.safetensors.sha256")
+
+
+@loader("config.json of stored weights", CheckpointError, share=5)
+def _(folder):
+    return stored_weights(folder, "config.json", MODELS, spoilers=(spoil_json,))
 
 
 @loader("stored weights and their hash", CheckpointError, share=4)
 def _(folder):
-    config, path = MODELS[0], folder / "model.safetensors"
-    checkpoints.save_weights(folder, build_model(config, 0).state_dict(), config)
-
-    def load():
-        assert isinstance(checkpoints.load_weights(folder), torch.nn.Module)
-
-    return Target([path.read_bytes()], load, path, (spoil_header,), lambda data: list_hash(path, data), hole=2**29)
+    seal = lambda data: list_hash(folder / "model.safetensors", data)  # noqa: E731
+    return stored_weights(folder, "model.safetensors", spoilers=(spoil_header,), seal=seal, hole=2**29)
 
 
 @loader("what a checkpoint holds, on resuming", CheckpointError, share=3)
@@ -378,7 +344,8 @@ def _(folder):
     path = folder / f"{run.key}.json"
 
     def load():
-        assert records.read_record(path)["key"] == run.key
+        record = records.read_record(path)
+        assert record["key"] == run.key and all(math.isfinite(v or 0) for v in record["test_best"].values())
 
     return Target([record], load, path, (spoil_json, spoil_sealed))
 
@@ -405,7 +372,7 @@ def _(folder):
 
     def load():
         rows, torn = records.read_curve(path)
-        assert torn >= 0 and all(v is None or isinstance(v, (int, float)) for row in rows for v in row.values())
+        assert torn >= 0 and all(v is None or isinstance(float(v), float) for row in rows for v in row.values())
 
     return Target([trained()[2], b"step,loss\n1,0.5\n2,\n"], load, path)
 
@@ -607,49 +574,24 @@ def _(folder):
 # ------------------------------------------------------------------------------------------- loaders that break promises
 
 
-def lies(name: str, lie: Callable[[bytes], object]):
-    LIARS[name] = SimpleNamespace(
-        prepare=lambda folder: Target([b"good"], lambda data: data == b"good" or lie(data)),
-        errors=(ValueError,),
-        memory=2**25,
-    )
-
-
-def raise_key_error(data):
-    raise KeyError("which nobody has documented")
-
-
-def be_wrong(data):
-    assert data == b"good"
-
-
 LIARS = {}
-lies("liar: error", raise_key_error)
-lies("liar: memory", lambda data: bytearray(2**28))
-lies("liar: result", be_wrong)
+
+
+def be_wrong():
+    raise AssertionError("a wrong result")
+
+
+def liar(name: str, lie: Callable[[], object]):
+    load = lambda data: data == b"good" or lie()  # noqa: E731
+    loader(name, ValueError, share=0, memory=2**25, among=LIARS)(lambda folder: Target([b"good"], load))
+
+
+liar("KeyError", lambda: {}["which nobody has documented"])
+liar("MemoryError", lambda: bytearray(2**28))
+liar("AssertionError", be_wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
-
-
-def watched(load: Callable, errors: tuple) -> tuple[str, float, str]:
-    "What came of one file: the kind of outcome, processor seconds, and, of an outcome that may not be, what happened."
-    begin = time.process_time()
-    try:
-        load()
-        kind, wrong = "accepted", ""
-    except errors as error:
-        kind, wrong = type(error).__name__, ""
-        if not str(error) or len(str(error)) > 100_000:
-            wrong = f"a message of {len(str(error))} letters"
-    except Exception as error:
-        kind, wrong = "wrong", "".join(traceback.format_exception(error, limit=-4))[-1500:]
-        if isinstance(error, RecursionError):
-            wrong = f"{type(error).__name__} {error} {traceback.extract_tb(error.__traceback__, 3)}"
-    seconds = time.process_time() - begin
-    if seconds > SECONDS:
-        wrong = wrong or f"{seconds:.1f} s of processor time"
-    return kind, seconds, wrong
 
 
 def most_so_far() -> int:
@@ -663,6 +605,9 @@ def take_no_more_than(memory: int):
     resource.setrlimit(resource.RLIMIT_AS, (now + 2 * memory, resource.RLIM_INFINITY))  # addresses, twice the pages
 
 
+ZEROS = None  # in the place of content: as many zeros as the target's hole has
+
+
 def live(name: str, folder: str, count: int) -> int:
     "The process of one loader: feeds it, and writes report.json."
     warnings.simplefilter("ignore")
@@ -670,48 +615,42 @@ def live(name: str, folder: str, count: int) -> int:
     (folder / "files").mkdir()
     target = case.prepare(folder / "files")
     report = {"kinds": Counter(), "slowest": 0.0, "wrong": []}
-    signatures = set()
 
-    def feed(number, load, keep: Callable[[Path], object]):
-        before = most_so_far()
-        kind, seconds, wrong = watched(load, case.errors)
-        if (more := most_so_far() - before) > case.memory:
-            wrong = wrong or f"{more / 1e6:.0f} MB of memory"
+    def feed(number, data: bytes | None):
+        arguments = () if target.path else (data,)
+        if target.path:
+            target.path.unlink(missing_ok=True)
+            target.path.write_bytes(data or b"")
+            os.truncate(target.path, target.hole) if data is ZEROS else target.seal(data)
+        before, begin, kind, wrong = most_so_far(), time.process_time(), "accepted", ""
+        try:
+            target.load(*arguments)
+        except case.errors as error:
+            kind, length = type(error).__name__, len(str(error))
+            wrong = "" if 0 < length < 100_000 else f"a message of {length} letters"
+        except Exception as error:
+            kind, wrong = "wrong", "".join(traceback.format_exception(error, limit=-4))[-1500:]
+        seconds, more = time.process_time() - begin, most_so_far() - before
+        if seconds > SECONDS or more > case.memory:
+            wrong = wrong or f"{seconds:.1f} s of processor time, {more / 1e6:.0f} MB of memory"
         report["kinds"][kind] += 1
         report["slowest"] = max(report["slowest"], seconds)
-        signature = re.sub(r"\d+", "#", wrong.strip().splitlines()[-1])[:80] if wrong else ""
-        if wrong and signature not in signatures and len(signatures) < 10:
-            signatures.add(signature)
-            keep(kept := folder / f"wrong_{number}")
-            report["wrong"].append(f"number {number}, kept in {kept}: {wrong}")
-
-    def feed_bytes(number, data):
-        if target.path is None:
-            return feed(number, lambda: target.load(data), lambda kept: kept.write_bytes(data))
-        target.path.unlink(missing_ok=True)
-        target.path.write_bytes(data)
-        target.seal(data)
-        feed(number, target.load, lambda kept: kept.write_bytes(data))
+        if wrong and len(report["wrong"]) < 10:
+            (folder / f"wrong_{number}").write_bytes(data or b"zeros")
+            report["wrong"].append(f"number {number}, kept in {folder}: {wrong}")
 
     for data in target.corpus:
-        feed_bytes("of the corpus", data)
+        feed("of the corpus", data)
     bombs = [b"[" * 2_000_000, b'{"a":' * 500_000, b"1" * 3_000_000, b'"' + b"x" * 3_000_000 + b'"']
-    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *target.bombs]
+    bombs += [b"\n" * 2_000_000, bytes(3_000_000), *([ZEROS] if target.path else [])]
     take_no_more_than(case.memory)
     start = most_so_far()
     for number in range(count):
         (folder / "number").write_text(str(number))  # for the case that this process dies
-        feed_bytes(number, spoil(random.Random(f"{SEED} {name} {number}"), target))
+        feed(number, spoil(random.Random(f"{SEED} {name} {number}"), target))
     for number, data in enumerate(bombs):
-        feed_bytes(f"bomb {number}", data)
-    if target.path is not None:
-        target.path.unlink(missing_ok=True)
-        with target.path.open("wb") as file:
-            file.truncate(target.hole)
-        feed("of zeros", target.load, lambda kept: kept.write_text(f"{target.hole} zeros"))
-        report["kinds"]["bombs"] += 1
-    report["kinds"]["bombs"] += len(bombs)
-    report["memory"] = most_so_far() - start
+        feed(f"bomb {number}", data)
+    report |= {"bombs": len(bombs), "memory": most_so_far() - start}
     (folder / "report.json").write_text(json.dumps(report))
     return 0
 
@@ -736,7 +675,7 @@ def test_spoiled_files(name, nursery, tally, totals, tmp_path):
     assert code == 0, f"the process died ({code}) at file {number}, which is somewhere in {tmp_path / 'files'}; {again}"
     report = json.loads((tmp_path / "report.json").read_text())
     kinds = {"accepted": 0, **report["kinds"]}
-    bombs, wrong = kinds.pop("bombs"), kinds.pop("wrong", 0)
+    bombs, wrong = report["bombs"], kinds.pop("wrong", 0)
     kinds |= {"MB_more_memory": report["memory"] / 1e6, "s_the_slowest": report["slowest"]}
     tally(f"spoiled: {name}", files=portion(name), bombs=bombs, other_errors=wrong, **kinds)
     totals.update(files=portion(name), bombs=bombs, other_errors=wrong)
@@ -756,9 +695,9 @@ def test_every_reading_function_is_among_them():
                 assert name in inside or f".{name}(" in source, f"{module.__name__}.{name} is not fuzzed"
 
 
-@pytest.mark.parametrize("name, promise", [*zip(LIARS, ("KeyError", "MemoryError", "AssertionError"), strict=True)])
-def test_the_machinery_notices(name, promise, nursery, tmp_path):
+@pytest.mark.parametrize("name", LIARS)
+def test_the_machinery_notices(name, nursery, tmp_path):
     "A loader that breaks its promise is reported, and the file is kept."
     assert nursery("test_fuzz:live", name, str(tmp_path), 3).end() == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert promise in report["wrong"][0] and list(tmp_path.glob("wrong_*"))
+    assert name in report["wrong"][0] and list(tmp_path.glob("wrong_*"))

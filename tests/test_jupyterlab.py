@@ -21,7 +21,7 @@ TRAINING = """
 import matplotlib.pyplot as plt
 import torch
 from wave_rnns.paper.models import ModelConfig
-from wave_rnns.paper.tasks import ArrayTask
+from wave_rnns.paper.arrays import ArrayTask
 from wave_rnns.paper.training import RunSettings, fit
 task = ArrayTask(torch.rand(64, 10, 2), batch_size=16)
 model = ModelConfig("wrnn", **task.sizes, n=8)

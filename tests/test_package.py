@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
@@ -15,13 +14,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPT, SKIP, entry_points, run_python
-from filelock import FileLock
 from test_house import tracked
 
 import wave_rnns
 
 PACKAGE = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "wave_rnns")}
 MOST = 15_000_000  # bytes
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini")
+CFG = SETTINGS["DEFAULT"]
+REQUIRED = {re.match(r"[\w-]+", r)[0] for r in CFG["requirements"].split()}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,7 @@ def wheel(dist) -> zipfile.ZipFile:
 
 @pytest.fixture(scope="module")
 def metadata(wheel):
-    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
-    return message_from_bytes(wheel.read(name))
+    return message_from_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))))
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +81,13 @@ def test_the_sdist_holds_what_builds_it(dist):
 
 
 def test_the_metadata_say_what_the_settings_say(metadata, wheel):
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini")
-    cfg = settings["DEFAULT"]
     assert metadata["Version"] == wave_rnns.__version__
-    assert metadata["Requires-Python"] == f">={cfg['min_python']}"
+    assert metadata["Requires-Python"] == f">={CFG['min_python']}"
     assert metadata["License-Expression"] == "MIT" and metadata["License-File"] == "LICENSE"
     pythons = {c.rpartition(" ")[2] for c in metadata.get_all("Classifier") if re.search(r"Python :: 3\.", c)}
-    assert pythons == set(cfg["tested_pythons"].split()) and cfg["min_python"] in pythons
+    assert pythons == set(CFG["tested_pythons"].split()) and CFG["min_python"] in pythons
     assert set(metadata.get_all("Provides-Extra")) == {"dev", "hub"}
-    needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    names = {re.match(r"[\w-]+", r)[0] for r in needed}
-    assert names == {re.match(r"[\w-]+", r)[0] for r in cfg["requirements"].split()}
+    assert {re.match(r"[\w-]+", r)[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r} == REQUIRED
     commands = next(n for n in wheel.namelist() if n.endswith("/entry_points.txt"))
     assert all(f"{name} = " in wheel.read(commands).decode() for name in entry_points())
 
@@ -112,12 +108,9 @@ def test_every_requirement_is_used_and_every_use_is_required():
                 used |= {a.name.partition(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 used.add(node.module.partition(".")[0])
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini")
-    required = {re.match(r"[\w-]+", r)[0] for r in settings["DEFAULT"]["requirements"].split()}
     outside = {{"PIL": "pillow"}.get(u, u) for u in used - sys.stdlib_module_names - {"wave_rnns"}}
     there_when_needed = {"cuda", "triton", "IPython"}  # torch brings the first two, a notebook the last
-    assert outside - there_when_needed == required
+    assert outside - there_when_needed == REQUIRED
 
 
 USE = """
@@ -157,30 +150,6 @@ def test_without_records_the_tables_say_what_to_do(stranger):
     done = stranger("wrnn_tables")
     assert done.returncode == 1
     assert "--results" in done.stderr and "wrnn_train" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be two users")
-def test_two_users_share_a_folder():
-    "Why settings.ini asks for filelock 3.21: before it, the second user could not open the first one's lock."
-    folder = Path(tempfile.mkdtemp())
-    os.chown(folder, 1001, 2000)
-    folder.chmod(0o2775)
-    try:
-        for user in (1001, 1002, 1001):
-            if (pid := os.fork()) == 0:
-                code = 1
-                try:
-                    os.setgroups([2000])
-                    os.setgid(user)
-                    os.setuid(user)
-                    os.umask(0o002)
-                    with FileLock(folder / "a.lock", timeout=0):
-                        code = 0
-                finally:
-                    os._exit(code)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, f"user {user} cannot lock"
-    finally:
-        shutil.rmtree(folder)
 
 
 def test_what_is_public_is_there_listed_and_explained():

@@ -1,18 +1,18 @@
 "The weights that travel with the package: whole, typical, and as good on the real test images as their cards say."
 
-import json
 import shutil
 
 import pytest
 import torch
 from conftest import ROOT
 
-from wave_rnns.core import CheckpointError, ConfigError
+from wave_rnns.core import CheckpointError
 from wave_rnns.paper import weights
 from wave_rnns.paper.experiments import EXPERIMENTS, run_key
 from wave_rnns.paper.records import read_record
-from wave_rnns.paper.tasks import have_data, make_task
-from wave_rnns.paper.weights import SHIPPED, load, median_run, shipped_weights
+from wave_rnns.paper.data import have_data
+from wave_rnns.paper.tasks import make_task
+from wave_rnns.paper.weights import SHIPPED, load, shipped_weights
 
 CARDS = shipped_weights()
 
@@ -68,11 +68,6 @@ def test_half_of_the_seeds_are_better_and_half_are_worse():
         assert solved is None or solved["step"] is not None
 
 
-def test_an_unknown_name_is_answered():
-    with pytest.raises(ConfigError, match="try psmnist-wrnn"):
-        load("psmnist_wrnn")
-
-
 def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     shutil.copytree(ROOT / "wave_rnns/weights", folder)
@@ -82,16 +77,3 @@ def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match="damaged"):
         load("adding100-wrnn")
-
-
-def test_the_median_run_is_chosen():
-    def run(a):
-        return {"selection": "lowest validation mse", "metric": "mse", "test_best": {"mse": a}}
-
-    assert median_run([run(a) for a in (3, 1, 2)])["test_best"]["mse"] == 2
-    assert median_run([run(a) for a in (3, 1)])["test_best"]["mse"] == 3
-
-
-def test_everything_fits():
-    assert sum(p.stat().st_size for p in (ROOT / "wave_rnns/weights").iterdir()) < 12_000_000
-    assert json.loads((ROOT / "wave_rnns/weights/cards.json").read_text()) == CARDS

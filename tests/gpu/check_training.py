@@ -15,7 +15,8 @@ import torch
 
 from wave_rnns.core import environment, to_json
 from wave_rnns.paper.models import ModelConfig
-from wave_rnns.paper.tasks import have_data, make_task
+from wave_rnns.paper.data import have_data
+from wave_rnns.paper.tasks import make_task
 from wave_rnns.paper.training import Interrupted, RunSettings, fit
 
 # Training amplifies a rounding error, at 1e-3 on a sequence of 50 a thousandfold within 60 steps, on a CPU too: there we would compare

@@ -155,7 +155,8 @@ def wrnn_todo(
 def beside_full(grid: Grid, results: Path, full_results: Path | None) -> str:
     "The quick runs that are done, each beside its full run after the same step."
     from .records import read_curve
-    from .reports import markdown, show
+    from .outcomes import show
+    from .tables import markdown
 
     rows = []
     for run in grid.runs():
