@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 import wave_rnns.paper.sweeps as sw
+import wave_rnns.paper.workers as wk
 from wave_rnns.core import WaveRNNError
 from wave_rnns.paper.checkpoints import listen_for
+from wave_rnns.paper.grids import grid_from
 from wave_rnns.paper.records import read_record
 from wave_rnns.paper.training import Interrupted, Training
 
@@ -64,9 +66,9 @@ def worker(grid: dict, results: str, slow: float = 0.0, said: str = os.devnull) 
     Training.make_step, os.fsync = make_step, fsync
     warnings.simplefilter("ignore")
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with listen_for(sw.STOPPING) as asked:
+    with listen_for(wk.STOPPING) as asked:
         try:
-            whole = sw.grid_from(grid)
+            whole = grid_from(grid)
             failed = sw.work(whole.runs(), Path(results), "cpu", whole.together, interrupt=asked, checkpoint_seconds=0)
         except Interrupted as e:
             return e.exit_code
@@ -221,7 +223,7 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
 def swept(grid: dict, results: str, workers: int) -> int:
     "The command's inside, in a process of its own."
     try:
-        return 2 if sw.sweep(sw.grid_from(grid), Path(results), "cpu", workers, checkpoint_seconds=0) else 0
+        return 2 if wk.sweep(grid_from(grid), Path(results), "cpu", workers, checkpoint_seconds=0) else 0
     except WaveRNNError as e:
         Path(results, "said").write_text(str(e))
         return getattr(e, "exit_code", 1)
@@ -282,5 +284,5 @@ def test_workers_that_die_in_a_row_end_the_sweep(nursery, tmp_path, monkeypatch)
 
 
 def doomed(results: str) -> int:
-    sw.WORKER = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    wk.WORKER = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     return swept(GRID, results, 2)

@@ -18,7 +18,8 @@ from conftest import entry_points
 from wave_rnns.paper.cli import beside_full
 from wave_rnns.paper.experiments import EXPERIMENTS, Run, from_config, to_config
 from wave_rnns.paper.records import read_records, shipped_results
-from wave_rnns.paper.sweeps import Grid, beginning, find_grid, grid_from, h200_seconds, populations, train
+from wave_rnns.paper.grids import Grid, beginning, find_grid, grid_from, h200_seconds, populations
+from wave_rnns.paper.sweeps import train
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

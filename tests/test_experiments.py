@@ -18,7 +18,8 @@ from wave_rnns.core import ConfigError, RecordError
 from wave_rnns.paper.config import ModelConfig
 from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, from_config, run_key, to_config, todo
 from wave_rnns.paper.models import build_model, count_parameters
-from wave_rnns.paper.sweeps import GRIDS, find_grid, train
+from wave_rnns.paper.grids import GRIDS, find_grid
+from wave_rnns.paper.sweeps import train
 from wave_rnns.paper.tasks import make_task
 
 SIZES = {"T": 1, "batch_size": 8, "valid_size": 50, "test_size": 50}

@@ -19,7 +19,7 @@ import pytest
 import tiny_task
 from conftest import ROOT
 
-from wave_rnns.paper import checkpoints, cli, data, records, reports, sweeps, tasks
+from wave_rnns.paper import checkpoints, cli, data, grids, ranking, records, reports, sweeps, tasks, workers
 from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError, environment
 from wave_rnns.paper.models import build_model
@@ -195,7 +195,7 @@ def live(folder: str) -> int:
     assert len(done) == len(ex.read_records(folder)) == 2
     ex.read_curve(runs[0].path(folder, ".csv"))
     reports.write_tables(folder)
-    sweeps.ranking(sweeps.Grid("g", (e,), seeds=(0, 1)), folder)
+    ranking.ranking(grids.Grid("g", (e,), seeds=(0, 1)), folder)
     checkpoints.save_weights(folder / "w", build_model(MODEL, 0).state_dict(), MODEL)
     checkpoints.load_weights(folder / "w")
     data.load_digits()
@@ -238,7 +238,7 @@ def test_an_unknown_key_is_refused_and_named(where, tmp_path):
         load = lambda: tasks.make_task("copy", **ex.read_experiment(path).task_options)  # noqa: E731
     if where in ("grid", "grid's experiment", "axis"):
         {"grid": grid, "axis": grid["axes"]}.get(where, config)["command"] = ["rm"]
-        config, load = grid, lambda: sweeps.find_grid(str(path)).runs()
+        config, load = grid, lambda: grids.find_grid(str(path)).runs()
     path.write_text(json.dumps(config))
     if where == "weights":
         checkpoints.save_weights(tmp_path, build_model(MODEL, 0).state_dict(), MODEL)
@@ -284,7 +284,7 @@ def test_names_that_would_leave_the_folder(name, folder, monkeypatch):
         with pytest.raises(ConfigError):
             ex.from_config({**ex.to_config(TINY), field: name})
     with pytest.raises(ConfigError):
-        sweeps.Grid(name, (TINY,))
+        grids.Grid(name, (TINY,))
     for command in (cli.wrnn_train, cli.wrnn_sweep):
         with pytest.raises((WaveRNNError, OSError)):
             command(name, results=str(folder))
@@ -350,12 +350,12 @@ def test_a_link_in_the_place_of_the_checkpoints(resume, folder):
 
 def test_words_for_a_batch_script(tmp_path):
     "A folder's name is one word of the script, whatever it says; a line break would begin a line of shell."
-    text = sweeps.sbatch_text(["wrnn_sweep", "x; rm -rf ~", "$(touch y)", "`z`"])
+    text = workers.sbatch_text(["wrnn_sweep", "x; rm -rf ~", "$(touch y)", "`z`"])
     (line,) = (line for line in text.splitlines() if line.startswith("srun "))
     assert shlex.split(line)[-3:] == ["x; rm -rf ~", "$(touch y)", "`z`"]
     for word in ("x\nrm -rf ~", "x\0", "x\r"):
         with pytest.raises(ConfigError, match="control characters"):
-            sweeps.sbatch_text(["wrnn_sweep", word])
+            workers.sbatch_text(["wrnn_sweep", word])
 
 
 def test_the_workflow_of_a_release_names_the_audit():

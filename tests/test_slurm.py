@@ -18,7 +18,7 @@ from conftest import ROOT, SCRIPT
 from slurm_cluster import SlurmOnOneMachine, what_is_missing
 from test_chaos import numbers
 
-from wave_rnns.paper.sweeps import find_grid
+from wave_rnns.paper.grids import find_grid
 
 STEPS = 300
 TINY = {

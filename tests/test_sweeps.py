@@ -16,7 +16,10 @@ from wave_rnns.core import ConfigError, WaveRNNError
 from wave_rnns.paper.config import WORDS, ModelConfig
 from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, record_of, to_config
 from wave_rnns.paper.records import read_curve, read_record
-from wave_rnns.paper.sweeps import Grid, find_grid, grid_config, grid_from, population_path, populations, train, work
+from wave_rnns.paper.grids import OWN_SETTINGS, Grid, find_grid, grid_config, grid_from, populations
+from wave_rnns.paper.ranking import ranking, ranking_text, winners
+from wave_rnns.paper.sweeps import population_path, train, work
+from wave_rnns.paper.workers import sbatch_text
 from wave_rnns.paper.training import Interrupted
 
 SIZES = {
@@ -115,8 +118,8 @@ def test_every_setting_can_be_an_axis(setting):
         ({"axs": {}}, "unknown key 'axs'; did you mean 'axes'"),
         ({"name": "../x"}, "name must be letters"),
         ({"name": 3}, "name must be str"),
-        ({"axes": {"lr": 1e-3}}, "axes are lists of values"),
-        ({"axes": {"lr": []}}, "axes are lists of values"),
+        ({"axes": {"lr": 1e-3}}, "axes must be lists of values"),
+        ({"axes": {"lr": []}}, "axes must be lists of values"),
         ({"axes": {"lrr": [1]}}, "unknown key 'lrr'; did you mean 'lr'"),
         ({"axes": {"model.m": [1]}}, "unknown key 'm'"),
         ({"axes": {"lr.x": [1]}}, "has no setting 'lr.x'"),
@@ -212,7 +215,7 @@ def test_the_partition_fills_the_gpu_and_depends_on_the_grid_alone():
     for together, sizes in ((64, [60]), (59, [30, 30]), (20, [20] * 3), (7, [6, 7, 7, 6, 7, 7, 6, 7, 7])):
         assert sorted(map(len, populations(runs, together))) == sorted(sizes)
     for group in populations(find_grid("copy_irnn").runs(), 64):
-        shared = [{k: v for k, v in ex.decisive(r.experiment).items() if k not in sw.OWN_SETTINGS} for r in group]
+        shared = [{k: v for k, v in ex.decisive(r.experiment).items() if k not in OWN_SETTINGS} for r in group]
         assert all(s == shared[0] for s in shared)
     names = [population_path("r", group) for group in populations(RUNS, 2)]
     assert len({*names}) == len(names) == 3 and population_path("r", RUNS[::-1]) == population_path("r", RUNS)
@@ -393,9 +396,9 @@ def test_a_search_is_halved_and_its_records_say_so(tmp_path):
             assert r["stopped_step"] == p["step"] == {1: 2, 2: 4}[p["rung"]] and p["kept"] < p["rank"] <= p["of"]
             assert [list(rung) for rung in SEARCH.halving] == r["config"]["halving"]
             assert read_curve(ex.run_path(tmp_path, "copy", r["key"], ".csv"))[0][-1]["step"] == p["step"]
-    rows = sw.ranking(SEARCH, tmp_path)
+    rows = ranking(SEARCH, tmp_path)
     assert [row["rung"] for row in rows] == [None, 2, 2, 1, None] and rows[-1]["diverged"] == 1
-    (best,) = sw.winners(SEARCH, tmp_path)
+    (best,) = winners(SEARCH, tmp_path)
     assert best.halving == () and best.lr == rows[0]["settings"]["lr"]  # to be trained without a search
 
 
@@ -422,22 +425,22 @@ def test_a_search_of_which_a_record_was_lost_is_ranked_anew(tmp_path):
 
 def test_the_best_point_is_chosen_by_validation_over_seeds(tmp_path):
     work(RUNS, tmp_path, "cpu", **QUIET)
-    rows = sw.ranking(GRID, tmp_path)
+    rows = ranking(GRID, tmp_path)
     for row in rows:
         scores = [record_of(tmp_path, Run(row["point"], s))["valid_best"]["cross_entropy"] for s in GRID.seeds]
         assert row["score"] == pytest.approx(sum(scores) / 3) and row["runs"] == 3
-    assert rows[0]["score"] <= rows[1]["score"] and sw.winners(GRID, tmp_path) == [rows[0]["point"]]
-    assert sw.ranking_text(GRID, tmp_path).count("\n") == 1
+    assert rows[0]["score"] <= rows[1]["score"] and winners(GRID, tmp_path) == [rows[0]["point"]]
+    assert ranking_text(GRID, tmp_path).count("\n") == 1
     RUNS[0].path(tmp_path).unlink()  # a point of which a run is missing is not chosen yet
-    assert Run(sw.winners(GRID, tmp_path)[0], 0) != RUNS[0]
+    assert Run(winners(GRID, tmp_path)[0], 0) != RUNS[0]
 
 
 def test_a_point_that_diverges_is_last_and_never_chosen(tmp_path):
     wild = grid_from(tiny(axes={"lr": [1e12, 1e-3], **WILD}, seeds=[0]))
     work(wild.runs(), tmp_path, "cpu", **QUIET)
-    rows = sw.ranking(wild, tmp_path)
+    rows = ranking(wild, tmp_path)
     assert [row["diverged"] for row in rows] == [0, 1] and rows[1]["score"] is None
-    assert [e.lr for e in sw.winners(wild, tmp_path)] == [1e-3]
+    assert [e.lr for e in winners(wild, tmp_path)] == [1e-3]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -532,7 +535,7 @@ def test_slurm_prints_a_script_that_can_be_edited(call, file, tmp_path):
     assert words[words.index("--workers") + 1] == "1" and str(file) in words and "0-4" in words
     assert len(out.splitlines()) <= 25
     with pytest.raises(ConfigError, match="control characters"):
-        sw.sbatch_text(["wrnn_sweep", "a\nrm -rf x"])
+        sbatch_text(["wrnn_sweep", "a\nrm -rf x"])
 
 
 def test_a_grid_may_hold_all_points_of_another():
