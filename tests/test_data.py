@@ -295,11 +295,6 @@ def test_a_file_that_changes_after_it_was_compared_is_not_read(small, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(load_raw("mnist"), expected, strict=True))
 
 
-def test_files_that_vanish_are_named(small):
-    with pytest.raises(DataError, match="cannot read .*data_batch_1 into .*: No such file"):
-        data.checked_copy("cifar10").__enter__()
-
-
 # -------------------------------------------------------------------------------------------- fetching, when all is well
 
 
@@ -315,33 +310,6 @@ def test_fetch_once_and_never_again(small, name):
         (data_root() / FOLDERS["mnist"] / NAMES["mnist"][3]).unlink()
         fetch("mnist")
         assert small.asked == [(NAMES["mnist"][3], 0)] and have_data("mnist")
-
-
-def test_an_archive_of_ones_own_is_taken_and_left(small, monkeypatch):
-    data_root().mkdir()
-    (data_root() / ARCHIVE).write_bytes(small.files[ARCHIVE])
-    monkeypatch.setenv("WAVE_RNNS_CIFAR10_URL", NOBODY)
-    fetch("cifar10")
-    assert nothing_half(done=True) == 7 and small.asked == []  # six batches, and the archive: it is the user's
-
-
-def test_addresses(monkeypatch):
-    monkeypatch.delenv("WAVE_RNNS_CIFAR10_URL", raising=False)
-    published = data.addresses("cifar10", ARCHIVE)
-    assert len(published) > 1 and all(a.startswith("https://") and a.endswith(f"/{ARCHIVE}") for a in published)
-    monkeypatch.setenv("WAVE_RNNS_CIFAR10_URL", f"http://a/folder  http://b/{ARCHIVE} http://c/x/")
-    assert data.addresses("cifar10", ARCHIVE) == [f"http://{x}/{ARCHIVE}" for x in ("a/folder", "b", "c/x")]
-
-
-def test_progress_is_shown_from_where_it_goes_on(small, monkeypatch):
-    bars = []
-
-    real = data.progress
-    monkeypatch.setattr(data, "progress", lambda **told: bars.append(real(**told, disable=False)) or bars[-1])
-    left_there(small, 30_000)
-    fetch("cifar10")
-    (bar,), size = bars, len(small.files[ARCHIVE])
-    assert (bar.total, bar.initial, bar.n, bar.desc) == (size, 30_000, size, ARCHIVE)
 
 
 # ---------------------------------------------------------------------------------------------------- when it is not
@@ -395,40 +363,44 @@ def test_a_server_that_hangs_up(small):
     assert [begin for _, begin in small.asked] == list(range(0, len(small.files[ARCHIVE]), 30_000))
 
 
-def test_a_server_that_hangs_up_and_cannot_go_on(small):
-    small.most, small.ranges = 30_000, False
-    with pytest.raises(DataError, match="the connection ended after 30,000 of.*the next attempt goes on from there"):
-        fetch("cifar10")
-    assert len(small.asked) == 2 and not have_data("cifar10")  # it does not go round in circles
-    small.most = None
-    fetch("cifar10")
-    assert nothing_half(done=True) == 6
+PAGE = b"<html>please log in</html>"
+MISBEHAVIOUR = {  # of the server, what is said of it, and how much of 5,000 bytes that were here is left
+    "refuses": (dict(status=503), "HTTP Error 503", 5000),
+    "sends elsewhere": (dict(status=301), "HTTP Error 301", 5000),
+    "says nothing": (dict(stalls=True), "timed out", 5000),
+    "hangs up and cannot go on": (
+        dict(most=30_000, ranges=False),
+        "connection ended after 30,000 .* next attempt",
+        30_000,
+    ),
+    "shows a page": (dict(files={ARCHIVE: PAGE}, ranges=False), "26 bytes are offered.*5,000 of .* are here", 5000),
+    "a page without end": (dict(files={ARCHIVE: PAGE}, ranges=False, length=False), "an unknown number of bytes", 5000),
+    "sends something else": (
+        dict(files={ARCHIVE: None}),
+        "what came has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}",
+        0,
+    ),
+}
 
 
-@pytest.mark.parametrize("length", [True, False], ids=["says its length", "does not say its length"])
-def test_an_error_page_with_status_200(small, length):
-    "It is named, and it does not cost what is here already."
-    part, page, whole = left_there(small, 50_000), b"<html>please log in</html>", small.files
-    small.files, small.length, small.ranges = dict.fromkeys(whole, page), length, False
-    offered = f"{'26' if length else 'an unknown number of'} bytes are offered"
-    with pytest.raises(DataError, match=f"{offered}.*50,000 of .* bytes are here, the next attempt goes on") as caught:
+@pytest.mark.parametrize("wrong, says, left", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR)
+def test_a_server_that_misbehaves_is_named_and_costs_nothing(small, monkeypatch, wrong, says, left):
+    "A wrong beginning is of no use to anybody; everything else is kept, and the next attempt goes on from there."
+    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    part, good = left_there(small, 5000), {name: getattr(small, name) for name in wrong}
+    for name, value in wrong.items():
+        if value == {ARCHIVE: None}:
+            value = {ARCHIVE: bytes(len(small.files[ARCHIVE]))}
+        setattr(small, name, value)
+    with pytest.raises(DataError, match=says) as caught:
         load_raw("cifar10")
-    assert "WAVE_RNNS_CIFAR10_URL" in str(caught.value) and small.address in str(caught.value)
-    assert not have_data("cifar10") and part.stat().st_size == 50_000
-    small.files, small.length, small.ranges = whole, True, True
+    message = str(caught.value)
+    assert "WAVE_RNNS_CIFAR10_URL" in message and small.address in message and not have_data("cifar10")
+    assert (part.stat().st_size if part.exists() else 0) == left
+    for name, value in good.items():
+        setattr(small, name, value)
     fetch("cifar10")
-    assert nothing_half(done=True) and small.asked[-1] == (ARCHIVE, 50_000)
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_wrong_file_of_the_right_size(small, name):
-    whole, small.files = small.files, {n: bytes(len(content)) for n, content in small.files.items()}
-    with pytest.raises(DataError, match="what came has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
-        fetch(name)
-    assert lying_there() == {}  # a wrong beginning is of no use to anybody
-    small.files = whole
-    fetch(name)
-    assert nothing_half(done=True)
+    assert nothing_half(done=True) == 6 and small.asked[-1] == (ARCHIVE, left)
 
 
 @pytest.mark.parametrize("left", ["right", "wrong", "whole", "whole but wrong", "too long", "nothing"])
@@ -443,10 +415,17 @@ def test_whatever_an_earlier_attempt_left(small, left):
     assert [begin for _, begin in small.asked] == begins
 
 
-def test_the_next_address_may_do(small, monkeypatch):
+def test_the_next_address_may_do_and_so_does_an_archive_of_ones_own(small, monkeypatch):
     monkeypatch.setenv("WAVE_RNNS_MNIST_URL", f"{NOBODY} {small.address}empty {small.address}")
     fetch("mnist")
     assert nothing_half(done=True) == 4
+    monkeypatch.setenv("WAVE_RNNS_CIFAR10_URL", NOBODY)
+    (data_root() / ARCHIVE).write_bytes(bytes(99))
+    with pytest.raises(DataError, match=f"{ARCHIVE}: expected sha256 .*delete it"):
+        load_raw("cifar10")
+    (data_root() / ARCHIVE).write_bytes(small.files[ARCHIVE])
+    fetch("cifar10")
+    assert nothing_half(done=True) == 4 + 7  # six batches, and the archive: it is the user's
 
 
 ADDRESSES = {
@@ -472,21 +451,6 @@ def test_no_network_and_no_address(name, address, tmp_path, monkeypatch):
     for word in (place, "could not be downloaded", "WAVE_RNNS_DATA", f"WAVE_RNNS_{name.upper()}_URL"):
         assert word in message
     assert "\n" not in message and lying_there() == {}
-
-
-@pytest.mark.parametrize("status", [301, 403, 503])
-def test_a_server_that_refuses(small, status):
-    part, small.status = left_there(small, 5000), status
-    with pytest.raises(DataError, match=f"HTTP Error {status}"):
-        fetch("cifar10")
-    assert part.stat().st_size == 5000 and not have_data("cifar10")
-
-
-def test_a_server_that_says_nothing(small, monkeypatch):
-    monkeypatch.setattr(data, "PATIENCE", 0.2)
-    small.stalls = True
-    with pytest.raises(DataError, match="timed out"):
-        fetch("cifar10")
 
 
 def test_a_full_disk(small, small_disk, monkeypatch):
