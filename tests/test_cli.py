@@ -110,14 +110,6 @@ def test_begin_anew(call, tiny, tmp_path):
         assert (stamps == first) == (args != ["--resume", "no"])
 
 
-def test_todo_knows_what_is_declared(call):
-    code, out, _ = call("wrnn_todo", "adding1000_*", "--results", "none")
-    assert code == 0
-    first, second, *_ = (shlex.split(line) for line in out.splitlines())
-    assert first[:2] == ["wrnn_train", "adding1000_wrnn"] and second[:2] == ["wrnn_train", "adding1000_irnn"]
-    assert first[2:] == ["--seeds", "0,1,2,3,4", "--results", "none"]
-
-
 WRONG = {  # exit code and what is said of mistakes that both commands answer alike
     "--seeds one": (2, "expected whole numbers like 0,1"),
     "--together -1": (2, "--together"),
@@ -156,14 +148,6 @@ def test_mistakes_are_one_line_with_a_remedy(call, tiny, grid, tmp_path, command
     found, out, err = call(name, *args)
     assert (found, out) == (code, "") and says in err and err.count("\n") == 1 and err.startswith(f"{name}: ")
     assert {p.name for p in tmp_path.iterdir()} == {"bin", "tiny.json", "grid.json", "wrong.json", "broken.json"}
-
-
-@pytest.mark.parametrize(
-    "args, says", [("--no-such-option", "unrecognized arguments"), ("--together x", "invalid int value")]
-)
-def test_what_argparse_says_has_the_exit_code_of_a_mistake(call, args, says):
-    code, out, err = call("wrnn_train", "smnist_cpu", *args.split())
-    assert (code, out) == (2, "") and says in err
 
 
 def test_missing_data_is_one_line(call, tmp_path):

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.records as rc
@@ -139,15 +137,11 @@ def test_keys_are_unique_and_the_same_in_another_process():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lr": -1e-2}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
-        ({"lr": "fast"}, "lr must be float"),
         ({"steps": 1.5}, "steps must be int"),
-        ({"steps": 0}, "not both and not neither"),
         ({"eval_every": 0}, "eval_every must be given"),
         ({"drop_factor": 0.1}, "drop_factor"),
         ({"clip": -1}, "clip"),
-        ({"name": "../x"}, "name must be"),
         ({"task": "a/b"}, "task must be"),
         ({"seeds": [-1]}, "seeds"),
         ({"seeds": 3}, "seeds must be tuple"),
@@ -155,12 +149,11 @@ def test_keys_are_unique_and_the_same_in_another_process():
         ({"halving": 3}, "halving must be tuple"),
         ({"task_options": {"T": float("nan")}}, "task_options must be what JSON can hold"),
         ({"model": None}, "model: expected an object"),
-        ({"model": {"kind": "wrnn"}}, "model: missing"),
-        ({"stesp": 3}, "did you mean 'steps'"),
         ({"zzz": 3}, "unknown key 'zzz'; known are name"),
     ],
 )
 def test_wrong_configurations_name_the_key(change, message):
+    "More of them: notebook 16; each kind of value: notebook 10."
     with pytest.raises(ConfigError, match=re.escape(message)):
         from_config({**to_config(TINY), **change})
 
@@ -211,12 +204,6 @@ def test_setting_aside_never_overwrites(tmp_path):
         names.append(rc.set_aside(tmp_path / "a.json").name)
     assert names == ["a.json.broken1", "a.json.broken2", "a.json.broken3"]
     assert [(tmp_path / n).read_text() for n in names] == ["0", "1", "2"]
-
-
-def test_a_record_under_another_name_is_refused(one_record):
-    other = one_record.rename(one_record.with_name("0123456789abcdef.json"))
-    with pytest.raises(RecordError, match="it is the record of run"):
-        rc.read_record(other)
 
 
 def test_a_default_that_changed_under_a_record_is_named(one_record, monkeypatch):
@@ -322,12 +309,3 @@ def test_a_curve_cut_anywhere_gives_its_whole_lines(tmp_path):
             warnings.simplefilter("ignore")
             rows, dropped = rc.read_curve(path)
         assert rows == whole[: len(rows)] and dropped == cut - (data[:cut].rindex(b"\n") + 1)
-
-
-@given(st.integers(0, 5000), st.integers(0, 5000))
-def test_thinning_keeps_first_last_and_best(n, best):
-    rows = [{"step": s} for s in range(n)]
-    kept = rc.thin(rows, best)
-    steps = [r["step"] for r in kept]
-    assert len(kept) <= 200 and steps == sorted(set(steps)) and (n > 200 or kept == rows)
-    assert {s for s in (0, n - 1, best) if 0 <= s < n} <= set(steps)

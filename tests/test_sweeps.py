@@ -166,32 +166,17 @@ def test_the_partition_fills_the_gpu_and_depends_on_the_grid_alone():
     assert len({*names}) == len(names) == 3 and population_path("r", RUNS[::-1]) == population_path("r", RUNS)
 
 
-def test_work_trains_everything_once(tmp_path, monkeypatch):
+def test_only_what_is_missing_is_trained_and_that_once(tmp_path, monkeypatch):
+    (before,) = train(RUNS[1:2], tmp_path, "cpu", **QUIET)
     assert work(RUNS, tmp_path, "cpu", 2, **QUIET) == {} and trained(tmp_path) == RUNS
-    assert {record_of(tmp_path, run)["together"] for run in RUNS} == {2}
-    assert not list(tmp_path.glob("checkpoints/*"))
+    assert [record_of(tmp_path, run)["together"] for run in RUNS] == [1, 1, 2, 2, 2, 2]
+    assert record_of(tmp_path, RUNS[1]) == before and not list(tmp_path.glob("checkpoints/*"))
+    train(RUNS[1:2], tmp_path, "cpu", resume=False, **QUIET)
+    assert record_of(tmp_path, RUNS[1]) != before
     stamps = {run.key: run.path(tmp_path).stat().st_mtime_ns for run in RUNS}
     monkeypatch.setattr(sw, "fit_population", lambda *_, **__: pytest.fail("trained twice"))
     assert work(RUNS, tmp_path, "cpu", 2, **QUIET) == {}
     assert stamps == {run.key: run.path(tmp_path).stat().st_mtime_ns for run in RUNS}
-
-
-def test_only_what_is_missing_is_trained(tmp_path):
-    train(RUNS[1:2], tmp_path, "cpu", **QUIET)
-    before = RUNS[1].path(tmp_path).read_bytes()
-    assert [r["together"] for r in train(RUNS[:3], tmp_path, "cpu", **QUIET)] == [2, 1, 2]
-    assert RUNS[1].path(tmp_path).read_bytes() == before
-    train(RUNS[1:2], tmp_path, "cpu", resume=False, **QUIET)
-    assert RUNS[1].path(tmp_path).read_bytes() != before
-
-
-def test_a_run_is_the_same_alone_and_in_company(tmp_path):
-    together = train(RUNS, tmp_path / "a", "cpu", **QUIET)
-    for run, record in zip(RUNS[:2], together, strict=False):
-        (alone,) = train([run], tmp_path / "b", "cpu", **QUIET)
-        for measure, value in record["test_final"].items():
-            assert value == pytest.approx(alone["test_final"][measure], rel=1e-3), (run, measure)
-    assert len({json.dumps(r["test_final"]) for r in together}) == len(RUNS)
 
 
 def interrupted_after(runs, results, steps, **options):
@@ -338,12 +323,6 @@ def test_a_search_is_halved_and_its_records_say_so(tmp_path):
     assert [row["rung"] for row in rows] == [None, 2, 2, 1, None] and rows[-1]["diverged"] == 1
     (best,) = winners(SEARCH, tmp_path)
     assert best.halving == () and best.lr == rows[0]["settings"]["lr"]  # to be trained without a search
-
-
-def test_a_run_of_a_search_is_not_the_run_of_a_table():
-    "A run that was stopped early must not stand where the whole one belongs."
-    plain = replace(SEARCH, halving=())
-    assert not {run.key for run in SEARCH.runs()} & {run.key for run in plain.runs()}
 
 
 def test_a_search_of_which_a_record_was_lost_is_ranked_anew(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -331,12 +332,7 @@ def test_the_status_line():
         t.make_step()
     t.log()
     t.validate()
-    line = t.status_line()
-    assert line.startswith("loss 0.") and ", valid_mse 0." in line and line.endswith(", 1 diverged")
-    t = Training(Population(copy_task(), small(copy_task()), RUNS[:1], "cpu"), 1, 1, 1)
-    t.make_step()
-    t.log()
-    assert ", accuracy " in t.status_line() and "%" in t.status_line() and "cross_entropy" not in t.status_line()
+    assert re.fullmatch(r"loss 0\.\d+, valid_mse 0\.\d+, 1 diverged", t.status_line())
 
 
 def test_a_huge_gradient_that_is_finite_is_clipped_and_not_called_diverged():
