@@ -1,5 +1,6 @@
 "Grids, populations, the loop that trains them, halving and choosing: where notebooks 17 and 18 would get dull."
 
+import errno
 import json
 import re
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ import wave_rnns.paper.sweeps as sw
 from wave_rnns.core import ConfigError, WaveRNNError
 from wave_rnns.paper.config import WORDS, ModelConfig
 from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, record_of, to_config
-from wave_rnns.paper.records import read_curve, read_record
+from wave_rnns.paper.records import content_hash, read_curve, read_record
 from wave_rnns.paper.grids import OWN_SETTINGS, Grid, find_grid, grid_config, grid_from, populations
 from wave_rnns.paper.ranking import ranking, ranking_text, winners
 from wave_rnns.paper.sweeps import population_path, train, work
@@ -288,17 +289,26 @@ def test_a_failure_is_written_down_and_the_next_start_tries_again(tmp_path, monk
         train([], tmp_path, "cpu")
 
 
-def test_a_broken_gpu_ends_the_worker(tmp_path, monkeypatch):
-    class AcceleratorError(RuntimeError):
-        pass
+class AcceleratorError(RuntimeError):
+    "As torch's."
 
-    def fails(*args, **kwargs):
-        raise AcceleratorError("an illegal memory access")
+
+@pytest.mark.parametrize(
+    "error", [AcceleratorError("an illegal memory access"), OSError(errno.ENOSPC, "no space left")]
+)
+def test_what_the_next_population_would_meet_too_ends_the_worker(tmp_path, monkeypatch, error):
+    tried = []
+
+    def fails(runs, *args, **kwargs):
+        tried.append(runs)
+        raise error
 
     monkeypatch.setattr(sw, "fit_population", fails)
-    with pytest.raises(WaveRNNError, match="illegal memory") as e:
+    with pytest.raises((WaveRNNError, OSError), match=str(error.args[-1])) as e:
         work(RUNS, tmp_path, "cpu", 2, **QUIET)
-    assert e.value.exit_code == sw.BROKEN and len(list(tmp_path.glob("checkpoints/*.failed"))) == 1
+    assert len(tried) == 1
+    if isinstance(error, AcceleratorError):
+        assert e.value.exit_code == sw.BROKEN and len(list(tmp_path.glob("checkpoints/*.failed"))) == 1
 
 
 # Halving --------------------------------------------------------------------------------------------------------------
@@ -348,8 +358,12 @@ def test_the_best_point_is_chosen_by_validation_over_seeds(tmp_path):
         assert row["score"] == pytest.approx(sum(scores) / 3) and row["runs"] == 3
     assert rows[0]["score"] <= rows[1]["score"] and winners(GRID, tmp_path) == [rows[0]["point"]]
     assert ranking_text(GRID, tmp_path).count("\n") == 1
-    RUNS[0].path(tmp_path).unlink()  # a point of which a run is missing is not chosen yet
-    assert Run(winners(GRID, tmp_path)[0], 0) != RUNS[0]
+    path = Run(rows[0]["point"], 1).path(tmp_path)
+    record = {**read_record(path), "status": "diverged"}  # one of three seeds: however good the others are
+    path.write_text(json.dumps({**record, "sha256": content_hash(record)}))
+    assert winners(GRID, tmp_path) == [rows[1]["point"]] == [ranking(GRID, tmp_path)[0]["point"]]
+    Run(rows[1]["point"], 0).path(tmp_path).unlink()  # a point of which a run is missing is not chosen yet
+    assert winners(GRID, tmp_path) == []
 
 
 def test_a_point_that_diverges_is_last_and_never_chosen(tmp_path):
