@@ -227,6 +227,14 @@ for line in sys.stdin:
 """
 
 
+def state_of(pid: int) -> str:
+    "'R' runs, 'S' waits, 'T' is stopped, 'Z' is dead and not yet buried, 'X' is gone."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "X"
+
+
 class Life:
     "A process of the nursery."
 
@@ -234,7 +242,7 @@ class Life:
         self.pid, self.ask = pid, ask
 
     def alive(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return state_of(self.pid) not in "ZX"
 
     def send(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)

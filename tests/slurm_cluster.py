@@ -1,7 +1,4 @@
-"""A real Slurm of one machine, for as long as a test lasts: `with SlurmOnOneMachine(folder) as slurm: slurm.run("sinfo")`.
-
-By hand: `python tests/slurm_cluster.py start DIR`, then what it prints, and `python tests/slurm_cluster.py stop DIR`.
-"""
+"A real Slurm of one machine, for as long as a test lasts: `with SlurmOnOneMachine(folder) as slurm: slurm.run('sinfo')`."
 
 import contextlib
 import ctypes
@@ -12,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -77,8 +73,8 @@ def what_is_missing() -> str | None:
 class SlurmOnOneMachine:
     "munged, slurmctld and slurmd with everything of theirs under one folder. No systemd, no cgroups, no root needed."
 
-    def __init__(self, folder, cpus: int = 4, kill_wait: int = 60, grace_time: int = 20, detached: bool = False):
-        self.folder, self.detached, self.daemons = Path(folder).resolve(), detached, {}
+    def __init__(self, folder, cpus: int = 4, kill_wait: int = 60, grace_time: int = 20):
+        self.folder, self.daemons = Path(folder).resolve(), {}
         self.conf = self.folder / "slurm.conf"
         self.environ = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": path_with_daemons()}
         self.settings = dict(cpus=cpus, kill_wait=kill_wait, grace_time=grace_time)
@@ -91,12 +87,9 @@ class SlurmOnOneMachine:
         try:
             self.start()
         except BaseException:
-            self.stop()
+            self.__exit__()
             raise
         return self
-
-    def __exit__(self, *_):
-        self.stop()
 
     def start(self) -> None:
         for name in ("state", "spool", "log"):
@@ -130,15 +123,12 @@ class SlurmOnOneMachine:
         return tuple(int(n) for n in re.search(r"(\d+)\.(\d+)", done.stdout).groups())
 
     def launch(self, name: str, *arguments) -> None:
-        # A daemon whose test is killed must not outlive it; one started by hand must outlive the script.
-        tie = None if self.detached else die_with_parent
         command = [shutil.which(name, path=path_with_daemons()), *map(str, arguments)]
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
                 command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=tie,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
-        (self.folder / f"{name}.started").write_text(str(process.pid))
         self.daemons[name] = process
 
     def wait_until(self, condition, what: str, seconds: float = 30) -> None:
@@ -185,61 +175,37 @@ class SlurmOnOneMachine:
         return self.run("squeue", "--noheader", "--format=%i", check=False).split()
 
     def processes(self) -> list[int]:
-        "Everything that runs with this cluster's configuration in its environment, except for ourselves."
-        mark, found, own = f"SLURM_CONF={self.conf}".encode(), [], {os.getpid(), os.getppid()}
+        "Everything that runs with this cluster's configuration in its environment."
+        mark, found = f"SLURM_CONF={self.conf}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) not in own:
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(int(folder.name))
         return found
 
-    def stop(self) -> None:
+    def __exit__(self, *_) -> None:
         "End jobs, daemons and what is left of either. Nothing runs afterwards; the folder is the caller's."
         # The controller goes first, or it would start what waits; scancel would take KillWait for a job that is deaf.
-        self.end(self.pid_of("slurmctld"), 10)
-        daemons = {self.pid_of(name) for name in DAEMONS}
-        for pid in self.processes():
-            if pid not in daemons:
-                self.end(pid, 0)
+        self.end_daemon("slurmctld")
+        self.kill_all_but({process.pid for process in self.daemons.values()})
         for name in ("slurmd", "munged"):
-            self.end(self.pid_of(name), 10)
-        for pid in self.processes():
-            self.end(pid, 0)
-        for process in self.daemons.values():
+            self.end_daemon(name)
+        self.kill_all_but(set())
+
+    def end_daemon(self, name: str) -> None:
+        "SIGTERM, and after ten seconds SIGKILL."
+        if process := self.daemons.get(name):
+            process.terminate()
+            self.wait(lambda: process.poll() is not None, 10)
+            process.kill()
             process.wait()
-        self.daemons = {}
 
-    def pid_of(self, name: str) -> int | None:
-        "The daemon's process id, None where it does not run."
-        # A number on disk may belong to another process by now: only one that runs with our configuration counts.
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((self.folder / f"{name}.started").read_text())
-            return pid if pid in self.processes() else None
-
-    def end(self, pid: int | None, patience: float) -> None:
-        "SIGTERM, and after `patience` seconds SIGKILL."
-        with contextlib.suppress(ProcessLookupError, TypeError):
-            if patience:
-                os.kill(pid, signal.SIGTERM)
-                self.wait(lambda: pid not in self.processes(), patience)
-            os.kill(pid, signal.SIGKILL)
+    def kill_all_but(self, spared: set[int]) -> None:
+        for pid in set(self.processes()) - spared:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def die_with_parent() -> None:
+    "A daemon whose test is killed must not outlive it."
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def main(action: str, folder: str) -> None:
-    slurm = SlurmOnOneMachine(folder, detached=True)
-    if action == "stop":
-        slurm.stop()
-        shutil.rmtree(slurm.folder)
-    else:
-        slurm.__enter__()
-        print(f"export SLURM_CONF={slurm.conf}")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
-        sys.exit("usage: python tests/slurm_cluster.py start|stop DIR")
-    main(*sys.argv[1:])

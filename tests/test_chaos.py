@@ -15,10 +15,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import state_of
 
 import wave_rnns.paper.sweeps as sw
+import wave_rnns.paper.workers as wk
 from wave_rnns.core import WaveRNNError
 from wave_rnns.paper.checkpoints import listen_for
+from wave_rnns.paper.grids import grid_from
 from wave_rnns.paper.records import read_record
 from wave_rnns.paper.training import Interrupted, Training
 
@@ -64,9 +67,9 @@ def worker(grid: dict, results: str, slow: float = 0.0, said: str = os.devnull) 
     Training.make_step, os.fsync = make_step, fsync
     warnings.simplefilter("ignore")
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with listen_for(sw.STOPPING) as asked:
+    with listen_for(wk.STOPPING) as asked:
         try:
-            whole = sw.grid_from(grid)
+            whole = grid_from(grid)
             failed = sw.work(whole.runs(), Path(results), "cpu", whole.together, interrupt=asked, checkpoint_seconds=0)
         except Interrupted as e:
             return e.exit_code
@@ -92,7 +95,23 @@ def is_clean(results: Path) -> bool:
 
 def is_through(nursery, grid, results) -> bool:
     "A last worker, undisturbed, does what is left."
-    return nursery("test_chaos:worker", grid, str(results)).end() == 0 and is_clean(results)
+    return start(nursery, results, grid=grid).end() == 0 and is_clean(results)
+
+
+def start(nursery, results: Path, slow: float = 0.0, *, grid: dict = GRID, said: str = os.devnull):
+    return nursery("test_chaos:worker", grid, str(results), slow, said)
+
+
+def stop_when(life, condition) -> None:
+    "Freeze a worker at a moment at which the condition holds: it is looked at while the worker cannot move."
+    while True:
+        life.send(signal.SIGSTOP)
+        until(lambda: state_of(life.pid) in ("T", "Z"))
+        if condition():
+            return
+        assert life.alive(), "it was through before the moment came"
+        life.send(signal.SIGCONT)
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +135,8 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
     "Three workers; one after the other is killed, asked to stop, or frozen for a while, and replaced."
     chance, results = random.Random(SEED + number), tmp_path / "results"
     grid = chance.choice([GRID, HALVED])
-    start = lambda: nursery("test_chaos:worker", grid, str(results), 0.02)  # noqa: E731
-    workers, seen = [start() for _ in range(3)], {}
+    fresh = lambda: start(nursery, results, 0.02, grid=grid)  # noqa: E731
+    workers, seen = [fresh() for _ in range(3)], {}
     counts = {"kills": 0, "stops": 0, "frozen": 0}
     for _ in range(8):
         time.sleep(chance.uniform(0, 0.4))
@@ -126,7 +145,7 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
         k = chance.randrange(len(workers))
         if not workers[k].alive():
             workers[k].end()
-            workers[k] = start()
+            workers[k] = fresh()
             continue
         act = chance.choice(["kills", "kills", "stops", "frozen"])
         counts[act] += 1
@@ -137,7 +156,7 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
             continue
         workers[k].send(signal.SIGKILL if act == "kills" else signal.SIGTERM)
         assert workers[k].end() in ((-signal.SIGKILL, 0) if act == "kills" else (75, 0))
-        workers[k] = start()
+        workers[k] = fresh()
     assert {w.end() for w in workers} <= {0}
     assert is_through(nursery, grid, results)
     assert numbers(results) == undisturbed[grid is HALVED]
@@ -146,7 +165,7 @@ def test_chaos(nursery, undisturbed, tally, tmp_path, number):
 
 
 def test_two_sweeps_started_at_once(nursery, undisturbed, tally, tmp_path):
-    lives = [nursery("test_chaos:worker", GRID, str(tmp_path), 0.005) for _ in range(4)]
+    lives = [start(nursery, tmp_path, 0.005) for _ in range(4)]
     assert [life.end() for life in lives] == [0] * 4
     assert numbers(tmp_path) == undisturbed[False] and is_through(nursery, GRID, tmp_path)
     tally("workers started at once on one folder", workers=4, runs=18, bit_equal=1)
@@ -154,15 +173,11 @@ def test_two_sweeps_started_at_once(nursery, undisturbed, tally, tmp_path):
 
 def test_a_worker_that_is_frozen_keeps_its_runs(nursery, undisturbed, tally, tmp_path):
     "Others do the rest; nobody takes what it holds, and when it wakes it goes on where it was."
-    frozen = nursery("test_chaos:worker", GRID, str(tmp_path), 0.02)
-    until(lambda: begun(tmp_path))
-    frozen.send(signal.SIGSTOP)
-    held = begun(tmp_path)[0].name.split(".")[0]
-    before = set(numbers(tmp_path))
-    assert nursery("test_chaos:worker", GRID, str(tmp_path)).end() == 0
-    done = set(numbers(tmp_path))
-    assert len(done - before) >= 18 - len(before) - 3 and len(done) < 18
-    assert [p for p in begun(tmp_path) if p.name.startswith(held)]
+    frozen = start(nursery, tmp_path, 0.02)
+    stop_when(frozen, lambda: begun(tmp_path))
+    held = begun(tmp_path)
+    assert start(nursery, tmp_path).end() == 0
+    assert 18 - 3 <= len(numbers(tmp_path)) < 18 and held == begun(tmp_path)
     frozen.send(signal.SIGCONT)
     assert frozen.end() == 0 and numbers(tmp_path) == undisturbed[False] and is_clean(tmp_path)
     tally("frozen and woken", workers=1, bit_equal=1)
@@ -171,7 +186,7 @@ def test_a_worker_that_is_frozen_keeps_its_runs(nursery, undisturbed, tally, tmp
 def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path):
     "Whatever moment the copy caught, it can be finished, with the same records."
     original, copies = tmp_path / "original", 3
-    life = nursery("test_chaos:worker", GRID, str(original), 0.02)
+    life = start(nursery, original, 0.02)
     for k in range(copies):
         copy = tmp_path / f"copy{k}"
         until(lambda: begun(original) or not life.alive())
@@ -179,7 +194,7 @@ def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path
             shutil.copytree(original, copy)
         for path in begun(copy)[:1] if k == 1 else []:  # and one that the copy has torn
             os.truncate(path, path.stat().st_size // 2)
-        assert nursery("test_chaos:worker", GRID, str(copy)).end() == 0
+        assert start(nursery, copy).end() == 0
         assert numbers(copy).keys() == undisturbed[False].keys()
         time.sleep(0.1)
     assert life.end() == 0 and numbers(original) == undisturbed[False]
@@ -189,18 +204,8 @@ def test_a_folder_copied_while_it_is_swept(nursery, undisturbed, tally, tmp_path
 def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_path, small_disk):
     disk = small_disk("3m")
     results, filler = disk / "results", disk / "somebody else's"
-    life = nursery("test_chaos:worker", GRID, str(results), 0.02, str(tmp_path / "said"))
-
-    def stopped_half_way() -> bool:
-        life.send(signal.SIGSTOP)
-        until(lambda: Path(f"/proc/{life.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
-        if begun(results) and numbers(results):
-            return True
-        life.send(signal.SIGCONT)
-        time.sleep(0.05)
-        return False
-
-    until(stopped_half_way)
+    life = start(nursery, results, 0.02, said=str(tmp_path / "said"))
+    stop_when(life, lambda: begun(results) and numbers(results))
     with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
         while True:
             f.write(bytes(512))
@@ -221,37 +226,32 @@ def test_a_full_disk_in_the_middle_of_a_sweep(nursery, undisturbed, tally, tmp_p
 def swept(grid: dict, results: str, workers: int) -> int:
     "The command's inside, in a process of its own."
     try:
-        return 2 if sw.sweep(sw.grid_from(grid), Path(results), "cpu", workers, checkpoint_seconds=0) else 0
+        return 2 if wk.sweep(grid_from(grid), Path(results), "cpu", workers, checkpoint_seconds=0) else 0
     except WaveRNNError as e:
         Path(results, "said").write_text(str(e))
         return getattr(e, "exit_code", 1)
 
 
-def workers_of(pid: int) -> list[int]:
-    "The living children of a process."
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-            if int(fields[1]) == pid and fields[0] not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
-
-
 LONG = {**GRID, "axes": {**GRID["axes"], "steps": [160], "lr": [1e-2, 1e-3]}, "together": 4}
+
+
+def workers_of(life) -> set[int]:
+    "The living children of a process."
+    children = Path(f"/proc/{life.pid}/task/{life.pid}/children").read_text().split()
+    return {int(pid) for pid in children if state_of(int(pid)) not in "ZX"}
 
 
 def test_a_dead_worker_is_replaced_and_sigterm_saves(nursery, tally, tmp_path):
     "One of two workers is killed, later the sweep is asked to stop: exit code 75, no worker left; the same command goes on."
     life = nursery("test_chaos:swept", LONG, str(tmp_path), 2)
     until(lambda: begun(tmp_path))
-    first = workers_of(life.pid)
-    os.kill(first[0], signal.SIGKILL)
-    until(lambda: len(set(workers_of(life.pid)) - set(first)) == 1 or not life.alive())
-    second = workers_of(life.pid)
+    workers = workers_of(life)
+    os.kill(max(workers), signal.SIGKILL)
+    until(lambda: workers_of(life) - workers or not life.alive())
+    workers |= workers_of(life)
     life.send(signal.SIGTERM)
     assert life.end() in (75, 0)  # 0: it was through before it heard
-    assert not any(is_alive(pid) for pid in {*first, *second})
+    assert all(state_of(pid) in "ZX" for pid in workers)
     assert is_through(nursery, LONG, tmp_path) and len(numbers(tmp_path)) == 12
     tally("a worker killed, then the sweep stopped", runs=12, lost=0)
 
@@ -260,19 +260,12 @@ def test_workers_end_with_the_one_who_started_them(nursery, tmp_path):
     "kill -9 of the sweep: its workers notice, save and end."
     life = nursery("test_chaos:swept", {**LONG, "axes": {**LONG["axes"], "steps": [20_000]}}, str(tmp_path), 2)
     until(lambda: begun(tmp_path))
-    workers = workers_of(life.pid)
+    workers = workers_of(life)
     assert len(workers) == 2
     life.send(signal.SIGKILL)
     life.end()
-    until(lambda: not any(is_alive(pid) for pid in workers))
+    until(lambda: all(state_of(pid) in "ZX" for pid in workers))
     assert not list(tmp_path.glob("runs/*/*.json")), "they ended, and were not through"
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_workers_that_die_in_a_row_end_the_sweep(nursery, tmp_path, monkeypatch):
@@ -282,5 +275,5 @@ def test_workers_that_die_in_a_row_end_the_sweep(nursery, tmp_path, monkeypatch)
 
 
 def doomed(results: str) -> int:
-    sw.WORKER = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    wk.WORKER = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     return swept(GRID, results, 2)

@@ -1,14 +1,13 @@
 "Every way we know of spoiling a file, and what must come of it: one error type, a name, a cause, and the file left where it was."
 
 import errno
+import functools
 import json
 import os
 import pickle
-import random
-import resource
 import signal
 import threading
-import warnings
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -19,14 +18,7 @@ from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
 import wave_rnns.paper.checkpoints
 import wave_rnns.paper.training
 from wave_rnns.core import CheckpointError, ConfigError, sha256
-from wave_rnns.paper.checkpoints import (
-    DIGITS,
-    HEADER_LIMIT,
-    CheckpointFile,
-    checkpoints_of,
-    listen_for,
-    load_checkpoint,
-)
+from wave_rnns.paper.checkpoints import DIGITS, CheckpointFile, checkpoints_of, listen_for, load_checkpoint
 from wave_rnns.paper.checkpoints import load_weights, pack, resumable_fit, save_checkpoint, save_weights, unpack
 from wave_rnns.paper.models import ModelConfig, build_model
 from wave_rnns.paper.population import RunSettings
@@ -45,6 +37,10 @@ TENSORS = {
 
 def bits(t):
     return t.contiguous().view(torch.uint8) if t.dim() else t[None].view(torch.uint8)
+
+
+def newest(path):
+    return checkpoints_of(path)[0][0]
 
 
 def files(folder):
@@ -69,25 +65,15 @@ def test_round_trip_is_exact(tmp_path):
         assert tensors[k].dtype == t.dtype and tensors[k].shape == t.shape and torch.equal(bits(tensors[k]), bits(t))
 
 
-def newest(path):
-    return checkpoints_of(path)[0][0]
-
-
 def test_two_generations_and_nothing_else(two):
     save_checkpoint(two, TENSORS, {"step": 30})
     names = [p.name for p, _ in checkpoints_of(two)]
     assert [n.split(".")[1] for n in names] == ["3", "2"] and sorted(files(two.parent)) == sorted(names)
     for path, known in checkpoints_of(two):
-        assert sha256(path)[:DIGITS] == known and path.stat().st_mode & 0o777 == 0o666 & ~umask()
+        assert sha256(path)[:DIGITS] == known
     assert load_checkpoint(two)[1] == {"step": 30}
     newest(two).unlink()
     assert load_checkpoint(two)[1] == {"step": 20}
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Innocent:
@@ -97,36 +83,25 @@ class Innocent:
         return os.mkdir, ("OPENED",)
 
 
-def torch_saved(folder, value):
-    torch.save(value, folder / "saved")
-    data = (folder / "saved").read_bytes()
-    (folder / "saved").unlink()
-    return data
-
-
-ATTACKS = {
-    "truncated by one": lambda d, f: (d[:-1], "cut off"),
-    "truncated in the table": lambda d, f: (d[:60], "cut off"),
-    "truncated in the length": lambda d, f: (d[:5], "no safetensors"),
-    "empty": lambda d, f: (b"", "is empty"),
-    "trailing junk": lambda d, f: (d + b"junk", "4 bytes too many"),
-    "a data bit flipped": lambda d, f: (d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "changed bytes"),
-    "a table bit flipped": lambda d, f: (d[:8] + b"[" + d[9:], "no safetensors"),
-    "a table key changed": lambda d, f: (d.replace(b"theta", b"thetb"), "changed bytes"),
-    "an endless table": lambda d, f: ((2**62).to_bytes(8, "little") + d[8:], "cut off"),
-    "zeros": lambda d, f: (bytes(len(d)), "no safetensors"),
-    "noise": lambda d, f: (random.Random(1).randbytes(500), "no safetensors"),
-    "a pickle": lambda d, f: (pickle.dumps(Innocent()), "pickle"),
-    "an old pickle": lambda d, f: (pickle.dumps(Innocent(), protocol=0), "no safetensors"),
-    "torch.save": lambda d, f: (torch_saved(f, {"theta": torch.zeros(3)}), "torch.save"),
-    "another's safetensors": lambda d, f: (safetensors.torch.save({"x": torch.zeros(3)}), "changed bytes"),
-}  # fmt: skip
+ATTACKS = {  # of the bytes of a file; nothing else comes of any others: test_fuzz.py
+    "truncated": lambda d: (d[:-1], "cut off"),
+    "truncated in the length": lambda d: (d[:5], "no safetensors"),
+    "empty": lambda d: (b"", "is empty"),
+    "trailing junk": lambda d: (d + b"junk", "4 bytes too many"),
+    "a data bit flipped": lambda d: (d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "changed bytes"),
+    "a table key changed": lambda d: (d.replace(b"theta", b"thetb"), "changed bytes"),
+    "an endless table": lambda d: ((2**62).to_bytes(8, "little") + d[8:], "cut off"),
+    "a pickle": lambda d: (pickle.dumps(Innocent()), "pickle"),
+    "an old pickle": lambda d: (pickle.dumps(Innocent(), protocol=0), "no safetensors"),
+    "torch.save": lambda d: (b"PK\x03\x04" + bytes(99), "torch.save"),  # it writes a zip archive
+    "another's safetensors": lambda d: (safetensors.torch.save({"x": torch.zeros(3)}), "changed bytes"),
+}
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_damage_is_named_and_the_one_before_is_used(two, attack, monkeypatch):
     monkeypatch.chdir(two.parent)
-    bad, cause = attack(newest(two).read_bytes(), two.parent)
+    bad, cause = attack(newest(two).read_bytes())
     newest(two).write_bytes(bad)
     before = files(two.parent)
     with pytest.warns(UserWarning, match=r"run\.2\..*" + cause):
@@ -143,7 +118,7 @@ def test_damage_is_named_and_the_one_before_is_used(two, attack, monkeypatch):
 def test_even_a_listed_hash_opens_no_pickle_and_no_nonsense(two, attack, monkeypatch):
     "Whoever can choose the name too still gets nothing executed."
     monkeypatch.chdir(two.parent)
-    bad, _ = attack(newest(two).read_bytes(), two.parent)
+    bad, _ = attack(newest(two).read_bytes())
     for path, _ in checkpoints_of(two):
         path.unlink()
     two.with_name(f"run.7.{sha256(bad)[:DIGITS]}.safetensors").write_bytes(bad)
@@ -208,23 +183,6 @@ def test_left_overs_of_killed_writers_go(two):
     assert sorted(files(two.parent)) == [".other.3.abcd.safetensors.123-abcd.tmp"]
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_full_disk_changes_nothing(two, monkeypatch, failing):
-    before, real = files(two.parent), getattr(os, failing)
-
-    def full(*args, **kwargs):
-        if failing == "fsync" and not os.readlink(f"/proc/self/fd/{args[0]}").endswith(".tmp"):
-            return real(*args, **kwargs)  # a folder
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, failing, full)
-    with pytest.raises(OSError) as e:
-        save_checkpoint(two, TENSORS, {"step": 30})
-    monkeypatch.undo()
-    assert e.value.errno == errno.ENOSPC
-    assert load_checkpoint(two)[1] == {"step": 20} and files(two.parent) == before
-
-
 def test_a_really_full_disk(small_disk):
     path = small_disk("1m") / "run.safetensors"
     save_checkpoint(path, {"x": torch.zeros(50_000)}, {"step": 1})
@@ -234,81 +192,35 @@ def test_a_really_full_disk(small_disk):
     assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
 
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+MODELS = [  # one of each kind: test_survival.py
+    WAVE,
+    ModelConfig("irnn", 2, 3, n=7, U_init="sigma", activation="tanh"),
+    ModelConfig("wrnn", 10, 10, n=7, every_step=True, kernel_size=5, freeze=("recurrent", "encoder")),
+]
 
 
-def with_table(table, tail):
-    text = json.dumps(table).encode()
-    return len(text).to_bytes(8, "little") + text + tail
-
-
-BOMBS = {
-    "table too long": (HEADER_LIMIT + 1).to_bytes(8, "little") + b"{" + b" " * (HEADER_LIMIT + 8),
-    "deep meta": with_table({"__metadata__": {"meta": "[" * 100_000}}, b""),
-    "deep table": (200_008).to_bytes(8, "little") + b'{"a":' + b"[" * 200_003,
-    "big shape": with_table({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"1234"),
-    "bigger shape": with_table({"x": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 0]}}, b""),
-    "meta a number": with_table({"__metadata__": {"meta": "3"}}, b""),
-    "long number": with_table({"__metadata__": {"meta": "9" * 5000}}, b""),
-    "a list": with_table({"__metadata__": []}, b""),
-}
-
-
-@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
-def test_bombs(data):
-    before = peak()
-    with pytest.raises(ValueError):
-        unpack(data)
-    assert peak() - before < 300_000
-
-
-MODELS = {
-    "wrnn": WAVE,
-    "irnn": ModelConfig("irnn", 2, 3, n=7),
-    "irnn sigma tanh": ModelConfig("irnn", 2, 3, n=7, U_init="sigma", activation="tanh"),
-    "local": ModelConfig("local", 2, 3, n=7, c=2),
-    "mlp": ModelConfig("mlp", 8, 3, n=7),
-    "mlp readout": ModelConfig("wrnn", 2, 3, n=7, c=3, readout="mlp"),
-    "every step": ModelConfig("wrnn", 10, 10, n=7, every_step=True, kernel_size=5),
-    "no bias": ModelConfig("wrnn", 2, 3, n=7, bias=False, u_init="random", V_init="normal"),
-    "frozen": ModelConfig("wrnn", 2, 3, n=7, freeze=("recurrent", "encoder")),
-}
-
-
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("config", MODELS)
 def test_weights_come_back(tmp_path, config):
-    model = build_model(config, 5)
-    save_weights(tmp_path / "w", model.state_dict(), config, about={"task": "x", "accuracy": 0.5})
-    assert sorted(files(tmp_path / "w")) == ["config.json", "model.safetensors", "model.safetensors.sha256"]
-    back = load_weights(tmp_path / "w")
-    assert back.config == config and back.about == {"task": "x", "accuracy": 0.5}
-    x = torch.randn(4, 3, config.input_size if config.kind != "mlp" else 2)
-    assert torch.equal(back(x), model(x))
+    model, x = build_model(config, 5), torch.randn(4, 3, config.input_size)
+    save_weights(tmp_path, build_model(config, 6).state_dict(), config)
+    save_weights(tmp_path, model.state_dict(), config, about={"task": "x", "accuracy": 0.5})  # over the old ones
+    assert sorted(files(tmp_path)) == ["config.json", "model.safetensors", "model.safetensors.sha256"]
+    back = load_weights(tmp_path)
+    assert back.config == config and back.about == {"task": "x", "accuracy": 0.5} and torch.equal(back(x), model(x))
     assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in model.parameters()]
-    save_weights(tmp_path / "w", build_model(config, 6).state_dict(), config)  # again, over the old ones
-    assert torch.equal(load_weights(tmp_path / "w")(x), build_model(config, 6)(x))
-
-
-def test_double_precision_weights_stay_double(tmp_path):
-    save_weights(tmp_path, build_model(WAVE, 0).double().state_dict(), WAVE)
+    save_weights(tmp_path, model.double().state_dict(), config)
     assert {p.dtype for p in load_weights(tmp_path).parameters()} == {torch.float64}
 
 
-SPOILED_CONFIGS = {
+SPOILED_CONFIGS = {  # nothing else comes of any file: test_fuzz.py
     "other n": (lambda c: c["model"].update(n=13), "weight 'layer.cells.0.V' is .24, 1., the model has .26, 1."),
     "huge n": (lambda c: c["model"].update(n=10**12), "n is 1000000000000, but there are"),
-    "huge c": (lambda c: c["model"].update(c=10**9), "c is 1000000000, but there are"),
     "unknown key": (lambda c: c["model"].update(neurons=3), "unknown key 'neurons'"),
     "missing key": (lambda c: c["model"].pop("kind"), "config.json is no config of ours.*kind"),
-    "wrong type": (lambda c: c["model"].update(n="12"), "n must be int, got '12'"),
-    "true as a number": (lambda c: c["model"].update(n=True), "n must be int, got True"),
-    "unknown kind": (lambda c: c["model"].update(kind="gru"), "unknown model kind 'gru'"),
+    "wrong type": (lambda c: c["model"].update(n=True), "n must be int, got True"),
     "unknown activation": (lambda c: c["model"].update(activation="gelu"), "gelu"),
     "too few neurons": (lambda c: c["model"].update(n=2), "n: expected at least"),
     "another format": (lambda c: c.update(format=2), "format 2 is not known"),
-    "no model": (lambda c: c.pop("model"), "config.json"),
-    "a list for a model": (lambda c: c.update(model=[]), "config.json"),
 }
 
 
@@ -318,10 +230,8 @@ def test_configs_that_do_not_belong(tmp_path, spoil, said):
     content = json.loads((tmp_path / "config.json").read_text())
     spoil(content)
     (tmp_path / "config.json").write_text(json.dumps(content))
-    before = peak()
     with pytest.raises(CheckpointError, match=said):
         load_weights(tmp_path)
-    assert peak() - before < 100_000
 
 
 def test_weights_that_do_not_belong(tmp_path):
@@ -362,57 +272,54 @@ class BreakAfter(CheckpointFile):
             raise Break
 
 
-@pytest.mark.parametrize("every, saves", [(1, 1), (1, 13), (2, 6), (7, 3), (1, 43)])
-def test_resumed_equals_uninterrupted(tmp_path, every, saves):
-    "Broken at a log, an evaluation, the end of an epoch, in between, before and after the end."
-    whole = fit(TinyTask(), WAVE, RUNS, **RHYTHM)
-    place = BreakAfter(tmp_path / "x.safetensors", saves)
+def broken(path, saves: int, *call, every: int = 1, **options) -> CheckpointFile:
+    "The checkpoint of a `fit` that broke after so many saves."
     with pytest.raises(Break):
-        fit(TinyTask(), WAVE, RUNS, checkpoint=place, checkpoint_every=every, **RHYTHM)
-    assert load_checkpoint(place.path)[1]["history"]["step"] == every * saves
-    again = fit(TinyTask(), WAVE, RUNS, checkpoint=CheckpointFile(place.path), checkpoint_every=every, **RHYTHM)
-    assert [tiny_task.summary(r) for r in again] == [tiny_task.summary(r) for r in whole]
+        fit(*call, checkpoint=BreakAfter(path, saves), checkpoint_every=every, **options)
+    return CheckpointFile(path)
+
+
+@functools.cache
+def uninterrupted(config: ModelConfig) -> list[dict]:
+    return [tiny_task.summary(r) for r in fit(TinyTask(), config, RUNS, **RHYTHM)]
+
+
+PARTLY = replace(WAVE, freeze=("recurrent",))  # what does not move is part of a checkpoint too
+
+
+@pytest.mark.parametrize(
+    "config, every, saves", [*((WAVE, *s) for s in ((1, 1), (1, 13), (2, 6), (7, 3), (1, 43))), (PARTLY, 5, 1)]
+)
+def test_resumed_equals_uninterrupted(tmp_path, config, every, saves):
+    "Broken at a log, an evaluation, the end of an epoch, in between, before and after the end."
+    call = TinyTask(), config, RUNS
+    place = broken(tmp_path / "x.safetensors", saves, *call, every=every, **RHYTHM)
+    assert place.load()[1]["history"]["step"] == every * saves
+    assert ("fixed.layer.cells.0.u" in place.load()[0]) == (config is PARTLY)
+    again = fit(*call, checkpoint=place, checkpoint_every=every, **RHYTHM)
+    assert [tiny_task.summary(r) for r in again] == uninterrupted(config)
 
 
 def test_all_dead_before_the_next_log(tmp_path):
     "The row of the broken interval is written after the resume too."
-    rhythm = {**RHYTHM, "log_every": 20}
-    whole = fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], **rhythm)
-    place = BreakAfter(tmp_path / "x.safetensors", 9)
-    with pytest.raises(Break):
-        fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], checkpoint=place, checkpoint_every=1, **rhythm)
-    again = fit(TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)], checkpoint=CheckpointFile(place.path), **rhythm)
+    call, rhythm = (TinyTask(poison=(1, 7)), WAVE, [RunSettings(1, 1e-3)]), {**RHYTHM, "log_every": 20}
+    place = broken(tmp_path / "x.safetensors", 9, *call, **rhythm)
+    again, whole = fit(*call, checkpoint=place, **rhythm), fit(*call, **rhythm)
     assert whole[0].curve == again[0].curve and whole[0].curve[-1]["step"] == 7
     assert whole[0].steps == again[0].steps == 20
-
-
-def test_frozen_parts_are_part_of_a_checkpoint(tmp_path):
-    config = ModelConfig("wrnn", 1, 1, n=12, freeze=("recurrent",))
-    place = BreakAfter(tmp_path / "x.safetensors", 1)
-    with pytest.raises(Break):
-        fit(TinyTask(), config, RUNS, checkpoint=place, checkpoint_every=5, **RHYTHM)
-    assert "fixed.layer.cells.0.u" in load_checkpoint(place.path)[0]
-    again = fit(TinyTask(), config, RUNS, checkpoint=CheckpointFile(place.path), **RHYTHM)
-    whole = fit(TinyTask(), config, RUNS, **RHYTHM)
-    assert [tiny_task.summary(r) for r in again] == [tiny_task.summary(r) for r in whole]
 
 
 @pytest.fixture
 def half(tmp_path):
     "A half-finished run, at step 10."
-    place = BreakAfter(tmp_path / "x.safetensors", 2)
-    with pytest.raises(Break):
-        fit(TinyTask(), WAVE, RUNS, checkpoint=place, checkpoint_every=5, about={"recipe": 1}, **RHYTHM)
-    return CheckpointFile(place.path)
+    return broken(tmp_path / "x.safetensors", 2, TinyTask(), WAVE, RUNS, every=5, about={"recipe": 1}, **RHYTHM)
 
 
 CHANGES = {
     "a run": (dict(runs=[RunSettings(0, 1e-3), *RUNS[1:]]), r"runs.0.lr: 0.01 then, 0.001 now"),
-    "fewer runs": (dict(runs=RUNS[:2]), r"runs.2.seed: 2 then, absent now"),
     "the model": (dict(model=ModelConfig("wrnn", 1, 1, n=12, c=3)), r"model.c: 2 then, 3 now"),
     "the task": (dict(task=TinyTask(batch_size=4)), r"task.batch_size: 8 then, 4 now"),
     "the length": (dict(steps=50), r"steps: 43 then, 50 now"),
-    "the rhythm": (dict(log_every=5), r"log_every: 6 then, 5 now"),
     "the recipe": (dict(about={"recipe": 2}), r"about.recipe: 1 then, 2 now"),
     "the precision": (dict(dtype=torch.float64), r"dtype: 'torch.float32' then, 'torch.float64' now"),
 }
@@ -440,20 +347,18 @@ def test_another_machine_is_told(half, monkeypatch):
         fit(TinyTask(), WAVE, RUNS, checkpoint=half, about={"recipe": 1}, **RHYTHM)
 
 
-FORGED = {
-    "a shape": lambda t, m: t.update(theta=t["theta"][:, :-1]),
-    "a dtype": lambda t, m: t.update(m=t["m"].double()),
-    "a missing tensor": lambda t, m: t.pop("v"),
-    "one more": lambda t, m: t.update(extra=torch.zeros(1)),
-    "no history": lambda t, m: m.pop("history"),
-    "no facts": lambda t, m: m.pop("facts"),
-    "a strange history": lambda t, m: m.update(history={"curves": []}),
-    "a short history": lambda t, m: m["history"].update(stopped=[]),
-    "a number for a history": lambda t, m: m.update(history=3),
-}
+FORGED = [
+    lambda t, m: t.update(theta=t["theta"][:, :-1]),  # a shape
+    lambda t, m: t.update(m=t["m"].double()),
+    lambda t, m: t.pop("v"),
+    lambda t, m: t.update(extra=torch.zeros(1)),
+    lambda t, m: m.pop("facts"),
+    lambda t, m: m.update(history={"curves": []}),
+    lambda t, m: m["history"].update(stopped=[]),
+]
 
 
-@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+@pytest.mark.parametrize("forge", FORGED)
 def test_a_valid_file_of_something_else(half, forge):
     tensors, meta = half.load()
     forge(tensors, meta)
@@ -502,14 +407,6 @@ def test_finished_and_called_again(tmp_path):
     assert [r.test_best for r in first] == [r.test_best for r in second]
 
 
-def test_no_warning_in_ordinary_life(two):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_checkpoint(two)
-        save_checkpoint(two, TENSORS, {"step": 30})
-        load_checkpoint(two)
-
-
 # Successive halving, and going on in the middle of it -----------------------------------------------------------------
 
 SEARCH = [RunSettings(k, lr) for k, lr in enumerate([1e-2, 1e12, 1e-3, 3e-2, 1e-4])]
@@ -535,8 +432,8 @@ def test_halving_keeps_the_best_by_validation():
         assert all(min(seen) <= r.valid_best["mse"] for r in out)
     # The rows that go on make the steps that they would have made anyway.
     (same,) = (b for a, b in zip(results, plain, strict=True) if a is winner)
-    for a, b in zip(winner.curve[-1:], same.curve[-1:], strict=True):
-        assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4 * b["loss"]
+    assert winner.curve[-1]["step"] == same.curve[-1]["step"]
+    assert winner.curve[-1]["loss"] == pytest.approx(same.curve[-1]["loss"], rel=1e-4)
     assert all(r.test_best is not None for r in results if r.status != "diverged")
 
 
@@ -548,31 +445,19 @@ def searched():
 @pytest.mark.parametrize("saves", [9, 10, 11, 22, 43])
 def test_halving_resumed_equals_uninterrupted(tmp_path, searched, saves):
     "Broken before, at and after each rung."
-    place = BreakAfter(tmp_path / "x.safetensors", saves)
-    with pytest.raises(Break):
-        fit(TinyTask(), WAVE, SEARCH, checkpoint=place, checkpoint_every=1, **HALVED)
-    again = fit(TinyTask(), WAVE, SEARCH, checkpoint=CheckpointFile(place.path), checkpoint_every=9, **HALVED)
+    place = broken(tmp_path / "x.safetensors", saves, TinyTask(), WAVE, SEARCH, **HALVED)
+    with pytest.raises(ResumeRefused, match="halving.1.0: 22 then, 30 now"):
+        fit(TinyTask(), WAVE, SEARCH, checkpoint=place, **{**HALVED, "halving": [(10, 3), (30, 1)]})
+    again = fit(TinyTask(), WAVE, SEARCH, checkpoint=place, checkpoint_every=9, **HALVED)
     assert [everything(r) for r in again] == searched
 
 
-def test_other_rungs_under_a_half_finished_search_are_refused(tmp_path):
-    place = BreakAfter(tmp_path / "x.safetensors", 12)
-    with pytest.raises(Break):
-        fit(TinyTask(), WAVE, SEARCH, checkpoint=place, checkpoint_every=1, **HALVED)
-    with pytest.raises(ResumeRefused, match="halving.1.0: 22 then, 30 now"):
-        fit(TinyTask(), WAVE, SEARCH, checkpoint=place, **{**HALVED, "halving": [(10, 3), (30, 1)]})
-
-
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "1", True])
-def test_a_limit_of_time_is_a_time(seconds):
-    with pytest.raises(ConfigError, match="max_seconds must be a number of seconds above 0"):
-        fit(TinyTask(), WAVE, RUNS, **RHYTHM, max_seconds=seconds)
-
-
-COUNTS = [(n, v) for n in ("steps", "eval_every", "log_every", "checkpoint_every") for v in (0, -1, 2.5, True, "3")]
-
-
-@pytest.mark.parametrize("name, value", COUNTS[:-5] + COUNTS[-4:])  # no checkpoint before the end may be meant
-def test_a_number_of_steps_is_a_whole_number(name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be a whole number of steps"):
-        fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, name: value})
+@pytest.mark.parametrize(
+    "wrong",
+    [*({name: 0.5} for name in ("steps", "eval_every", "log_every", "checkpoint_every")), {"steps": 0}, {"checkpoint_every": -1}]
+    + [{"max_seconds": s} for s in (0, -1, float("nan"), "1", True)],
+)  # fmt: skip
+def test_lengths_and_limits_that_cannot_be_meant(wrong):
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"{name} must be a (whole number of steps|number of seconds above 0)"):
+        fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, **wrong})

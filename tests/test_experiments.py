@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -9,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.records as rc
@@ -18,7 +18,8 @@ from wave_rnns.core import ConfigError, RecordError
 from wave_rnns.paper.config import ModelConfig
 from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, from_config, run_key, to_config, todo
 from wave_rnns.paper.models import build_model, count_parameters
-from wave_rnns.paper.sweeps import GRIDS, find_grid, train
+from wave_rnns.paper.grids import GRIDS, find_grid
+from wave_rnns.paper.sweeps import train
 from wave_rnns.paper.tasks import make_task
 
 SIZES = {"T": 1, "batch_size": 8, "valid_size": 50, "test_size": 50}
@@ -26,9 +27,17 @@ MODEL = ModelConfig("wrnn", input_size=10, output_size=10, n=8, c=2, every_step=
 TINY = Experiment("tiny", "copy", SIZES, MODEL, lr=1e-2, clip=1.0, steps=20, eval_every=5, log_every=5)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train([Run(TINY, 0)], folder, "cpu", progress=False)
+    return folder
+
+
 @pytest.fixture
-def one_record(tmp_path):
-    train([Run(TINY, 0)], tmp_path, "cpu", progress=False)
+def one_record(trained, tmp_path):
+    "The record of a run, in a results folder of the test's own."
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return Run(TINY, 0).path(tmp_path)
 
 
@@ -39,12 +48,9 @@ def one_record(tmp_path):
 def test_every_declared_experiment_fits_its_task(name):
     e = EXPERIMENTS[name]
     task = make_task(e.task, **e.task_options)
-    sequence = task.length * task.input_size if e.model.kind == "mlp" else task.input_size
-    assert (e.model.input_size, e.model.output_size, e.model.every_step) == (
-        sequence,
-        task.output_size,
-        task.every_step,
-    )
+    features = task.length * task.input_size if e.model.kind == "mlp" else task.input_size
+    shape = e.model.input_size, e.model.output_size, e.model.every_step
+    assert shape == (features, task.output_size, task.every_step)
     assert ex.sequence_length(e) == task.length
     rhythm = ex.rhythm_of(e, task)
     assert rhythm["eval_every"] % rhythm["log_every"] == 0 and rhythm["steps"] >= rhythm["eval_every"]
@@ -53,35 +59,27 @@ def test_every_declared_experiment_fits_its_task(name):
 
 def test_sequence_lengths_without_options():
     "What a task takes when it is told nothing counts too."
-    for task, options, length in (
-        ("copy", {}, 50),
-        ("copy", {"T": 0}, 20),
-        ("adding", {}, 100),
+    generated = [("copy", {}, 50), ("copy", {"T": 0}, 20), ("adding", {}, 100)]
+    images = [
         ("smnist", {}, 784),
         ("smnist", {"pool": 2}, 196),
         ("nscifar10", {}, 1000),
         ("nscifar10", {"pool": 2}, 500),
-    ):
+    ]
+    for task, options, length in generated + images:
         e = replace(TINY, task=task, task_options=options)
         assert ex.sequence_length(e) == length == make_task(task, **options).length
 
 
 def test_ablations_differ_in_what_their_row_says():
-    start = {
-        "wrnn": ("shift", ""),
-        "wrnn_no_V": ("shift", "normal"),
-        "wrnn_no_u": ("random", ""),
-        "wrnn_no_both": ("random", "normal"),
-        "wrnn_identity": ("identity", ""),
-    }
+    start = {"wrnn": ("shift", ""), "wrnn_no_V": ("shift", "normal"), "wrnn_no_u": ("random", "")}
+    start |= {"wrnn_no_both": ("random", "normal"), "wrnn_identity": ("identity", "")}
+    start |= {"irnn": ("identity", ""), "irnn_sigma": ("sigma", ""), "irnn_sigma_V": ("sigma", "sparse")}
     for row, init in start.items():
-        e = EXPERIMENTS[f"copy10_{row}"]
-        assert (e.model.u_init, e.model.V_init) == init
-        assert replace(e.model, u_init="shift", V_init="") == EXPERIMENTS["copy10_wrnn"].model
-    start = {"irnn": ("identity", ""), "irnn_sigma": ("sigma", ""), "irnn_sigma_V": ("sigma", "sparse")}
-    for row, init in start.items():
-        e = EXPERIMENTS[f"copy10_{row}"]
-        assert (e.model.U_init, e.model.V_init) == init
+        model = EXPERIMENTS[f"copy10_{row}"].model
+        assert (model.U_init if model.kind == "irnn" else model.u_init, model.V_init) == init
+        if model.kind == "wrnn":
+            assert replace(model, u_init="shift", V_init="") == EXPERIMENTS["copy10_wrnn"].model
 
 
 def test_parameter_counts_are_the_papers():
@@ -131,25 +129,6 @@ def test_keys_are_unique_and_the_same_in_another_process():
     env = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert out.strip() == run_key(EXPERIMENTS["nscifar10_irnn_fresh"], 1)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"lr": 2e-2},
-        {"clip": 0},
-        {"steps": 21},
-        {"eval_every": 4},
-        {"log_every": 1},
-        {"drop_every": 7},
-        {"halving": [[5, 1]]},
-    ],
-)
-def test_every_setting_is_in_the_key(change):
-    assert run_key(replace(TINY, **change), 0) != run_key(TINY, 0)
-
-
-def test_integers_and_floats_are_one_number():
     assert run_key(replace(TINY, clip=1), 0) == run_key(replace(TINY, clip=1.0), 0)
 
 
@@ -159,88 +138,25 @@ def test_integers_and_floats_are_one_number():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lr": -1e-2}, "lr must be positive"),
-        ({"lr": 0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
-        ({"lr": "fast"}, "lr must be float"),
-        ({"lr": True}, "lr must be float"),
         ({"steps": 1.5}, "steps must be int"),
-        ({"steps": -1}, "steps"),
-        ({"steps": 0}, "not both and not neither"),
         ({"eval_every": 0}, "eval_every must be given"),
         ({"drop_factor": 0.1}, "drop_factor"),
         ({"clip": -1}, "clip"),
-        ({"name": "../x"}, "name must be"),
         ({"task": "a/b"}, "task must be"),
         ({"seeds": [-1]}, "seeds"),
-        ({"seeds": ["0"]}, "seeds"),
         ({"seeds": 3}, "seeds must be tuple"),
-        ({"halving": [[20, 1]]}, "halving must be pairs"),
         ({"halving": [[5, 1], [10, 2]]}, "halving must be pairs"),
         ({"halving": 3}, "halving must be tuple"),
         ({"task_options": {"T": float("nan")}}, "task_options must be what JSON can hold"),
         ({"model": None}, "model: expected an object"),
-        ({"model": {"kind": "wrnn"}}, "model: missing"),
-        ({"stesp": 3}, "did you mean 'steps'"),
         ({"zzz": 3}, "unknown key 'zzz'; known are name"),
     ],
 )
 def test_wrong_configurations_name_the_key(change, message):
-    with pytest.raises(ConfigError, match="(?s).*") as e:
+    "More of them: notebook 16; each kind of value: notebook 10."
+    with pytest.raises(ConfigError, match=re.escape(message)):
         from_config({**to_config(TINY), **change})
-    assert message in str(e.value)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(to_config(TINY))), json_values)
-def test_any_value_anywhere_is_taken_or_refused(key, value):
-    try:
-        e = from_config({**to_config(TINY), key: value})
-    except ConfigError:
-        return
-    assert from_config(json.loads(json.dumps(to_config(e)))) == e
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "3", "{", '{"base": 3}', '{"base": "no_such"}', "[" * 100_000, '{"base": "copy80_wrnn", "lr": NaN}'],
-)
-def test_wrong_experiment_files(tmp_path, text):
-    path = tmp_path / "e.json"
-    path.write_text(text)
-    with pytest.raises(ConfigError):
-        ex.read_experiment(path)
-
-
-# Paths ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("task", ["", ".", "..", "a/b", "/etc", "a\0", "A", "x" * 65, "copy\n", None])
-def test_task_names_cannot_leave_the_folder(tmp_path, task):
-    with pytest.raises(RecordError):
-        rc.run_path(tmp_path, task, "0" * 16)
-
-
-@pytest.mark.parametrize("key", ["", "..", "0" * 15, "0" * 17, "g" * 16, "../" + "0" * 13, "0" * 16 + "\n", None])
-def test_keys_cannot_leave_the_folder(tmp_path, key):
-    with pytest.raises(RecordError):
-        rc.run_path(tmp_path, "copy", key)
-
-
-def test_links_cannot_leave_the_folder(tmp_path):
-    (tmp_path / "results" / "runs").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "results" / "runs" / "copy").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RecordError, match="leads out"):
-        train([Run(TINY, 0)], tmp_path / "results", "cpu", progress=False)
-    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 # Records --------------------------------------------------------------------------------------------------------------
@@ -251,53 +167,32 @@ def test_a_record_says_everything(one_record):
     assert from_config(r["config"]) == TINY and r["key"] == run_key(TINY, 0) == one_record.stem
     assert (r["seed"], r["recipe"], r["status"], r["steps"]) == (0, ex.RECIPE, "done", 20)
     assert r["test_best"].keys() == r["test_final"].keys() == r["valid_best"].keys() == r["valid_final"].keys()
-    assert r["best_step"] in (5, 10, 15, 20)
-    valid = {
-        row["step"]: row["valid_cross_entropy"]
-        for row in rc.read_curve(one_record.with_suffix(".csv"))[0]
-        if row["valid_cross_entropy"]
-    }
-    assert (
-        r["best_step"] == min(valid, key=valid.get)
-        and abs(valid[r["best_step"]] / r["valid_best"]["cross_entropy"] - 1) < 1e-5
-    )
+    rows, _ = rc.read_curve(one_record.with_suffix(".csv"))
+    valid = {row["step"]: row["valid_cross_entropy"] for row in rows if row["valid_cross_entropy"]}
+    assert list(valid) == [5, 10, 15, 20] and r["best_step"] == min(valid, key=valid.get)
+    assert valid[r["best_step"]] == pytest.approx(r["valid_best"]["cross_entropy"], rel=1e-5)
     model = build_model(MODEL, 0)
     assert r["parameters"] == {"with_biases": count_parameters(model), "without_biases": count_parameters(model, False)}
     assert "lowest validation cross_entropy" in r["selection"] and r["seconds"] > 0 and r["steps_per_second"] > 0
     assert r["environment"]["torch"] and r["device"] == "cpu" and r["code"] and r["finished"].endswith("Z")
-    assert oct(one_record.stat().st_mode & 0o777) == oct(0o666 & ~current_umask())
-
-
-def not_done(runs, results):
-    return [run for run in runs if ex.record_of(results, run) is None]
-
-
-def current_umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_every_flipped_byte_is_noticed(one_record):
-    data, whole, unnoticed = one_record.read_bytes(), rc.read_record(one_record), 0
+    data = one_record.read_bytes()
     for i in range(0, len(data), 3):
         one_record.write_bytes(data[:i] + bytes([data[i] ^ 0x15]) + data[i + 1 :])
-        try:
-            assert rc.read_record(one_record) == whole
-            unnoticed += 1  # a space that became another kind of space
-        except RecordError as e:
-            assert str(one_record) in str(e)
-    assert unnoticed == 0
+        with pytest.raises(RecordError, match=one_record.name):
+            rc.read_record(one_record)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 10, 500, -2])
+@pytest.mark.parametrize("cut", [0, 500, -2])
 def test_truncated_records_are_set_aside_and_made_again(one_record, cut):
     before = rc.read_record(one_record)
     one_record.write_bytes(one_record.read_bytes()[:cut])
     results = one_record.parents[2]
     with pytest.warns(UserWarning, match="counts as not done"):
         assert rc.read_records(results) == []
-    assert not_done([Run(TINY, 0)], results) == [Run(TINY, 0)]
+    assert ex.record_of(results, Run(TINY, 0)) is None
     again = train([Run(TINY, 0)], results, "cpu", progress=False)[0]
     assert again["test_best"] == before["test_best"]
     assert one_record.with_name(one_record.name + ".broken1").exists()
@@ -310,33 +205,6 @@ def test_setting_aside_never_overwrites(tmp_path):
         names.append(rc.set_aside(tmp_path / "a.json").name)
     assert names == ["a.json.broken1", "a.json.broken2", "a.json.broken3"]
     assert [(tmp_path / n).read_text() for n in names] == ["0", "1", "2"]
-
-
-def test_a_record_under_another_name_is_refused(one_record):
-    other = one_record.with_name("0123456789abcdef.json")
-    other.write_bytes(one_record.read_bytes())
-    with pytest.raises(RecordError, match="it is the record of run"):
-        rc.read_record(other)
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=300) | json_values.map(lambda v: json.dumps(v).encode()))
-def test_any_bytes_are_a_record_or_a_record_error(tmp_path, data):
-    path = tmp_path / "0123456789abcdef.json"
-    path.write_bytes(data)
-    with pytest.raises(RecordError):
-        rc.read_record(path)
-
-
-def test_huge_and_deep_files_are_refused(tmp_path):
-    path = tmp_path / "0123456789abcdef.json"
-    for data in (b" " * (1 << 21), b"[" * 500_000, b'{"a":' * 100_000, b"1" * 100_000):
-        path.write_bytes(data)
-        with pytest.raises(RecordError):
-            rc.read_record(path)
-    path.write_bytes(b"a\n" * (1 << 20))
-    with pytest.raises(RecordError, match="too many"):
-        rc.read_curve(path)
 
 
 def test_a_default_that_changed_under_a_record_is_named(one_record, monkeypatch):
@@ -405,13 +273,6 @@ def test_an_edited_curve_is_noticed(one_record):
     assert len(rc.read_curve(curve)[0]) == len(rows)
 
 
-def test_existing_results(tmp_path):
-    assert rc.existing_results(tmp_path) == tmp_path
-    with pytest.raises(ConfigError, match="there is no results folder"):
-        rc.existing_results(tmp_path / "typo")
-    assert not (tmp_path / "typo").exists()
-
-
 def test_chosen_weights_lie_beside(one_record):
     "As `weights/<task>/<key>.safetensors`: what validation chose, exactly."
     from safetensors.torch import load_file
@@ -429,13 +290,15 @@ def test_chosen_weights_lie_beside(one_record):
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 ROWS = [{"step": s, "epoch": None, "loss": 1 / s, "valid_accuracy": 0.5 if s % 2 else None} for s in range(1, 8)]
+ROWS += [{"step": 8, "loss": float("nan")}, {"step": 9, "loss": float("inf")}]  # not finite: an empty place
 
 
 def test_a_curve_cut_anywhere_gives_its_whole_lines(tmp_path):
     path, data = tmp_path / "c.csv", rc.curve_text(ROWS).encode()
     path.write_bytes(data)
     whole, dropped = rc.read_curve(path)
-    assert dropped == 0 and [r["step"] for r in whole] == list(range(1, 8)) and whole[1]["valid_accuracy"] is None
+    assert dropped == 0 and [r["step"] for r in whole] == list(range(1, 10)) and whole[1]["valid_accuracy"] is None
+    assert whole[7]["loss"] is None and whole[8]["loss"] is None
     header = data.index(b"\n") + 1
     for cut in range(len(data)):
         path.write_bytes(data[:cut])
@@ -447,31 +310,3 @@ def test_a_curve_cut_anywhere_gives_its_whole_lines(tmp_path):
             warnings.simplefilter("ignore")
             rows, dropped = rc.read_curve(path)
         assert rows == whole[: len(rows)] and dropped == cut - (data[:cut].rindex(b"\n") + 1)
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200))
-@pytest.mark.filterwarnings("ignore")
-def test_any_bytes_are_a_curve_or_a_record_error(tmp_path, data):
-    path = tmp_path / "c.csv"
-    path.write_bytes(data)
-    try:
-        rows, _ = rc.read_curve(path)
-    except RecordError:
-        return
-    assert all(isinstance(v, (int, float)) or v is None for row in rows for v in row.values())
-
-
-@given(st.integers(0, 5000), st.integers(0, 5000))
-def test_thinning_keeps_first_last_and_best(n, best):
-    rows = [{"step": s} for s in range(n)]
-    kept = rc.thin(rows, best)
-    steps = [r["step"] for r in kept]
-    assert len(kept) <= 200 and steps == sorted(set(steps)) and (n > 200 or kept == rows)
-    assert {s for s in (0, n - 1, best) if 0 <= s < n} <= set(steps)
-
-
-def test_numbers_that_are_not_finite_leave_an_empty_place():
-    assert (
-        rc.curve_text([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}]) == "step,loss\n1,\n2,\n"
-    )

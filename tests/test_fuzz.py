@@ -33,7 +33,7 @@ import tiny_task
 import torch
 
 from wave_rnns.kernels import launch as kernels
-from wave_rnns.paper import bench, checkpoints, records, sweeps, training
+from wave_rnns.paper import bench, checkpoints, grids, ranking, records, sweeps, training
 from wave_rnns.paper import data as raw
 from wave_rnns.paper import experiments as ex
 from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, sha256, to_json
@@ -413,8 +413,8 @@ def _(folder):
     named = {"name": "g", "experiments": ["copy0_*"], "axes": {"clip": [0, 1]}, "together": 4, "source": "here"}
 
     def load():
-        grid = sweeps.find_grid(str(path))
-        assert grid.runs() and sweeps.grid_from(json.loads(json.dumps(sweeps.grid_config(grid)))) == grid
+        grid = grids.find_grid(str(path))
+        assert grid.runs() and grids.grid_from(json.loads(json.dumps(grids.grid_config(grid)))) == grid
 
     return Target([json.dumps(whole).encode(), json.dumps(named).encode()], load, path, (spoil_json,))
 
@@ -422,7 +422,7 @@ def _(folder):
 @loader("why a population failed", share=3)
 def _(folder):
     run, _, _ = trained()
-    grid = sweeps.Grid("g", (run.experiment,), seeds=(0, 1))
+    grid = grids.Grid("g", (run.experiment,), seeds=(0, 1))
     path = sweeps.population_path(folder, grid.runs()).with_suffix(".failed")
     path.parent.mkdir(parents=True)
 
@@ -437,10 +437,10 @@ def _(folder):
     run, record, _ = trained()
     path = run.path(folder)
     path.parent.mkdir(parents=True)
-    grid = sweeps.Grid("g", (run.experiment,), {"lr": [run.experiment.lr, 0.5]})
+    grid = grids.Grid("g", (run.experiment,), {"lr": [run.experiment.lr, 0.5]})
 
     def load():
-        assert isinstance(sweeps.ranking_text(grid, folder), str)
+        assert isinstance(ranking.ranking_text(grid, folder), str)
         for p in path.parent.iterdir():
             p.unlink()
 

@@ -20,7 +20,7 @@ import tiny_task
 from conftest import ROOT
 
 from wave_rnns.core import CheckpointError, ConfigError, RecordError, WaveRNNError, environment
-from wave_rnns.paper import checkpoints, cli, data, records, reports, sweeps, tasks
+from wave_rnns.paper import checkpoints, cli, data, grids, ranking, records, reports, sweeps, tasks, workers
 from wave_rnns.paper import experiments as ex
 from wave_rnns.paper.models import build_model
 
@@ -147,7 +147,7 @@ def live(folder: str) -> int:
     assert len(done) == len(ex.read_records(folder)) == 2
     ex.read_curve(runs[0].path(folder, ".csv"))
     reports.write_tables(folder)
-    sweeps.ranking(sweeps.Grid("g", (e,), seeds=(0, 1)), folder)
+    ranking.ranking(grids.Grid("g", (e,), seeds=(0, 1)), folder)
     checkpoints.save_weights(folder / "w", build_model(MODEL, 0).state_dict(), MODEL)
     checkpoints.load_weights(folder / "w")
     data.load_digits()
@@ -190,9 +190,9 @@ WHERE = {  # what is read -> (content of the file, how it is read)
         CONFIG | {"task_options": SIZES | EVIL},
         lambda p: tasks.make_task("copy", **ex.read_experiment(p).task_options),
     ),
-    "grid": ({"experiments": [CONFIG], "axes": {"lr": [0.1]}} | EVIL, lambda p: sweeps.find_grid(str(p)).runs()),
-    "grid's experiment": ({"experiments": [CONFIG | EVIL]}, lambda p: sweeps.find_grid(str(p)).runs()),
-    "axis": ({"experiments": [CONFIG], "axes": {"lr": [0.1]} | EVIL}, lambda p: sweeps.find_grid(str(p)).runs()),
+    "grid": ({"experiments": [CONFIG], "axes": {"lr": [0.1]}} | EVIL, lambda p: grids.find_grid(str(p)).runs()),
+    "grid's experiment": ({"experiments": [CONFIG | EVIL]}, lambda p: grids.find_grid(str(p)).runs()),
+    "axis": ({"experiments": [CONFIG], "axes": {"lr": [0.1]} | EVIL}, lambda p: grids.find_grid(str(p)).runs()),
     "weights": ({}, lambda p: checkpoints.load_weights(stored(p.parent / "w"))),
 }
 
@@ -239,7 +239,7 @@ def test_names_that_would_leave_the_folder(name, folder, monkeypatch):
         with pytest.raises(ConfigError):
             ex.from_config({**ex.to_config(TINY), field: name})
     with pytest.raises(ConfigError):
-        sweeps.Grid(name, (TINY,))
+        grids.Grid(name, (TINY,))
     for command in (cli.wrnn_train, cli.wrnn_sweep):
         with pytest.raises((WaveRNNError, OSError)):
             command(name, results=str(folder))
@@ -305,12 +305,12 @@ def test_a_link_in_the_place_of_the_checkpoints(resume, folder):
 
 def test_words_for_a_batch_script(tmp_path):
     "A folder's name is one word of the script, whatever it says; a line break would begin a line of shell."
-    text = sweeps.sbatch_text(["wrnn_sweep", "x; rm -rf ~", "$(touch y)", "`z`"])
+    text = workers.sbatch_text(["wrnn_sweep", "x; rm -rf ~", "$(touch y)", "`z`"])
     (line,) = (line for line in text.splitlines() if line.startswith("srun "))
     assert shlex.split(line)[-3:] == ["x; rm -rf ~", "$(touch y)", "`z`"]
     for word in ("x\nrm -rf ~", "x\0", "x\r"):
         with pytest.raises(ConfigError, match="control characters"):
-            sweeps.sbatch_text(["wrnn_sweep", word])
+            workers.sbatch_text(["wrnn_sweep", word])
 
 
 def test_no_secret_in_the_environment_of_a_record():

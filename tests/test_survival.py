@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import wave_rnns
-from wave_rnns.paper import sweeps
+from wave_rnns.paper import grids, sweeps
 from wave_rnns.paper.checkpoints import CheckpointFile, load_checkpoint, load_weights, save_weights
 from wave_rnns.paper.experiments import Experiment
 from wave_rnns.paper.models import ModelConfig, build_model
@@ -81,7 +81,7 @@ def test_a_sweep_goes_on_when_runs_explode(tmp_path, monkeypatch, tally):
     model = ModelConfig("wrnn", 10, 10, n=8, c=2, every_step=True)
     sizes = {"T": 1, "batch_size": 8, "valid_size": 20, "test_size": 20}
     e = Experiment("tiny", "copy", sizes, model, lr=1e-2, steps=24, eval_every=8, log_every=4)
-    grid = sweeps.Grid("g", (e,), {"lr": [1e-2, 1e18], "clip": [0, 1]}, seeds=(0, 1), together=8)
+    grid = grids.Grid("g", (e,), {"lr": [1e-2, 1e18], "clip": [0, 1]}, seeds=(0, 1), together=8)
     kept, real = {}, CheckpointFile.save
 
     def save(self, tensors, meta):

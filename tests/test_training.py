@@ -2,7 +2,9 @@
 
 import ast
 import math
+import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wave_rnns.core import ConfigError, sha256
 from wave_rnns.paper.models import ModelConfig, build_model
-from wave_rnns.paper.population import Layout, Population, RunSettings, learning_rates
-from wave_rnns.paper.provenance import code_hash, differences, skeleton
+from wave_rnns.paper.population import Population, RunSettings
+from wave_rnns.paper.provenance import code_hash, skeleton
 from wave_rnns.paper.tasks import make_task
-from wave_rnns.paper.training import History, Training, fit
+from wave_rnns.paper.training import Training, fit
 
 
 def copy_task(**options):
@@ -63,7 +65,7 @@ def with_torch_optim(task, config, run, steps):
     return losses, model.state_dict()
 
 
-CLIPPED = RunSettings(4, 5e-3, clip=0.05, drop_factor=3.33, drop_every=7)
+CLIPPED = RunSettings(4, 5e-3, clip=0.05, drop_factor=3.33, drop_every=3)  # steps, or epochs of five steps
 
 
 @pytest.mark.parametrize("name, run", [*((name, CLIPPED) for name in CASES), ("copy wrnn", RunSettings(3, 1e-2))])
@@ -93,17 +95,6 @@ def test_alone_and_in_company(make, options):
         for a, b in zip(alone.curve, inside.curve, strict=True):
             assert a | {"epoch": 0} == pytest.approx(b | {"epoch": 0}, rel=1e-9, abs=1e-12)
     assert together[0].curve != together[1].curve != together[2].curve
-
-
-def test_alone_and_in_company_in_float32():
-    "Single precision: equal to a few units in the last place while rounding has not had time to grow."
-    task = copy_task()
-    runs = [RunSettings(seed, 1e-2, clip=1.0) for seed in range(3)]
-    rhythm = dict(steps=5, eval_every=5, log_every=1, device="cpu", progress=False)
-    together = fit(task, small(task, c=2), runs, **rhythm)
-    for run, inside in zip(runs, together, strict=True):
-        (alone,) = fit(task, small(task, c=2), [run], **rhythm)
-        assert [row["loss"] for row in alone.curve] == pytest.approx([row["loss"] for row in inside.curve], rel=1e-6)
 
 
 WILD = RunSettings(9, 1e12), RunSettings(9, 1e30), RunSettings(9, 1e30, clip=1e-3)
@@ -167,6 +158,9 @@ def test_rows_average_every_step_since_the_last():
             assert row[key] == pytest.approx(sum(p[key] for p in part) / len(part), rel=1e-12)
     assert [row["step"] for row in some if "valid_mse" in row] == [8, 16, 24, 32, 40, 43]
     assert [row["epoch"] for row in some] == [row["step"] / 5 for row in some]
+    task = TinyTask()
+    fit(task, WAVE, RUNS, **{**RHYTHM, "steps": 11})
+    assert task.epochs == [0, 1, 2]  # each is prepared when it begins
 
 
 def test_selection_is_on_validation_and_test_is_looked_at_once():
@@ -185,27 +179,6 @@ def test_selection_is_on_validation_and_test_is_looked_at_once():
     assert measured == pytest.approx(r.test_best["mse"], rel=1e-6)
 
 
-def test_earlier_wins_a_tie_and_nan_never_wins():
-    h = History.new(1)
-    won = [h.choose(0, i, {"accuracy": a}, "accuracy", True) for i, a in enumerate([None, 0.5, 0.5, 0.4, 0.6])]
-    assert won == [False, True, False, False, True] and h.best == [{"step": 4, "accuracy": 0.6}]
-
-
-def test_epochs_are_prepared_when_they_begin():
-    task = TinyTask()
-    fit(task, WAVE, RUNS, **{**RHYTHM, "steps": 11})
-    assert task.epochs == [0, 1, 2]
-
-
-def test_rates_drop_by_epochs_or_by_steps():
-    for task, unit in ((TinyTask(), 5), (copy_task(), 1)):
-        runs = [RunSettings(0, 0.1, drop_factor=4, drop_every=3), RunSettings(1, 0.1)]
-        p = Population(task, small(task), runs, "cpu")
-        steps = torch.tensor([0, 3 * unit - 1, 3 * unit, 6 * unit])
-        rates = torch.stack([learning_rates(s, p.lr, p.drop_factor, p.drop_steps) for s in steps])
-        assert rates[:, 0].tolist() == pytest.approx([0.1, 0.1, 0.025, 0.00625]) and (rates[:, 1] == 0.1).all()
-
-
 def test_stop_when_freezes_and_validates():
     def solved(row):
         return row["loss"] < 0.01
@@ -218,8 +191,6 @@ def test_stop_when_freezes_and_validates():
     assert stopped.valid_final["mse"] == last["valid_mse"]
     without = fit(TinyTask(), WAVE, runs, **{**RHYTHM, "steps": 200})[1]
     assert without.curve == plodding.curve  # the neighbour got no extra rows
-    start = build_model(WAVE, 1).state_dict()
-    assert all(torch.equal(t, start[k]) for k, t in plodding.weights.items())  # lr = 0: nothing moves
 
 
 def test_time_is_up():
@@ -227,26 +198,6 @@ def test_time_is_up():
     results = fit(TinyTask(), WAVE, RUNS[:1] + RUNS[2:], **{**RHYTHM, "steps": 10**9}, max_seconds=0.3)
     assert [r.status for r in results] == ["stopped"] * 2 and time.monotonic() - start < 30
     assert results[0].stopped_step == results[0].curve[-1]["step"] == results[0].steps
-
-
-def test_frozen_parts_do_not_move():
-    task = copy_task()
-    config = small(task, c=2, freeze=("recurrent", "encoder"))
-    (r,) = fit(task, config, [RunSettings(0, 0.1)], steps=5, eval_every=5, log_every=5, device="cpu", progress=False)
-    start = build_model(config, 0).state_dict()
-    moved = {k for k, t in r.weights.items() if not torch.equal(t, start[k])}
-    assert moved == {"readout.weight", "readout.bias"} and r.weights.keys() == start.keys()
-
-
-def test_layout_is_aligned_and_invertible():
-    model = build_model(ModelConfig("wrnn", 3, 2, n=11, c=3), 0)
-    layout = Layout.of(model)
-    assert all(start % 64 == 0 for start in layout.starts.values()) and layout.width % 64 == 0
-    flat = layout.pack([p.detach().expand(2, *p.shape) for p in model.parameters()])
-    assert flat.shape == (2, layout.width)
-    assert all(torch.equal(layout.views(flat)[k][1], p) for k, p in model.named_parameters())
-    assert torch.equal(layout.pack(list(layout.views(flat).values())), flat)
-    assert flat.count_nonzero() <= 2 * sum(p.numel() for p in model.parameters())
 
 
 class Watch(TorchDispatchMode):
@@ -287,22 +238,6 @@ def test_a_step_never_asks_the_host(name, kind):
     assert int(p.step) == 2
 
 
-def test_warm_up_and_back():
-    "What recording a graph does to the state, undone to the bit; then training goes on as if nothing had been."
-    a, b = (Population(copy_task(), small(copy_task()), RUNS, "cpu") for _ in range(2))
-    for p in (a, b):
-        for _ in range(3):
-            p.train_step()
-    before = {k: t.clone() for k, t in a.state().items()}
-    for _ in range(3):
-        a.train_step()
-    a.load_state(before)
-    for p in (a, b):
-        for _ in range(3):
-            p.train_step()
-    assert all(torch.equal(t, b.state()[k]) for k, t in a.state().items())
-
-
 def test_a_graph_that_cannot_be_recorded(monkeypatch):
     "Falls back with one warning; with graph=True it is an error."
     from wave_rnns.core import WaveRNNError
@@ -324,41 +259,26 @@ def test_a_graph_that_cannot_be_recorded(monkeypatch):
     assert all(torch.equal(t, before[k]) for k, t in p.state().items())  # the warm-up left no trace
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        dict(seed=-1), dict(seed=0.5), dict(seed=True), dict(seed=2**63), dict(lr=-1e-2), dict(lr=math.inf), dict(lr=math.nan),
-        dict(lr=1e31), dict(lr="0.1"), dict(clip=-1), dict(clip=math.nan), dict(drop_factor=0), dict(drop_every=-1), dict(drop_every=1.5),
-        dict(lr=None),
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_be_meant(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        RunSettings(**{"seed": 0, "lr": 1e-3, **wrong})
-
-
-def test_settings_are_normal_numbers():
+def test_settings_that_cannot_be_meant():
+    wrong = [("seed", v) for v in (-1, 0.5, True, 2**63)] + [
+        ("lr", v) for v in (-1e-2, math.inf, math.nan, 1e31, "0.1", None)
+    ]
+    wrong += [("clip", -1), ("clip", math.nan), ("drop_factor", 0), ("drop_every", -1), ("drop_every", 1.5)]
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=name):
+            RunSettings(**{"seed": 0, "lr": 1e-3, name: value})
     assert RunSettings(0, 1, clip=2, drop_every=3.0) == RunSettings(0, 1.0, 2.0, 1.0, 3)
     assert type(RunSettings(0, 1).lr) is float and type(RunSettings(0, 1, drop_every=3.0).drop_every) is int
 
 
 def test_models_that_do_not_fit_the_task():
-    for wrong, word in (
-        (dict(input_size=2), "input_size must be 1"),
-        (dict(output_size=3), "output_size"),
-        (dict(every_step=True), "every_step"),
-    ):
-        config = ModelConfig(**{**dict(kind="wrnn", input_size=1, output_size=1, n=5), **wrong})
-        with pytest.raises(ConfigError, match=word):
-            fit(TinyTask(), config, RUNS, **RHYTHM)
+    for wrong in ({"input_size": 2}, {"output_size": 3}, {"every_step": True}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            fit(TinyTask(), replace(WAVE, **wrong), RUNS, **RHYTHM)
     with pytest.raises(ConfigError, match="at least one run"):
         fit(TinyTask(), WAVE, [], **RHYTHM)
     with pytest.raises(ConfigError, match="train on 'cuda'"):
         fit(TinyTask(), WAVE, RUNS, **RHYTHM, graph=True)
-
-
-def form(source: str) -> str:
-    return repr(skeleton(ast.parse(source)))
 
 
 SOURCE = '''
@@ -383,17 +303,10 @@ def g(a, /, b, *, c=1):
 '''
 
 
-def test_the_code_hash_sees_code_and_not_words():
-    assert len(code_hash()) == 16 and code_hash() == code_hash()
-    a = 'X = """kernel"""\n\ndef f(x):\n    "Words."\n    return x  # more'
-    assert form(a) == form('X = """kernel"""\ndef f(x):\n    "Other."\n\n    return x')
-    assert form(a) != form(a.replace("kernel", "colonel"))
-    assert form(a) != form(a.replace("return x", "return -x"))
-
-
 def test_the_code_hash_is_that_of_every_python():
     "The number was taken on 3.11; `ast.unparse` and `ast.dump` say something else on 3.12 and 3.13."
-    assert sha256(form(SOURCE).encode())[:16] == "d83cd3edd432f082"
+    form = repr(skeleton(ast.parse(SOURCE)))
+    assert sha256(form.encode())[:16] == "d83cd3edd432f082"
 
 
 def test_the_code_hash_covers_folders_and_kernels(monkeypatch, tmp_path):
@@ -401,24 +314,16 @@ def test_the_code_hash_covers_folders_and_kernels(monkeypatch, tmp_path):
     (package / "kernels").mkdir(parents=True)
     (package / "paper").mkdir()
     names = ("cell.py", "new_room.py", "kernels/wave.cu", "kernels/common.cuh", "kernels/wave.py", "paper/tasks.py")
-    for name in (*names, "paper/reports.py", "paper/sweeps.py"):
+    without = ("paper/reports.py", "paper/grids.py", "paper/sweeps.py", "paper/workers.py", "paper/ranking.py")
+    for name in names + without:
         (package / name).write_text("x = 1\n")
     spec = SimpleNamespace(origin=str(package / "__init__.py"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     seen = {code_hash.__wrapped__()}
-    for name in (*names, "paper/reports.py", "paper/sweeps.py"):
+    for name in names + without:
         (package / name).write_text("x = 2\n")
         seen.add(code_hash.__wrapped__())
     assert len(seen) == 1 + len(names)
-
-
-def test_differences_name_what_changed():
-    then = {"model": {"n": 5, "freeze": []}, "runs": [{"lr": 0.1}, {"lr": 0.2}], "about": {}}
-    now = {"model": {"n": 6, "freeze": ["encoder"]}, "runs": [{"lr": 0.1}], "about": {}}
-    assert differences(then, then) == []
-    said = "; ".join(differences(then, now))
-    assert "model.n: 5 then, 6 now" in said and "runs.1.lr: 0.2 then, absent now" in said and "encoder" in said
-    assert differences({"lr": 1}, {"lr": 1.0}) and differences({"lr": 1}, {"lr": True})
 
 
 def test_the_status_line():
@@ -427,12 +332,7 @@ def test_the_status_line():
         t.make_step()
     t.log()
     t.validate()
-    line = t.status_line()
-    assert line.startswith("loss 0.") and ", valid_mse 0." in line and line.endswith(", 1 diverged")
-    t = Training(Population(copy_task(), small(copy_task()), RUNS[:1], "cpu"), 1, 1, 1)
-    t.make_step()
-    t.log()
-    assert ", accuracy " in t.status_line() and "%" in t.status_line() and "cross_entropy" not in t.status_line()
+    assert re.fullmatch(r"loss 0\.\d+, valid_mse 0\.\d+, 1 diverged", t.status_line())
 
 
 def test_a_huge_gradient_that_is_finite_is_clipped_and_not_called_diverged():

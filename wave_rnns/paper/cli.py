@@ -19,18 +19,11 @@ from fastcore.script import Param, bool_arg, call_parse, is_cli
 from ..core import WaveRNNError, atomic_write
 from .config import answer, usage_error
 from .experiments import EXPERIMENTS, Run, record_of, select, todo
+from .grids import GRIDS, Grid, find_grid
+from .ranking import ranking_text, winners
 from .records import existing_results, results_root, shipped_results
-from wave_rnns.paper.sweeps import (
-    GRIDS,
-    Grid,
-    failures,
-    find_grid,
-    ranking_text,
-    sbatch_text,
-    sweep,
-    train,
-    winners,
-)
+from .sweeps import failures, train
+from .workers import sbatch_text, sweep
 
 # %% ../../nbs/19_cli.ipynb #6da59041
 def parse_seeds(text: str) -> tuple[int, ...]:
