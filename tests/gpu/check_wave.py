@@ -33,7 +33,7 @@ FAITHFUL, FLIPPED, FAST, ROUNDING = 5e-5, 1e-3, 2e-2, 2.0**-24
 MANY = {"faithful": 1e-5, "fast": 1e-3}  # so many of all rectifiers may flip (one always may)
 
 
-def problem(n, c, R, B, T, kind, F, activation, seed, u_init="shift"):
+def problem(n, c, R, B, T, kind, F, seed, u_init="shift"):
     "Weights near the shift (wave speeds between 1/2 and 1), or random; everything on the GPU in float32."
     g = torch.Generator().manual_seed(seed)
     randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
@@ -88,24 +88,35 @@ def run_loop(p, x, dtype, activation, last, w, kind, masks=None):
     return torch.stack(outs), torch.stack(states), {k: torch.stack([g[k] for g in grads]) for k in grads[0]}
 
 
+def run_value(q, x, activation, last, precision, kind):
+    "The operator under vmap, as the population trainer calls it, on the leaves `q` (what x or a table has of them included)."
+    lead = q.get("x", q.get("table"))
+    index = rows(lead[0].detach(), x.index.cuda())[1:] if kind == "rows" else None
+
+    def one_run(u, V, b, h, t):
+        return wave_scan(Rows(t, *index) if index else t, u, V, b, h, activation, last, precision)
+
+    return torch.func.vmap(one_run)(q["u"], q["V"], q["b"], q["h_0"], x.cuda() if lead is None else lead)
+
+
+def leaves(p, x, kind):
+    "Weights, and x or a table where it has a gradient, each asking for one."
+    more = {"x": {"x": x}, "tokens": {}, "rows": {"table": x.table if kind == "rows" else None}}[kind]
+    return {k: v.cuda().clone().requires_grad_() for k, v in (p | more).items()}
+
+
 def run_kernel(p, x, activation, last, precision, w, kind):
-    "The operator under vmap, as the population trainer calls it: -> output, gradients."
-    q = {k: v.clone().requires_grad_() for k, v in p.items()}
-    args = [q["u"], q["V"], q["b"], q["h_0"]]
-    if kind == "x":
-        q["x"] = x.cuda().requires_grad_()
-        f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
-        y = torch.func.vmap(f)(*args, q["x"])
-    elif kind == "tokens":
-        f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
-        y = torch.func.vmap(f)(*args, x.cuda())
-    else:
-        q["table"] = x.table.cuda().requires_grad_()
-        full = rows(q["table"][0].detach(), x.index.cuda())
-        f = lambda u, V, b, h, t: wave_scan(Rows(t, *full[1:]), u, V, b, h, activation, last, precision)  # noqa: E731
-        y = torch.func.vmap(f)(*args, q["table"])
+    "-> output, gradients"
+    q = leaves(p, x, kind)
+    y = run_value(q, x, activation, last, precision, kind)
     g = torch.autograd.grad((y * w).sum(), list(q.values()))
     return y.detach(), dict(zip(q, g, strict=True))
+
+
+def run_states(p, x, activation, last, precision, kind):
+    "All states, or the last one, by the kernel that keeps nothing."
+    with torch.no_grad():
+        return run_value(leaves(p, x, kind), x, activation, last, precision, kind)
 
 
 def relative(a, b):
@@ -114,10 +125,8 @@ def relative(a, b):
 
 def one(case, precisions=("faithful", "fast")):
     "-> records, one for each precision"
-    p, x = problem(
-        **{k: case[k] for k in ("n", "c", "R", "B", "T", "kind", "F", "activation", "seed")}, u_init=case["u_init"]
-    )
     R, B, T, c, n, kind, act, last = (case[k] for k in ("R", "B", "T", "c", "n", "kind", "activation", "last"))
+    p, x = problem(n, c, R, B, T, kind, case["F"], case["seed"], case["u_init"])
     if not case["h_0"]:
         p["h_0"] = torch.zeros_like(p["h_0"])
     gen = torch.Generator().manual_seed(case["seed"] + 1)
@@ -129,14 +138,9 @@ def one(case, precisions=("faithful", "fast")):
     for precision in precisions:
         y, g = run_kernel(p, x, act, last, precision, w, kind)
         y2, g2 = run_kernel(p, x, act, last, precision, w, kind)
-        states = y if not last else run_kernel_states(p, x, act, precision, kind)
-        flips = int(((states > 0) != masks).sum()) if act == "relu" else 0
-        rec = dict(
-            case,
-            precision=precision,
-            flips=flips,
-            flips_float32=int(((f32_states > 0) != masks).sum()) if act == "relu" else 0,
-        )
+        states = y if not last else run_states(p, x, act, False, precision, kind)
+        flips, flips_float32 = (int(((h > 0) != masks).sum()) if act == "relu" else 0 for h in (states, f32_states))
+        rec = dict(case, precision=precision, flips=flips, flips_float32=flips_float32)
         rec["error"] = {"y": relative(y, ref), **{k: relative(v, ref_g[k]) for k, v in g.items()}}
         rec["float32"] = {"y": relative(f32, ref), **{k: relative(v, ref_g[k]) for k, v in f32_g.items()}}
         rec["same_bits"] = bool(torch.equal(y, y2) and all(torch.equal(g[k], g2[k]) for k in g))
@@ -156,24 +160,8 @@ def one(case, precisions=("faithful", "fast")):
     return records
 
 
-def run_kernel_states(p, x, act, precision, kind):
-    with torch.no_grad():
-        return run_kernel_value(p, x, act, False, precision, kind)
-
-
-def run_kernel_value(p, x, activation, last, precision, kind):
-    args = [p["u"], p["V"], p["b"], p["h_0"]]
-    if kind == "rows":
-        f = lambda u, V, b, h, t: wave_scan(Rows(t, x.index.cuda()), u, V, b, h, activation, last, precision)  # noqa: E731
-        return torch.func.vmap(f)(*args, x.table.cuda())
-    f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
-    return torch.func.vmap(f)(*args, x.cuda())
-
-
 def cases(quick):
-    base = dict(
-        n=100, c=6, R=2, B=3, T=15, kind="x", F=1, activation="relu", last=True, h_0=True, u_init="shift", seed=0
-    )
+    base = dict(n=100, c=6, R=2, B=3, T=15, kind="x", F=1, activation="relu", last=True, h_0=True, u_init="shift")
 
     def case(**k):
         return base | k | {"seed": zlib.crc32(str(sorted(k.items())).encode()) % 1000}
@@ -235,10 +223,8 @@ def build(macros):
 
 def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
     "Long sequences: y and du against float64, beside the float32 loop, for ways to shorten first terms (state, weight)."
-    out, sizes = (
-        [],
-        ((256, 16, 784, 1, 0), (256, 16, 784, 1, 1), (100, 27, 1000, 2, 0), (100, 6, 500, 1, 0), (48, 8, 300, 1, 0)),
-    )
+    sizes = (256, 16, 784, 1, 0), (256, 16, 784, 1, 1), (100, 27, 1000, 2, 0), (100, 6, 500, 1, 0), (48, 8, 300, 1, 0)
+    out = []
 
     def plan(n, c, F, state_bits, weight_bits):
         device, more = torch.device("cuda", 0), dict(state_bits=state_bits, weight_bits=weight_bits)
@@ -247,7 +233,7 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
     plans = [plan(n, c, F, *two) for n, c, _, F, _ in sizes for two in bits]
     build({tuple(p.macros(f).items()) for p in plans for f in (True, False)})
     for n, c, T, F, seed in sizes:
-        p, x = problem(n, c, 1, B, T, "x", F, "relu", seed)
+        p, x = problem(n, c, 1, B, T, "x", F, seed)
         w = torch.randn(1, B, c, n, generator=torch.Generator().manual_seed(seed)).cuda() / (B * c * n) ** 0.5
         ref, ref_states, ref_g = run_loop(p, x, torch.float64, "relu", True, w, "x")
         f32, _, f32_g = run_loop(p, x, torch.float32, "relu", True, w, "x")
@@ -259,21 +245,18 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
             du = K.run_backward(k, w, p["u"], xc, kept, T, B)["u"]
             flips = int(((K.kept_states(k, kept)[:, :, 1:].permute(0, 2, 1, 3, 4) > 0) != (ref_states > 0)).sum())
             row[f"{state_bits},{weight_bits}"] = {"y": relative(y, ref), "u": relative(du, ref_g["u"]), "flips": flips}
-        print(
-            {a: b if not isinstance(b, dict) else {i: f"{j:.1e}" for i, j in b.items()} for a, b in row.items()},
-            flush=True,
-        )
+        print(rounded(row), flush=True)
         out.append(row)
     return out
 
 
 def diverging():
     "R = 3, one run explodes: the other two must not notice."
-    p, x = problem(100, 6, 3, 4, 60, "x", 1, "relu", 5)
-    alone = run_kernel_value(p, x, "relu", True, "faithful", "x")
+    p, x = problem(100, 6, 3, 4, 60, "x", 1, 5)
+    alone = run_states(p, x, "relu", True, "faithful", "x")
     q = {k: v.clone() for k, v in p.items()}
     q["u"][1] = 1e6
-    with_bad = run_kernel_value(q, x, "relu", True, "faithful", "x")
+    with_bad = run_states(q, x, "relu", True, "faithful", "x")
     return {
         "others_same_bits": bool(torch.equal(alone[[0, 2]], with_bad[[0, 2]])),
         "bad_is_not_finite": not bool(torch.isfinite(with_bad[1]).all()),
@@ -282,15 +265,13 @@ def diverging():
 
 def graph():
     "Forward and backward in a CUDA graph give the same bits as outside."
-    p, x = problem(100, 6, 2, 4, 20, "x", 1, "relu", 6)
+    p, x = problem(100, 6, 2, 4, 20, "x", 1, 6)
     w = torch.randn(2, 4, 6, 100, device="cuda")
     y, g = run_kernel(p, x, "relu", True, "faithful", w, "x")
-    q = {k: v.clone().requires_grad_() for k, v in p.items()}
-    xg = x.cuda()
-    f = torch.func.vmap(lambda u, V, b, h, x: wave_scan(x, u, V, b, h, "relu", True, "faithful"))
+    q = leaves(p, x, "x")
 
     def step():
-        out = f(q["u"], q["V"], q["b"], q["h_0"], xg)
+        out = run_value(q, x, "relu", True, "faithful", "x")
         return out, torch.autograd.grad((out * w).sum(), list(q.values()))
 
     s = torch.cuda.Stream()
@@ -308,7 +289,7 @@ def graph():
 
 def opcheck():
     "torch.library.opcheck on the two forward operators; gradients of dx checked above."
-    p, x = problem(12, 2, 2, 3, 5, "x", 1, "relu", 7)
+    p, x = problem(12, 2, 2, 3, 5, "x", 1, 7)
     q = {k: v.requires_grad_() for k, v in p.items()}
     out = {}
     try:
