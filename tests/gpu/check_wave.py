@@ -101,7 +101,7 @@ def run_value(q, x, activation, last, precision, kind):
 
 def leaves(p, x, kind):
     "Weights, and x or a table where it has a gradient, each asking for one."
-    more = {"x": {"x": x}, "tokens": {}, "rows": {"table": x.table if kind == "rows" else None}}[kind]
+    more = {"x": x} if kind == "x" else {"table": x.table} if kind == "rows" else {}
     return {k: v.cuda().clone().requires_grad_() for k, v in (p | more).items()}
 
 
@@ -257,10 +257,12 @@ def diverging():
     q = {k: v.clone() for k, v in p.items()}
     q["u"][1] = 1e6
     with_bad = run_states(q, x, "relu", True, "faithful", "x")
-    return {
-        "others_same_bits": bool(torch.equal(alone[[0, 2]], with_bad[[0, 2]])),
+    found = {
+        "others_same_bits": torch.equal(alone[[0, 2]], with_bad[[0, 2]]),
         "bad_is_not_finite": not bool(torch.isfinite(with_bad[1]).all()),
     }
+    assert all(found.values()), found
+    return found
 
 
 def graph():
@@ -284,51 +286,38 @@ def graph():
         out, grads = step()
     cg.replay()
     torch.cuda.synchronize()
-    return {"same_bits": bool(torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads, strict=True)))}
+    assert torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads, strict=True))
+    return {"same_bits": True}
 
 
 def opcheck():
     "torch.library.opcheck on the two forward operators; gradients of dx checked above."
     p, x = problem(12, 2, 2, 3, 5, "x", 1, 7)
-    q = {k: v.requires_grad_() for k, v in p.items()}
-    out = {}
-    try:
-        torch.library.opcheck(
-            torch.ops.wave_rnns.wave_forward.default,
-            (x.cuda().requires_grad_(), q["u"], q["V"], q["b"], q["h_0"], "relu", True, True, "faithful"),
-        )
-        out["wave"] = "ok"
-    except Exception as e:
-        out["wave"] = repr(e)[:500]
-    try:
-        index = torch.randint(0, 4, (1, 5, 3), device="cuda")
-        table = torch.randn(2, 4, 2, 12, device="cuda", requires_grad=True)
-        torch.library.opcheck(
-            torch.ops.wave_rnns.rows_forward.default,
-            (index, None, None, table, q["u"], q["h_0"], "relu", False, True, "faithful"),
-        )
-        out["rows"] = "ok"
-    except Exception as e:
-        out["rows"] = repr(e)[:500]
-    return out
+    q = leaves(p, x, "x")
+    index = torch.randint(0, 4, (1, 5, 3), device="cuda")
+    table = torch.randn(2, 4, 2, 12, device="cuda", requires_grad=True)
+    calls = {
+        "wave": (q["x"], q["u"], q["V"], q["b"], q["h_0"], "relu", True, True, "faithful"),
+        "rows": (index, None, None, table, q["u"], q["h_0"], "relu", False, True, "faithful"),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.wave_rnns, f"{name}_forward").default, arguments)
+    return dict.fromkeys(calls, "ok")
 
 
 def fallbacks():
     "What cannot run says so once and gives the reference's result."
     out = {}
     for name, n, c, k in (("c=40", 16, 40, 3), ("kernel size 5", 16, 4, 5), ("float64", 16, 4, 3)):
-        dtype = torch.float64 if name == "float64" else torch.float32
-        u, V, b = (
-            torch.randn(c, c, k).to("cuda", dtype) * 0.05,
-            torch.randn(c, n, 1).to("cuda", dtype),
-            torch.zeros(c, n, device="cuda", dtype=dtype),
-        )
-        x = torch.rand(6, 2, 1, device="cuda", dtype=dtype)
+        like = {"device": "cuda", "dtype": torch.float64 if name == "float64" else torch.float32}
+        u, V, b = torch.randn(c, c, k, **like) * 0.05, torch.randn(c, n, 1, **like), torch.zeros(c, n, **like)
+        x = torch.rand(6, 2, 1, **like)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             y = wave_scan(x, u, V, b)
             wave_scan(x, u, V, b)
         out[name] = {"error": relative(y, wave_loop(x, u, V, b).double()), "warnings": [str(m.message) for m in seen]}
+        assert out[name]["error"] < 1e-6 and len(seen) <= 1, out[name]
     return out
 
 
@@ -357,37 +346,18 @@ def sanitizer():
         return {"skipped": "compute-sanitizer not found"}
     script = SANITIZED.format(root=str(Path(__file__).resolve().parents[2]))
     subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)  # fills the kernel cache
+    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck"):
         start = time.time()
         # only our kernels: the tensor library's own are not under test and take minutes
-        cmd = [
-            tool,
-            "--tool",
-            check,
-            "--kernel-regex",
-            "kns=wave_",
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-c",
-            script,
-        ]
+        options = ["--tool", check, "--kernel-regex", "kns=wave_", "--error-exitcode", "9"]
+        command = [tool, *options, sys.executable, "-c", script]
         try:
-            r = subprocess.run(
-                cmd,
-                capture_output=True,
-                text=True,
-                timeout=240,
-                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            text = (r.stdout + r.stderr)[-1500:]
-            out[check] = {
-                "ok": r.returncode == 0 and "ran" in r.stdout,
-                "seconds": round(time.time() - start, 1),
-                "output": text,
-            }
+            r = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environ)
+            ok, output = r.returncode == 0 and "ran" in r.stdout, (r.stdout + r.stderr)[-1500:]
         except subprocess.TimeoutExpired:
-            out[check] = {"ok": False, "output": "timed out"}
+            ok, output = False, "timed out"
+        out[check] = {"ok": ok, "seconds": round(time.time() - start, 1), "output": output}
     return out
 
 
@@ -398,6 +368,21 @@ def rounded(x):
     if isinstance(x, (list, tuple)):
         return [rounded(v) for v in x]
     return float(f"{x:.3g}") if isinstance(x, float) else x
+
+
+def worst_errors(rows):
+    "The largest error of each quantity, by precision and by whether a mask flipped."
+    table = {}
+    for precision, flipped in itertools.product(("faithful", "fast"), (False, True)):
+        some = [r for r in rows if r["precision"] == precision and bool(r["flips"]) == flipped]
+        ratios = [r["error"]["y"] / max(r["float32"]["y"], ROUNDING) for r in some]
+        entry = {"cases": len(some), "y_over_float32": max(ratios, default=0)}
+        for r in some:
+            for k, v in (r["error"] | {f"{k}, same masks": v for k, v in r.get("same_masks", {}).items()}).items():
+                entry[k] = max(entry.get(k, 0), v)
+        table[f"worst_{precision}{'_flipped' if flipped else ''}"] = entry
+        print(precision, "flipped" if flipped else "clean", rounded(entry), flush=True)
+    return table
 
 
 def main():
@@ -418,69 +403,21 @@ def main():
             found = one(k)
         except Exception as e:
             found = [dict(k, ok=False, precision="?", failed=repr(e)[:600])]
+        record["cases"] += found
         for rec in found:
-            record["cases"].append(rec)
             if not rec["ok"]:
-                short = {
-                    x: rec.get(x)
-                    for x in (
-                        "n",
-                        "c",
-                        "T",
-                        "B",
-                        "kind",
-                        "F",
-                        "activation",
-                        "last",
-                        "precision",
-                        "flips",
-                        "flips_float32",
-                        "over",
-                        "same_bits",
-                        "failed",
-                    )
-                }
-                print(
-                    "BAD",
-                    short,
-                    {x: f"{v:.1e} ({rec['float32'][x]:.1e})" for x, v in rec.get("error", {}).items()},
-                    {x: f"{v:.1e}" for x, v in rec.get("same_masks", {}).items()},
-                    flush=True,
-                )
+                print("BAD", rounded(rec), flush=True)
     record["seconds"] = round(time.time() - start, 1)
-    good = [r for r in record["cases"] if "error" in r]
-    for precision in ("faithful", "fast"):
-        mine = [r for r in good if r["precision"] == precision]
-        for flipped in (False, True):
-            some = [r for r in mine if bool(r["flips"]) == flipped]
-            worst = {}
-            for r in some:
-                for k, v in [
-                    *r["error"].items(),
-                    *((f"{k}, same masks", v) for k, v in r.get("same_masks", {}).items()),
-                ]:
-                    worst[k] = max(worst.get(k, 0), v)
-            ratio = max((r["error"]["y"] / max(r["float32"]["y"], ROUNDING) for r in some), default=0)
-            record[f"worst_{precision}{'_flipped' if flipped else ''}"] = {
-                "cases": len(some),
-                "y_over_float32": ratio,
-                **worst,
-            }
-            print(
-                f"{precision:9s} flips={flipped!s:5s} {len(some):3d} cases, y/fp32 {ratio:.1f}:",
-                {k: f"{v:.1e}" for k, v in worst.items()},
-                flush=True,
-            )
-    for f in (long_runs, diverging, graph, opcheck, fallbacks) + (() if a.no_sanitizer else (sanitizer,)):
+    record |= worst_errors([r for r in record["cases"] if "error" in r])
+    more = (long_runs, diverging, graph, opcheck, fallbacks)
+    for f in more + (() if a.no_sanitizer else (sanitizer,)):
         try:
             record[f.__name__] = f()
         except Exception as e:
             record[f.__name__] = {"failed": repr(e)[:600]}
         print(f.__name__, json.dumps(record[f.__name__])[:1500], flush=True)
     bad = sum(not r["ok"] for r in record["cases"])
-    record["ok"] = not bad and all(
-        "failed" not in record[f.__name__] for f in (long_runs, diverging, graph, opcheck, fallbacks)
-    )
+    record["ok"] = not bad and all("failed" not in record[f.__name__] for f in more)
     (a.out / "check_wave.json").write_text(json.dumps(rounded(record), indent=1, sort_keys=True) + "\n")
     print(f"{len(record['cases'])} cases, {bad} out of bounds, {record['seconds']} s", flush=True)
     return int(not record["ok"])
