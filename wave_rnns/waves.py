@@ -471,7 +471,7 @@ def lag_speed(
 ) -> float:  # neurons per step; infinite where neighbours do not lag at all
     "Speed from the regression of neighbours' lags on their distance."
     T, n = h.shape
-    distances = [d for d in DISTANCES if d <= max(min(3, (n - 1) // 2), n // 4)]
+    distances = [d for d in DISTANCES if d <= max(3, n // 4)]
     curves, M = neighbour_correlations(h, distances, fine), T // 2
     near = [i for i, d in enumerate(distances) if d <= 6]
     per_neuron = 2 * distances[near[-1]]  # grid of slownesses
@@ -580,12 +580,11 @@ def _measure(
     found = scan.first_look(by_neuron)
     line = line_speed(h, found)
     look = lying.first_look(np.fft.rfft(h.T, lying.T, axis=0))
-    if h.shape[1] < lying.T or look.share > 1.25 * found.share:
-        side = line_speed(h.T, look, whole=True).turned()
-        inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
-        alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
-        if side.explained > 1.02 * line.explained and inside and not alias:
-            found, line = look, side
+    side = line_speed(h.T, look, whole=True).turned()
+    inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
+    alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
+    if side.explained > 1.02 * line.explained and inside and not alias:
+        found, line = look, side
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
     # where the pattern is not rigid, what the estimators differ by is an error of the model
