@@ -85,17 +85,12 @@ def test_dense_step_equals_rnn_cell(F, n, activation, bias):
 # -------------------------------------------------------------------------------------------------- initial values
 
 
-@pytest.mark.parametrize("k", [3, 5, 7])
-def test_shift_moves_by_one_whatever_the_kernel(k):
-    cell = WaveCell(1, 20, c=2, kernel_size=k, bias=False)
-    h = torch.rand(3, 2, 20)
-    assert torch.equal(cell(torch.zeros(3, 1), h), h.roll(-1, -1))
-
-
-def test_identity_stays():
-    cell = WaveCell(1, 20, c=2, u_init="identity", bias=False)
-    h = torch.rand(3, 2, 20)
-    assert torch.equal(cell(torch.zeros(3, 1), h), h)
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_shift_moves_by_one_and_identity_stays_whatever_the_kernel(k):
+    h, silence = torch.rand(3, 2, 20), torch.zeros(3, 1)
+    assert torch.equal(WaveCell(1, 20, 2, k, u_init="identity", bias=False)(silence, h), h)
+    if k > 1:
+        assert torch.equal(WaveCell(1, 20, 2, k, bias=False)(silence, h), h.roll(-1, -1))
 
 
 def within(values, bound):
@@ -163,35 +158,24 @@ def test_seed_decides_and_reset_draws_anew(make):
 # ---------------------------------------------------------------------------------------------- freezing
 
 
-@pytest.mark.parametrize("kind", [WaveCell, LocalCell])
+BIASES = {"u_bias", "V_bias", "b"}
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_freeze(kind, bias):
-    recurrent, encoder = {"u", "u_bias"}, {"V", "V_bias"}
+@pytest.mark.parametrize(
+    "kind, recurrent, encoder, both",
+    [
+        (WaveCell, {"u", "u_bias"}, {"V", "V_bias"}, set()),
+        (LocalCell, {"u", "u_bias"}, {"V", "V_bias"}, set()),
+        (DenseCell, {"U"}, {"V"}, {"b"}),  # one bias for two terms
+    ],
+)
+def test_freeze(kind, recurrent, encoder, both, bias):
     for freeze, frozen in [((), set()), (("recurrent",), recurrent), (["encoder"], encoder), ("encoder", encoder),
-                           (("encoder", "recurrent"), recurrent | encoder)]:  # fmt: skip
+                           (("encoder", "recurrent"), recurrent | encoder | both)]:  # fmt: skip
         cell = kind(1, 5, bias=bias, freeze=freeze)
         names = {name for name, p in cell.named_parameters() if not p.requires_grad}
-        assert names == (frozen if bias else frozen - {"u_bias", "V_bias"})
-
-
-def test_freeze_dense():
-    for freeze, frozen in [((), set()), (("recurrent",), {"U"}), (("encoder",), {"V"}),
-                           (("recurrent", "encoder"), {"U", "V", "b"})]:  # fmt: skip
-        cell = DenseCell(1, 5, freeze=freeze)
-        assert {name for name, p in cell.named_parameters() if not p.requires_grad} == frozen
-    DenseCell(1, 5, bias=False, freeze=("recurrent", "encoder"))
-
-
-@pytest.mark.parametrize("kind", [WaveCell, LocalCell])
-def test_both_biases_have_gradients_of_their_own(kind):
-    "In memory too: two backward passes add up to twice one, and scaling one gradient leaves the other alone."
-    cell = kind(1, 5, c=2)
-    for _ in range(2):
-        cell.drive_bias.sum().backward()
-    expected = 2.0 * cell.V_bias.numel() / cell.u_bias.numel()
-    assert cell.V_bias.grad.eq(2).all() and cell.u_bias.grad.eq(expected).all()
-    cell.u_bias.grad.zero_()
-    assert cell.V_bias.grad.eq(2).all()
+        assert names == (frozen if bias else frozen - BIASES)
 
 
 @pytest.mark.parametrize("kind, shape", [(WaveCell, (1, 5)), (LocalCell, (1, 5)), (DenseCell, (5,))])

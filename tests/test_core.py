@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import math
 import io
 import os
@@ -49,13 +48,8 @@ def test_bits_equal_plain_integers():
         for given in (step, torch.tensor(step)):
             found = counter_bits(torch.tensor([seed]), given, (5,), stream)[0].tolist()
             assert found == python_bits(seed, step, stream, 5), (seed, step, stream)
-
-
-@pytest.mark.parametrize("bits", [1, 24, 31, 32, 33, 63])
-def test_every_word_length(bits):
-    words = counter_bits(torch.tensor([3, 4]), 9, (50,), 2, bits=bits)
-    assert words[1].tolist() == python_bits(4, 9, 2, 50, bits)
-    assert words.min() >= 0 and words.max().item() < 2**bits
+    for bits in (1, 24, 31, 32, 33, 63):
+        assert counter_bits(torch.tensor([3, 4]), 9, (50,), 2, bits=bits)[1].tolist() == python_bits(4, 9, 2, 50, bits)
 
 
 FROZEN_UNIFORM = [0.2700548768043518, 0.23710721731185913, 0.8576142191886902]
@@ -103,15 +97,7 @@ def chi_square_z(counts, expected):
 MILLION = 2**20
 
 
-@pytest.mark.parametrize("stream", [0, 1])
-def test_bytes_are_uniform(stream):
-    words = counter_bits(torch.tensor([0]), 0, (MILLION,), stream)
-    for shift in (0, 8, 16, 24):
-        counts = torch.bincount((words[0] >> shift) & 255, minlength=256).double()
-        assert abs(chi_square_z(counts, MILLION / 256)) < 4
-
-
-def draws(axis, lag=1):
+def draws(axis, lag):
     "Two blocks of a million words that differ by `lag` in one argument only."
     seeds = torch.tensor([10])
     base = counter_bits(seeds, 20, (MILLION + lag,), 3)[0]
@@ -122,20 +108,11 @@ def draws(axis, lag=1):
     return base[:MILLION], other[0]
 
 
-AXES = pytest.mark.parametrize("axis", ["position", "seed", "step", "stream"])
-
-
-@AXES
-def test_neighbours_are_uncorrelated(axis):
-    for lag in (1, 2, 128, 4096):
-        a, b = (w.double() / 2**32 - 0.5 for w in draws(axis, lag))
-        assert abs((a * b).mean() * 12 * math.sqrt(MILLION)) < 4
-
-
-@AXES
-def test_neighbours_are_jointly_uniform(axis):
+@pytest.mark.parametrize("axis", ["position", "seed", "step", "stream"])
+@pytest.mark.parametrize("lag", [1, 128])
+def test_neighbours_are_jointly_uniform(axis, lag):
     "Every pair of nibbles is as frequent as every other, not only uncorrelated; so is every pair of bits."
-    words = draws(axis)
+    words = draws(axis, lag)
     for shift in (0, 14, 28):
         a, b = ((w >> shift) & 15 for w in words)
         counts = torch.bincount(a * 16 + b, minlength=256).double()
@@ -331,9 +308,6 @@ def test_sha256_of_a_large_file(tmp_path):
     content = os.urandom(3_000_000)
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == sha256(content)
-    for wrong in ("text", 3, None):
-        with pytest.raises(TypeError, match="bytes or a Path"):
-            sha256(wrong)
 
 
 @dataclass(frozen=True)
@@ -354,11 +328,6 @@ def test_json():
     for wrong in ({1, 2}, object(), Point, b"bytes"):
         with pytest.raises(TypeError):
             to_json(wrong)
-
-
-def test_json_floats_survive():
-    values = [0.1, 1e-300, 1 / 3, 2.0**-24, 1e22]
-    assert json.loads(to_json(values)) == values
 
 
 def test_data_root(monkeypatch):
@@ -385,15 +354,6 @@ def test_commit_is_never_a_strangers(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(core.wave_rnns, "__file__", str(package / "__init__.py"))
     assert core.git_commit.__wrapped__() is None
-
-
-def test_progress(capsys):
-    assert list(progress(range(3))) == [0, 1, 2]
-    assert capsys.readouterr() == ("", "")
-    bar = progress(total=2, disable=False)
-    bar.update(2)
-    bar.close()
-    assert "2/2" in capsys.readouterr().err
 
 
 def test_a_bar_is_drawn_where_a_jupyter_server_opened_the_notebook(monkeypatch):

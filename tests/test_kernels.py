@@ -189,19 +189,8 @@ def test_kept_states_undoes_the_fragment_order(n, c, mt):
     assert torch.equal(K.kept_states(p, kept)[0, 0, 0].long(), want)
 
 
-def test_rows_used_once_have_their_own_place():
-    index = torch.tensor([[[0, 1], [2, 2], [4, 0]]])  # [1, T=3, B=2]; row 3 is never used
-    order, offsets = K.sort_rows(index, 5)
-    assert order.tolist() == [[0, 5, 1, 2, 3, 4]] and offsets.tolist() == [[0, 2, 3, 5, 5, 6]]
-    assert K.place_rows(index, offsets).tolist() == [[[~0, 1], [~2, ~2], [4, ~0]]]
-
-
 def test_row_sums_go_where_they_fit(gpu):
     assert K.rows_plan_for(gpu, 100, 6, 10, 1, 128, "relu", "faithful", True).rows == 10
     many = K.rows_plan_for(gpu, 256, 16, 9000, 1, 256, "relu", "faithful", False)
     assert (many.rows, many.emit, many.pair) == (0, 2, 2)
     assert K.rows_plan_for(gpu, 256, 16, 9000, 1, 255, "relu", "faithful", False).pair == 1
-
-
-def test_no_atomics():
-    assert "atomic" not in K.SOURCE  # sums have one order: the same run twice gives the same bits

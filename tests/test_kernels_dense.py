@@ -13,7 +13,7 @@ import pytest
 import torch
 from compiler import needs_compiler
 
-from wave_rnns.kernels import dense
+from wave_rnns.kernels import dense, wave, wide
 from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
 from wave_rnns.kernels.launch import KernelError, compile_kernel, compile_report, nvrtc_architectures
 from wave_rnns.scan import BACKENDS, backend_for
@@ -110,9 +110,10 @@ def test_a_layout_that_cannot_work_does_not_compile(tmp_path, monkeypatch):
             compile_kernel(SOURCE, plan.macros("relu", False, False), "sm_90", "dense")
 
 
-def test_no_float_atomics_and_no_headers():
+@pytest.mark.parametrize("source", [SOURCE, wave.SOURCE, wide.SOURCE + wide.OUTER], ids=["dense", "wave", "wide"])
+def test_no_float_atomics_and_no_headers(source):
     "Sums have one order (same bits twice), and NVRTC needs no files."
-    assert not re.search(r"atomicAdd|\bred\.|#include", SOURCE)
+    assert not re.search(r"atomic(?!Max)|\bred\.|#include", source)
 
 
 def test_supports_only_what_it_can(monkeypatch):
@@ -173,7 +174,8 @@ def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last, fails_in):
 
 
 def test_the_cpu_is_left_to_torch():
-    assert backend_for("dense", torch.device("cpu"), torch.float32, 1, 100, 0, 0) is BACKENDS["torch"]
+    for m in (100, 529):
+        assert backend_for("dense", torch.device("cpu"), torch.float32, 1, m, 0, 0) is BACKENDS["torch"]
 
 
 PROOF = Path(__file__).parent / "gpu/check_dense.py"

@@ -219,10 +219,6 @@ def test_the_sum_for_dU_compiles():
     assert set(report) == {"dense_outer", "dense_sum"}
 
 
-def test_no_float_atomics_and_no_headers():
-    assert not re.search(r"atomicAdd|\bred\.|#include", SOURCE + OUTER)
-
-
 @pytest.mark.parametrize("capability, widest", [((9, 0), 256), ((8, 6), 128), ((7, 5), 10**6)])
 def test_supports_what_the_fused_scan_cannot(monkeypatch, capability, widest):
     backend = WideBackend()
@@ -260,10 +256,6 @@ def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last):
     assert torch.equal(y, z)
     for name, a, b in zip(("drive", "U", "h_0"), ours, exact, strict=True):
         torch.testing.assert_close(a, b, msg=name)
-
-
-def test_the_cpu_is_left_to_torch():
-    assert backend_for("dense", torch.device("cpu"), torch.float32, 1, 529, 0, 0) is BACKENDS["torch"]
 
 
 @pytest.mark.gpu

@@ -48,6 +48,9 @@ def make_fast(request):
 def test_shapes_are_those_of_rnn(make, num_layers, batch_first, shape):
     kw = dict(num_layers=num_layers, batch_first=batch_first)
     layer, rnn, x = make(**kw), nn.RNN(3, 16, **kw), torch.randn(shape)
+    for name in ("hidden_size", "num_layers", "batch_first", "bidirectional"):
+        assert getattr(layer, name) == getattr(rnn, name)
+    layer.flatten_parameters()  # which foreign code calls
     (y, h), (y_rnn, h_rnn) = layer(x), rnn(x)
     assert (y.shape, h.shape) == (y_rnn.shape, h_rnn.shape)
     h_0 = torch.rand_like(h)
@@ -62,17 +65,6 @@ def test_layers_on_top_of_each_other_are_the_cells_in_turn(make):
         h[0] = layer.cells[0].step(x_t, h[0])
         h[1] = layer.cells[1].step(layer.flat(h[0]), h[1])
     assert_close(layer(x)[1], torch.stack([layer.flat(z) for z in h]))
-
-
-def test_streaming_in_pieces(make):
-    layer, x = make(num_layers=2), torch.randn(23, 4, 3)
-    whole, h_n = layer(x)
-    parts, h = [], None
-    for piece in x.split([1, 2, 7, 13]):
-        y, h = layer(piece, h)
-        parts.append(y)
-    assert_close(torch.cat(parts), whole)
-    assert_close(h, h_n)
 
 
 def alone_and_packed(layer, lengths, h_0, enforce_sorted, in_pieces):
@@ -179,37 +171,6 @@ def test_rings_of_both_directions():
     assert torch.equal(layer.rings(y)[0, :, 1].flatten(1), h_n[3])
 
 
-def test_code_written_for_rnn_swaps_in_one_line():
-    class Model(nn.Module):
-        def __init__(self, rnn):
-            super().__init__()
-            self.rnn, self.out = rnn, nn.Linear(rnn.hidden_size * (2 if rnn.bidirectional else 1), 1)
-
-        def forward(self, x, lengths):
-            self.rnn.flatten_parameters()
-            h_0 = x.new_zeros(self.rnn.num_layers, x.size(0), self.rnn.hidden_size)
-            packed = pack_padded_sequence(x, lengths, batch_first=self.rnn.batch_first, enforce_sorted=False)
-            return self.out(self.rnn(packed, h_0)[1][-1])
-
-    def train(make_rnn):
-        torch.manual_seed(1)
-        rnn = make_rnn(2, 32, batch_first=True, num_layers=2)
-        model, x, lengths = Model(rnn), torch.randn(16, 10, 2), torch.randint(3, 10, (16,))
-        target, losses = x[:, 0, :1], []
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for _ in range(60):
-            loss = (model(x, lengths) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    for make_rnn in (nn.RNN, WaveRNN):
-        losses = train(make_rnn)
-        assert losses[-1] < 0.5 * losses[0]
-
-
 BAD_CALLS = [
     (torch.randn(5, 4, 7), None, "input.size(-1) must be equal to input_size. Expected 3, got 7"),
     (torch.randn(5, 4, 3), torch.randn(1, 2, 16), r"Expected hidden size (1, 4, 16), got [1, 2, 16]"),
@@ -220,6 +181,7 @@ BAD_CALLS = [
     (torch.randn(0, 4, 3), None, "T"),
     ([1.0, 2.0], None, "must be a Tensor"),
     (torch.randn(5, 4, 3, dtype=torch.float64), None, "float64"),
+    (torch.randn(5, 4, 3, device="meta"), None, "on cpu like the weights, got one on meta"),
 ]
 
 
@@ -256,13 +218,6 @@ def test_compile_fullgraph_forward_and_backward(make_fast):
     got[0].square().sum().backward()
     for (name, p), q in zip(layer.named_parameters(), compiled.parameters(), strict=True):
         assert_close(q.grad, p.grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
-
-
-def test_export_keeps_length_and_batch_open(make_fast):
-    layer, sizes = make_fast(), {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
-    exported = torch.export.export(layer, (torch.randn(6, 4, 3),), dynamic_shapes=(sizes,)).module()
-    x = torch.randn(17, 3, 3)
-    assert_close(exported(x), layer(x))
 
 
 def test_func_grad_and_vmap_of_grad(make):
@@ -326,27 +281,6 @@ def test_state_dict_deepcopy_and_pickle(make):
         assert torch.equal(twin(x)[0], layer(x)[0])
 
 
-class Encoded(torch.utils.data.Dataset):
-    "A data set that runs a layer in the worker process."
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        torch.set_num_threads(1)
-        with torch.no_grad():
-            return self.layer(torch.full((5, 3), float(i)))[0]
-
-
-def test_dataloader_workers():
-    data = Encoded(WaveRNN(3, 8, c=2))
-    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="spawn")
-    assert_close(torch.cat(list(loader)), torch.stack([data[i] for i in range(4)]))
-
-
 def test_freeze_trains_the_rest():
     layer = WaveRNN(3, 8, freeze=("recurrent",))
     layer(torch.randn(5, 4, 3))[0].sum().backward()
@@ -360,21 +294,6 @@ def test_dropout_only_between_layers_and_in_training():
     assert not torch.equal(layer(x)[0], layer(x)[0])
     layer.eval()
     assert torch.equal(layer(x)[0], layer(x)[0])
-    with pytest.warns(UserWarning, match="num_layers=1"):  # as nn.RNN warns
-        single = WaveRNN(3, 8, dropout=0.9)
-    assert torch.equal(single(x)[0], single(x)[0])
-
-
-def test_local_layer_with_equal_kernels_is_the_wave_layer():
-    torch.manual_seed(0)
-    wave, local, x = WaveRNN(3, 8, c=2, u_init="random"), LocalRNN(3, 8, c=2), torch.randn(6, 4, 3)
-    cell, tied = local.cells[0], wave.cells[0]
-    with torch.no_grad():
-        cell.u.copy_(tied.u.expand_as(cell.u))
-        cell.u_bias.copy_(tied.u_bias[:, None].expand_as(cell.u_bias))
-        cell.V.copy_(tied.V)
-        cell.V_bias.copy_(tied.V_bias)
-    assert_close(local(x)[0], wave(x)[0])
 
 
 # ------------------------------------------------------------------------------- hooks: what others hang onto a cell
@@ -534,20 +453,18 @@ def test_layers_above_the_first_start_for_dense_inputs():
     assert stacked[1].std() < 10 * stacked[0].std() and sparse[1].std() > 30 * sparse[0].std()
 
 
-@pytest.mark.parametrize(
-    "make_it", [LAYERS["local"], lambda: IdentityRNN(3, 16, recurrent_bias=True)], ids=["local", "identity"]
-)
-def test_gradients_of_two_biases_are_two_gradients(make_it):
-    layer, x = make_it(), torch.randn(6, 4, 3)
+def test_gradients_of_two_biases_are_two_gradients(make):
+    "In memory too: a second backward pass adds to both once, and scaling one leaves the other alone."
+    layer, x = make(**dict(recurrent_bias=True) if make is LAYERS["identity"] else {}), torch.randn(6, 4, 3)
     cell = layer.cells[0]
     first, second = (cell.b, cell.U_bias) if isinstance(layer, IdentityRNN) else (cell.V_bias, cell.u_bias)
     layer(x)[0].sum().backward()
-    once = first.grad.clone()
+    once = first.grad.clone(), second.grad.clone()
     layer(x)[0].sum().backward()
-    assert_close(first.grad, 2 * once)
-    assert_close(second.grad.flatten(), 2 * once)
-    nn.utils.clip_grad_norm_([first, second], 1e-3)
-    assert_close(torch.stack([first.grad.flatten(), second.grad.flatten()]).norm(), torch.tensor(1e-3))
+    assert_close((first.grad, second.grad), (2 * once[0], 2 * once[1]))
+    assert_close(second.grad.sum(), first.grad.sum())
+    second.grad.zero_()
+    assert_close(first.grad, 2 * once[0])
 
 
 def test_recurrent_bias_starts_where_the_authors_start_it():
@@ -564,11 +481,6 @@ def test_recurrent_bias_starts_where_the_authors_start_it():
     assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == {"cells.0.U", "cells.0.U_bias"}
     with pytest.raises(ConfigError, match="recurrent_bias"):
         IdentityRNN(3, 16, recurrent_bias=True, bias=False)
-
-
-def test_a_wrong_device_is_named(make):
-    with pytest.raises(RuntimeError, match="on cpu like the weights, got one on meta"):
-        make()(torch.randn(5, 4, 3, device="meta"))
 
 
 # ------------------------------------------------------------------------------------------- export, counting, packaging
@@ -601,12 +513,13 @@ def test_onnx_export_runs_elsewhere(make_fast, tmp_path):
     assert_close([torch.tensor(t) for t in got], list(layer(x)), rtol=1e-5, atol=1e-5)
 
 
-def test_exported_files_load_after_a_plain_import(tmp_path):
+def test_exports_keep_length_and_batch_open_and_load_after_a_plain_import(tmp_path):
     sizes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
-    code = "import torch, wave_rnns\n"
+    code, x = "import torch, wave_rnns\n", torch.randn(17, 3, 3)
     for name in ("wave", "identity"):
-        path = str(tmp_path / f"{name}.pt2")
-        exported = torch.export.export(LAYERS[name](), (torch.randn(6, 4, 3),), dynamic_shapes=(sizes,))
+        layer, path = LAYERS[name](), str(tmp_path / f"{name}.pt2")
+        exported = torch.export.export(layer, (torch.randn(6, 4, 3),), dynamic_shapes=(sizes,))
+        assert_close(exported.module()(x), layer(x))
         torch.export.save(exported, path)
         code += f"print(tuple(torch.export.load({path!r}).module()(torch.randn(17, 3, 3))[0].shape))\n"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

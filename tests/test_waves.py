@@ -82,16 +82,39 @@ def with_noise(h, decibel, rng):
 
 
 @pytest.mark.parametrize("make", [sinusoid, pulses, staircase, train], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("T, n", [(200, 64), (784, 32), (784, 256), (400, 128), (120, 33)])
+@pytest.mark.parametrize("T, n", [(200, 64), (784, 256), (120, 33)])
 def test_known_speeds(make, T, n):
     "Every speed within 2 % at 6 dB, called a wave, both estimators near it."
     rng = np.random.default_rng(T + n)
-    speeds = SPEEDS if n < 256 else SPEEDS[::2]
-    for speed in speeds:
+    for speed in SPEEDS if n < 256 else SPEEDS[::3]:
         m = wave_speed(with_noise(make(T, n, speed, rng), 6, rng), draws=19)
         assert m.is_wave and not m.why, (speed, m)
         assert abs(m.speed / speed - 1) < (0.03 if make is train and n < 64 else 0.02), (speed, m)
         assert abs(m.lag_speed / speed - 1) < 0.1, (speed, m)
+
+
+@pytest.mark.parametrize("make", [sinusoid, pulses, train], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("n", [6, 8, 12])
+def test_small_rings_closed_and_open(make, n):
+    "No bias, and intervals that hold, also where every sixth pair of neighbours is cut by the seam of an open ring."
+    rng = np.random.default_rng(n)
+    for speed in (-1.0, 0.5, -0.25):
+        ms = [wave_speed(with_noise(make(200, n, speed, rng), 6, rng), draws=19) for _ in range(10)]
+        waves = [m for m in ms if m.is_wave]
+        assert len(waves) >= 7 and abs(np.mean([m.speed for m in waves]) / speed - 1) < 0.01
+        assert sum(m.interval[0] <= speed <= m.interval[1] for m in waves) >= len(waves) - 3
+
+
+@pytest.mark.parametrize("n", [8, 16])
+@pytest.mark.parametrize("length", [0.45, 0.7, 1.5, 2, 4])
+def test_waves_that_do_not_close(n, length):
+    "Of a wave shorter than a small open ring the speed is found; of others, rather that it is not known than a wrong one."
+    t, x, rng = np.arange(200)[:, None], np.arange(n), np.random.default_rng(0)
+    for speed in (0.5, -1.0):
+        m = wave_speed(with_noise(np.sin(2 * np.pi * (x - speed * t) / (length * n)), 10, rng), draws=39)
+        if length < 1:
+            assert m.speed == pytest.approx(speed, rel=0.02), m
+        assert not m.is_wave or abs(m.speed / speed - 1) < 0.02, m
 
 
 @pytest.mark.parametrize(
@@ -114,6 +137,9 @@ def test_no_speed_beyond_the_search():
         blinking = white(100, 1, rng) * white(1, 32, rng) + 0.01 * white(100, 32, rng)
         for h in (blinking, white(100, 32, rng)):
             assert abs(wave_speed(h, draws=19, max_speed=8.0).speed) < 9
+    fast = pulses(300, 64, -6.0, rng, width=3)
+    assert wave_speed(fast, draws=19, max_speed=16).speed == pytest.approx(-6, rel=0.01)
+    assert not wave_speed(fast, draws=19, max_speed=3).is_wave
 
 
 @pytest.mark.parametrize("speed", [-0.07, 0.17, -0.33, 0.7, -1.23, 1.9, 2.6])
@@ -127,12 +153,13 @@ def test_other_speeds_without_bias(speed, decibel):
 
 
 @pytest.mark.parametrize(
-    "make, speed", [(sinusoid, 0.25), (sinusoid, -1.0), (pulses, -1.0), (pulses, 0.5), (pulses, 2.0)]
+    "make, speed, decibel, n",
+    [(sinusoid, 0.25, 15, 24), (sinusoid, -1.0, 3, 24), (pulses, -1.0, 15, 24), (pulses, 0.5, 3, 24)]
+    + [(pulses, 2.0, 15, 24), (pulses, -0.5, 6, 8), (train, -1.0, 6, 8)],
 )
-@pytest.mark.parametrize("decibel", [15, 3])
-def test_intervals_cover_95_percent(make, speed, decibel):
+def test_intervals_cover_95_percent(make, speed, decibel, n):
     rng = np.random.default_rng(99)
-    T, n, repeats = 100, 24, 200
+    T, repeats = 100, 200
     inside = 0
     for _ in range(repeats):
         m = wave_speed(with_noise(make(T, n, speed, rng), decibel, rng), draws=19)
@@ -180,13 +207,9 @@ def test_standing_waves(T, n, cycles, period, decibel):
     h = np.cos(2 * np.pi * cycles * x / n) * np.cos(2 * np.pi * t / period)
     m = wave_speed(with_noise(h, decibel, np.random.default_rng(0)), draws=19)
     assert m.travelling < 0.15 and not m.is_wave
-
-
-def test_standing_pulses():
-    "The same pulses run both ways."
-    h = pulses(300, 64, 1.0, np.random.default_rng(0))
-    m = wave_speed(h + h[:, ::-1], draws=19)
-    assert m.travelling < 0.05 and not m.is_wave and abs(m.speed) == pytest.approx(1, rel=0.01)
+    h = pulses(T, n, 1.0, np.random.default_rng(0))  # the same pulses run both ways
+    m = wave_speed(with_noise(h + h[:, ::-1], decibel, np.random.default_rng(0)), draws=19)
+    assert m.travelling < 0.15 and not m.is_wave
 
 
 @pytest.mark.parametrize("v, w", [(1.0, -0.5), (1.0, 0.5), (-2.0, 0.25), (-1.5, -0.7)])
@@ -209,28 +232,6 @@ def test_a_speed_that_changes():
         assert wave_speed(half, draws=19).speed == pytest.approx(speed, rel=0.01)
     back = np.concatenate([h[:200], h[:200][::-1]])
     assert not wave_speed(back, draws=19).is_wave
-
-
-def test_what_stays_or_swings_together_is_no_wave():
-    rng, t, x = np.random.default_rng(0), np.arange(300)[:, None], np.arange(64)
-    hill = np.exp(-((x - 20.0) ** 2) / 20)
-    together = np.sin(t / 9) * np.ones(64)
-    for h in (hill + 0.05 * white(300, 64, rng), hill * np.sin(t / 9) + 0.05 * white(300, 64, rng)):
-        assert not wave_speed(h, draws=39).is_wave
-    assert not wave_speed(together + 0.05 * white(300, 64, rng), draws=39).is_wave
-    assert wave_speed(together, draws=19).why == "all neurons change alike"
-    m = wave_speed(20 * hill + 3 * together + pulses(300, 64, 0.4, rng), draws=19)
-    assert m.is_wave and m.speed == pytest.approx(0.4, rel=0.01)
-
-
-def test_aliases():
-    "A sinusoid of wavelength L is known up to L / 2; beyond, the slower alias. Pulses have no such limit."
-    rng = np.random.default_rng(0)
-    for speed, seen in ((3.5, 3.5), (4.5, -3.5), (7.0, -1.0), (-5.0, 3.0)):
-        assert wave_speed(sinusoid(200, 64, speed, rng, cycles=8), draws=19).speed == pytest.approx(seen, rel=1e-3)
-    m = wave_speed(pulses(300, 64, -6.0, rng, width=3), draws=19, max_speed=16)
-    assert m.is_wave and m.speed == pytest.approx(-6, rel=0.01)
-    assert not wave_speed(pulses(300, 64, -6.0, rng, width=3), draws=19, max_speed=3).is_wave  # outside the search
 
 
 def test_against_the_radon_transform():

@@ -123,20 +123,25 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
 # ------------------------------------------------------------------------------------------------- beyond single cases
 
 
+def both_ways(backend, drive, U, h_0, gy, activation="relu", last=True):
+    "Output and gradients; `backend`: an object with the two halves, or torch.ops.wave_rnns."
+    y, kept = backend.dense_forward(drive, U, h_0, activation, last, True, "faithful")
+    return y, *backend.dense_backward(gy, drive, U, h_0, y, kept, activation, last, "faithful")
+
+
+def same(*results, part=slice(None)):
+    "Whether all are the first's bits, or those of a part of its runs."
+    return all(torch.equal(a[part], b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 def same_bits_whatever_the_tiles():
     "A run's bits do not depend on how many tiles a block works on, nor on the runs beside it."
-    drive, U, h_0, gy = case_inputs(3, 20, 40, 200, True, 1)
-    out = []
+    tensors, out = case_inputs(3, 20, 40, 200, True, 1), []
     for tiles in (1, 2, 4):
         plan = dataclasses.replace(plan_for(200, 8, 1, "faithful"), tiles=tiles)
         b = DenseBackend(lambda *_, plan=plan: plan)
-        y, kept = b.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
-        out.append((y, *b.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful")))
-    y, kept = b.dense_forward(drive[1:2], U[1:2], h_0[1:2], "relu", True, True, "faithful")
-    alone = (y, *b.dense_backward(gy[1:2], drive[1:2], U[1:2], h_0[1:2], y, kept, "relu", True, "faithful"))
-    return all(torch.equal(a, b) for o in out[1:] for a, b in zip(out[0], o, strict=True)) and all(
-        torch.equal(a[1:2], b) for a, b in zip(out[0], alone, strict=True)
-    )
+        out.append(both_ways(b, *tensors))
+    return same(*out) and same(out[0], both_ways(b, *(t[1:2] for t in tensors)), part=slice(1, 2))
 
 
 def dense_problem(m=100, T=30, B=5, F=2, seed=3):
@@ -173,52 +178,39 @@ def vmap_agrees():
 
 def graph_replays_the_same_bits():
     "Forward and backward captured in a CUDA graph."
-    drive, U, h_0, gy = case_inputs(2, 30, 5, 200, True, 5)
-
-    def work():
-        y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
-        return (y, *torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful"))
-
-    eager = work()
+    tensors = case_inputs(2, 30, 5, 200, True, 5)
+    eager = both_ways(torch.ops.wave_rnns, *tensors)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        work()
+        both_ways(torch.ops.wave_rnns, *tensors)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = work()
+        captured = both_ways(torch.ops.wave_rnns, *tensors)
     for t in captured:
         t.fill_(float("nan"))
     graph.replay()
-    return all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+    return same(eager, captured)
 
 
 def tf32_switch_does_not_matter():
     "PyTorch's global tf32 switch does not reach the fused scan."
-    drive, U, h_0, gy = case_inputs(1, 50, 5, 256, True, 6)
-
-    def work():
-        y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
-        return (y, *torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful"))
-
-    before = work()
-    was = torch.get_float32_matmul_precision()
+    tensors, was = case_inputs(1, 50, 5, 256, True, 6), torch.get_float32_matmul_precision()
+    before = both_ways(torch.ops.wave_rnns, *tensors)
     torch.set_float32_matmul_precision("high")
-    after = work()
+    after = both_ways(torch.ops.wave_rnns, *tensors)
     torch.set_float32_matmul_precision(was)
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return same(before, after)
 
 
 def a_diverged_run_stays_alone():
     "Runs beside one that is not finite keep their bits; the bad one is not finite."
     drive, U, h_0, gy = case_inputs(3, 20, 9, 150, True, 7)
-    y, kept = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
-    good = torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y, kept, "relu", True, "faithful")
+    good = both_ways(torch.ops.wave_rnns, drive, U, h_0, gy)
     drive[1, 3, 2, 5] = float("nan")
-    y2, kept2 = torch.ops.wave_rnns.dense_forward(drive, U, h_0, "relu", True, True, "faithful")
-    bad = torch.ops.wave_rnns.dense_backward(gy, drive, U, h_0, y2, kept2, "relu", True, "faithful")
-    others = all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip((y, *good), (y2, *bad), strict=True))
-    return others and not y2[1].isfinite().all() and not bad[1][1].isfinite().all()
+    bad = both_ways(torch.ops.wave_rnns, drive, U, h_0, gy)
+    others = same(good, [t[[0, 2]] for t in bad], part=[0, 2])
+    return others and not bad[0][1].isfinite().all() and not bad[2][1].isfinite().all()
 
 
 def opcheck_passes():
@@ -242,18 +234,12 @@ def every_layout_agrees():
     for plan in LAYOUTS:
         drive, U, h_0, gy = case_inputs(2, 40, 21, plan.m, False, 9)
         exact, grads = reference(drive, U, h_0, gy, "relu", False, torch.float64)
-        b = DenseBackend(lambda *_, plan=plan: plan)
-        y, kept = b.dense_forward(drive, U, h_0, "relu", False, True, "faithful")
-        ours = b.dense_backward(gy, drive, U, h_0, y, kept, "relu", False, "faithful")
+        ours = both_ways(DenseBackend(lambda *_, plan=plan: plan), drive, U, h_0, gy, last=False)
         names = ("cluster", "rows", "deep", "tiles", "terms", "diagonals", "m")
         key = " ".join(f"{k}={getattr(plan, k)}" for k in names)
-        worst[key] = [error(y, exact)] + [error(a, grads[k]) for k, a in zip(GRADIENTS, ours, strict=True)]
-        bound = 1e-4 if plan.terms == 3 else 5e-2
-        print(
-            f"  {key}: h {worst[key][0]:.1e} drive {worst[key][1]:.1e} U {worst[key][2]:.1e} h_0 {worst[key][3]:.1e}",
-            flush=True,
-        )
-        if not max(worst[key]) < bound:
+        worst[key] = [error(a, b) for a, b in zip(ours, (exact, *grads.values()), strict=True)]
+        print(f"  {key}: h, {', '.join(GRADIENTS)}", *(f"{e:.1e}" for e in worst[key]), flush=True)
+        if not max(worst[key]) < (1e-4 if plan.terms == 3 else 5e-2):
             return False, worst
     return True, worst
 
@@ -262,23 +248,17 @@ def every_wide_tile_agrees():
     "A launch a step: every tile gives the same bits, with other runs or alone, at sizes that fill no tile; and close to the float64 loop."
     worst = {}
     for m, B, T in ((1, 3, 4), (33, 65, 20), (257, 33, 20), (529, 256, 20)):
-        drive, U, h_0, gy = case_inputs(2, T, B, m, False, 11)
-        exact, grads = reference(drive, U, h_0, gy, "tanh", False, torch.float64)
-        out = []
-        for tile in TILES:
-            plan = WidePlan(m, *tile)
-            b = WideBackend(lambda *_, plan=plan: plan)
-            y, kept = b.dense_forward(drive, U, h_0, "tanh", False, True, "faithful")
-            out.append((y, *b.dense_backward(gy, drive, U, h_0, y, kept, "tanh", False, "faithful")))
-        one = [t[1:] for t in (drive, U, h_0, gy)]
-        y, kept = b.dense_forward(*one[:3], "tanh", False, True, "faithful")
-        alone = (y, *b.dense_backward(one[3], *one[:3], y, kept, "tanh", False, "faithful"))
-        same = all(torch.equal(x, z) for o in out[1:] for x, z in zip(out[0], o, strict=True))
-        same &= all(torch.equal(x[1:], z) for x, z in zip(out[0], alone, strict=True))
-        exact_ones = (exact, *(grads[k] for k in GRADIENTS))
-        worst[f"m={m} B={B} T={T}"] = [error(x, z) for x, z in zip(out[0], exact_ones, strict=True)]
-        if not same or not max(worst[f"m={m} B={B} T={T}"]) < 5e-5:
-            return False, worst | {"same bits": same}
+        tensors = case_inputs(2, T, B, m, False, 11)
+        exact, grads = reference(*tensors, "tanh", False, torch.float64)
+        plans = [WidePlan(m, *tile) for tile in TILES]
+        backends = [WideBackend(lambda *_, plan=plan: plan) for plan in plans]
+        out = [both_ways(b, *tensors, "tanh", False) for b in backends]
+        alone = both_ways(backends[-1], *(t[1:] for t in tensors), "tanh", False)
+        bits = same(*out) and same(out[0], alone, part=slice(1, None))
+        key = f"m={m} B={B} T={T}"
+        worst[key] = [error(a, b) for a, b in zip(out[0], (exact, *grads.values()), strict=True)]
+        if not bits or not max(worst[key]) < 5e-5:
+            return False, worst | {"same bits": bits}
     return True, worst
 
 
@@ -387,9 +367,8 @@ def main():
     atomic_write(options.out / "check_dense.json", to_json(record, indent=1))
     for key, entry in record["summary"].items():
         worst = " ".join(f"{k} {v:.1e} ({entry['worst_loop'].get(k, 0):.1e})" for k, v in entry["worst"].items())
-        print(
-            f"{key}: {entry['cases']} cases, {entry['flips']} flips, ok {entry['ok']}, x{entry.get('ratio', 0):.1f} of the fp32 loop; {worst}"
-        )
+        about = f"{key}: {entry['cases']} cases, {entry['flips']} flips, ok {entry['ok']}"
+        print(f"{about}, x{entry.get('ratio', 0):.1f} of the fp32 loop; {worst}")
     print(f"check_dense: {'all within bounds' if record['ok'] else 'OUT OF BOUNDS'}, {record['seconds']:.0f} s")
     return 0 if record["ok"] else 1
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,19 +36,8 @@ CASES = {
 
 
 def curves(name, options, config, runs, steps, device="cuda", graph=None, **more):
-    results = fit(
-        make_task(name, **options),
-        config,
-        runs,
-        steps=steps,
-        eval_every=steps,
-        log_every=5,
-        device=device,
-        graph=graph,
-        progress=False,
-        **more,
-    )
-    return results
+    rhythm = dict(steps=steps, eval_every=steps, log_every=5, progress=False)
+    return fit(make_task(name, **options), config, runs, device=device, graph=graph, **rhythm, **more)
 
 
 class Memory:
@@ -65,14 +55,11 @@ class Memory:
 def resumed(name, options, config, runs, steps, device="cuda", graph=None):
     "Interrupted in the middle of a row of the curve, and gone on in a new population with a new graph."
     checkpoint, countdown = Memory(), iter(range(steps // 2 + 1))
+    run = partial(curves, name, options, config, runs, steps, device, graph, checkpoint=checkpoint)
     try:
-        curves(
-            *(name, options, config, runs, steps, device, graph),
-            checkpoint=checkpoint,
-            interrupt=lambda: next(countdown, None) is None,
-        )
+        run(interrupt=lambda: next(countdown, None) is None)
     except Interrupted:
-        return curves(name, options, config, runs, steps, device, graph, checkpoint=checkpoint)
+        return run()
     raise AssertionError("the run was not interrupted")
 
 
@@ -108,15 +95,9 @@ def check(name, options, config, lr, steps):
         "steps_per_second": with_graph[0].steps_per_second,
         "last_loss": [losses(r)[-1] for r in with_graph],
     }
-    row["ok"] = (
-        row["graph_gives_the_same_bits"]
-        and row["repeats"]
-        and row["resumed_gives_the_same_bits"]
-        and row["population_against_alone"] < 1e-3
-        and row["gpu_against_cpu"] < 1e-3
-        and row["diverged"] == ["done", "diverged", "done"]
-        and row["neighbours_untouched"]
-    )
+    same = ("graph_gives_the_same_bits", "repeats", "resumed_gives_the_same_bits", "neighbours_untouched")
+    close = max(row["population_against_alone"], row["gpu_against_cpu"]) < 1e-3
+    row["ok"] = all(row[k] for k in same) and close and row["diverged"] == ["done", "diverged", "done"]
     return row
 
 

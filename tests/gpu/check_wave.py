@@ -33,7 +33,7 @@ FAITHFUL, FLIPPED, FAST, ROUNDING = 5e-5, 1e-3, 2e-2, 2.0**-24
 MANY = {"faithful": 1e-5, "fast": 1e-3}  # so many of all rectifiers may flip (one always may)
 
 
-def problem(n, c, R, B, T, kind, F, activation, seed, u_init="shift"):
+def problem(n, c, R, B, T, kind, F, seed, u_init="shift"):
     "Weights near the shift (wave speeds between 1/2 and 1), or random; everything on the GPU in float32."
     g = torch.Generator().manual_seed(seed)
     randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
@@ -88,24 +88,35 @@ def run_loop(p, x, dtype, activation, last, w, kind, masks=None):
     return torch.stack(outs), torch.stack(states), {k: torch.stack([g[k] for g in grads]) for k in grads[0]}
 
 
+def run_value(q, x, activation, last, precision, kind):
+    "The operator under vmap, as the population trainer calls it, on the leaves `q` (what x or a table has of them included)."
+    lead = q.get("x", q.get("table"))
+    index = rows(lead[0].detach(), x.index.cuda())[1:] if kind == "rows" else None
+
+    def one_run(u, V, b, h, t):
+        return wave_scan(Rows(t, *index) if index else t, u, V, b, h, activation, last, precision)
+
+    return torch.func.vmap(one_run)(q["u"], q["V"], q["b"], q["h_0"], x.cuda() if lead is None else lead)
+
+
+def leaves(p, x, kind):
+    "Weights, and x or a table where it has a gradient, each asking for one."
+    more = {"x": x} if kind == "x" else {"table": x.table} if kind == "rows" else {}
+    return {k: v.cuda().clone().requires_grad_() for k, v in (p | more).items()}
+
+
 def run_kernel(p, x, activation, last, precision, w, kind):
-    "The operator under vmap, as the population trainer calls it: -> output, gradients."
-    q = {k: v.clone().requires_grad_() for k, v in p.items()}
-    args = [q["u"], q["V"], q["b"], q["h_0"]]
-    if kind == "x":
-        q["x"] = x.cuda().requires_grad_()
-        f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
-        y = torch.func.vmap(f)(*args, q["x"])
-    elif kind == "tokens":
-        f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
-        y = torch.func.vmap(f)(*args, x.cuda())
-    else:
-        q["table"] = x.table.cuda().requires_grad_()
-        full = rows(q["table"][0].detach(), x.index.cuda())
-        f = lambda u, V, b, h, t: wave_scan(Rows(t, *full[1:]), u, V, b, h, activation, last, precision)  # noqa: E731
-        y = torch.func.vmap(f)(*args, q["table"])
+    "-> output, gradients"
+    q = leaves(p, x, kind)
+    y = run_value(q, x, activation, last, precision, kind)
     g = torch.autograd.grad((y * w).sum(), list(q.values()))
     return y.detach(), dict(zip(q, g, strict=True))
+
+
+def run_states(p, x, activation, last, precision, kind):
+    "All states, or the last one, by the kernel that keeps nothing."
+    with torch.no_grad():
+        return run_value(leaves(p, x, kind), x, activation, last, precision, kind)
 
 
 def relative(a, b):
@@ -114,10 +125,8 @@ def relative(a, b):
 
 def one(case, precisions=("faithful", "fast")):
     "-> records, one for each precision"
-    p, x = problem(
-        **{k: case[k] for k in ("n", "c", "R", "B", "T", "kind", "F", "activation", "seed")}, u_init=case["u_init"]
-    )
     R, B, T, c, n, kind, act, last = (case[k] for k in ("R", "B", "T", "c", "n", "kind", "activation", "last"))
+    p, x = problem(n, c, R, B, T, kind, case["F"], case["seed"], case["u_init"])
     if not case["h_0"]:
         p["h_0"] = torch.zeros_like(p["h_0"])
     gen = torch.Generator().manual_seed(case["seed"] + 1)
@@ -129,14 +138,9 @@ def one(case, precisions=("faithful", "fast")):
     for precision in precisions:
         y, g = run_kernel(p, x, act, last, precision, w, kind)
         y2, g2 = run_kernel(p, x, act, last, precision, w, kind)
-        states = y if not last else run_kernel_states(p, x, act, precision, kind)
-        flips = int(((states > 0) != masks).sum()) if act == "relu" else 0
-        rec = dict(
-            case,
-            precision=precision,
-            flips=flips,
-            flips_float32=int(((f32_states > 0) != masks).sum()) if act == "relu" else 0,
-        )
+        states = y if not last else run_states(p, x, act, False, precision, kind)
+        flips, flips_float32 = (int(((h > 0) != masks).sum()) if act == "relu" else 0 for h in (states, f32_states))
+        rec = dict(case, precision=precision, flips=flips, flips_float32=flips_float32)
         rec["error"] = {"y": relative(y, ref), **{k: relative(v, ref_g[k]) for k, v in g.items()}}
         rec["float32"] = {"y": relative(f32, ref), **{k: relative(v, ref_g[k]) for k, v in f32_g.items()}}
         rec["same_bits"] = bool(torch.equal(y, y2) and all(torch.equal(g[k], g2[k]) for k in g))
@@ -156,24 +160,8 @@ def one(case, precisions=("faithful", "fast")):
     return records
 
 
-def run_kernel_states(p, x, act, precision, kind):
-    with torch.no_grad():
-        return run_kernel_value(p, x, act, False, precision, kind)
-
-
-def run_kernel_value(p, x, activation, last, precision, kind):
-    args = [p["u"], p["V"], p["b"], p["h_0"]]
-    if kind == "rows":
-        f = lambda u, V, b, h, t: wave_scan(Rows(t, x.index.cuda()), u, V, b, h, activation, last, precision)  # noqa: E731
-        return torch.func.vmap(f)(*args, x.table.cuda())
-    f = lambda u, V, b, h, x: wave_scan(x, u, V, b, h, activation, last, precision)  # noqa: E731
-    return torch.func.vmap(f)(*args, x.cuda())
-
-
 def cases(quick):
-    base = dict(
-        n=100, c=6, R=2, B=3, T=15, kind="x", F=1, activation="relu", last=True, h_0=True, u_init="shift", seed=0
-    )
+    base = dict(n=100, c=6, R=2, B=3, T=15, kind="x", F=1, activation="relu", last=True, h_0=True, u_init="shift")
 
     def case(**k):
         return base | k | {"seed": zlib.crc32(str(sorted(k.items())).encode()) % 1000}
@@ -235,10 +223,8 @@ def build(macros):
 
 def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
     "Long sequences: y and du against float64, beside the float32 loop, for ways to shorten first terms (state, weight)."
-    out, sizes = (
-        [],
-        ((256, 16, 784, 1, 0), (256, 16, 784, 1, 1), (100, 27, 1000, 2, 0), (100, 6, 500, 1, 0), (48, 8, 300, 1, 0)),
-    )
+    sizes = (256, 16, 784, 1, 0), (256, 16, 784, 1, 1), (100, 27, 1000, 2, 0), (100, 6, 500, 1, 0), (48, 8, 300, 1, 0)
+    out = []
 
     def plan(n, c, F, state_bits, weight_bits):
         device, more = torch.device("cuda", 0), dict(state_bits=state_bits, weight_bits=weight_bits)
@@ -247,7 +233,7 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
     plans = [plan(n, c, F, *two) for n, c, _, F, _ in sizes for two in bits]
     build({tuple(p.macros(f).items()) for p in plans for f in (True, False)})
     for n, c, T, F, seed in sizes:
-        p, x = problem(n, c, 1, B, T, "x", F, "relu", seed)
+        p, x = problem(n, c, 1, B, T, "x", F, seed)
         w = torch.randn(1, B, c, n, generator=torch.Generator().manual_seed(seed)).cuda() / (B * c * n) ** 0.5
         ref, ref_states, ref_g = run_loop(p, x, torch.float64, "relu", True, w, "x")
         f32, _, f32_g = run_loop(p, x, torch.float32, "relu", True, w, "x")
@@ -259,38 +245,35 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
             du = K.run_backward(k, w, p["u"], xc, kept, T, B)["u"]
             flips = int(((K.kept_states(k, kept)[:, :, 1:].permute(0, 2, 1, 3, 4) > 0) != (ref_states > 0)).sum())
             row[f"{state_bits},{weight_bits}"] = {"y": relative(y, ref), "u": relative(du, ref_g["u"]), "flips": flips}
-        print(
-            {a: b if not isinstance(b, dict) else {i: f"{j:.1e}" for i, j in b.items()} for a, b in row.items()},
-            flush=True,
-        )
+        print(rounded(row), flush=True)
         out.append(row)
     return out
 
 
 def diverging():
     "R = 3, one run explodes: the other two must not notice."
-    p, x = problem(100, 6, 3, 4, 60, "x", 1, "relu", 5)
-    alone = run_kernel_value(p, x, "relu", True, "faithful", "x")
+    p, x = problem(100, 6, 3, 4, 60, "x", 1, 5)
+    alone = run_states(p, x, "relu", True, "faithful", "x")
     q = {k: v.clone() for k, v in p.items()}
     q["u"][1] = 1e6
-    with_bad = run_kernel_value(q, x, "relu", True, "faithful", "x")
-    return {
-        "others_same_bits": bool(torch.equal(alone[[0, 2]], with_bad[[0, 2]])),
+    with_bad = run_states(q, x, "relu", True, "faithful", "x")
+    found = {
+        "others_same_bits": torch.equal(alone[[0, 2]], with_bad[[0, 2]]),
         "bad_is_not_finite": not bool(torch.isfinite(with_bad[1]).all()),
     }
+    assert all(found.values()), found
+    return found
 
 
 def graph():
     "Forward and backward in a CUDA graph give the same bits as outside."
-    p, x = problem(100, 6, 2, 4, 20, "x", 1, "relu", 6)
+    p, x = problem(100, 6, 2, 4, 20, "x", 1, 6)
     w = torch.randn(2, 4, 6, 100, device="cuda")
     y, g = run_kernel(p, x, "relu", True, "faithful", w, "x")
-    q = {k: v.clone().requires_grad_() for k, v in p.items()}
-    xg = x.cuda()
-    f = torch.func.vmap(lambda u, V, b, h, x: wave_scan(x, u, V, b, h, "relu", True, "faithful"))
+    q = leaves(p, x, "x")
 
     def step():
-        out = f(q["u"], q["V"], q["b"], q["h_0"], xg)
+        out = run_value(q, x, "relu", True, "faithful", "x")
         return out, torch.autograd.grad((out * w).sum(), list(q.values()))
 
     s = torch.cuda.Stream()
@@ -303,51 +286,38 @@ def graph():
         out, grads = step()
     cg.replay()
     torch.cuda.synchronize()
-    return {"same_bits": bool(torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads, strict=True)))}
+    assert torch.equal(out, y) and all(torch.equal(a, g[k]) for k, a in zip(q, grads, strict=True))
+    return {"same_bits": True}
 
 
 def opcheck():
     "torch.library.opcheck on the two forward operators; gradients of dx checked above."
-    p, x = problem(12, 2, 2, 3, 5, "x", 1, "relu", 7)
-    q = {k: v.requires_grad_() for k, v in p.items()}
-    out = {}
-    try:
-        torch.library.opcheck(
-            torch.ops.wave_rnns.wave_forward.default,
-            (x.cuda().requires_grad_(), q["u"], q["V"], q["b"], q["h_0"], "relu", True, True, "faithful"),
-        )
-        out["wave"] = "ok"
-    except Exception as e:
-        out["wave"] = repr(e)[:500]
-    try:
-        index = torch.randint(0, 4, (1, 5, 3), device="cuda")
-        table = torch.randn(2, 4, 2, 12, device="cuda", requires_grad=True)
-        torch.library.opcheck(
-            torch.ops.wave_rnns.rows_forward.default,
-            (index, None, None, table, q["u"], q["h_0"], "relu", False, True, "faithful"),
-        )
-        out["rows"] = "ok"
-    except Exception as e:
-        out["rows"] = repr(e)[:500]
-    return out
+    p, x = problem(12, 2, 2, 3, 5, "x", 1, 7)
+    q = leaves(p, x, "x")
+    index = torch.randint(0, 4, (1, 5, 3), device="cuda")
+    table = torch.randn(2, 4, 2, 12, device="cuda", requires_grad=True)
+    calls = {
+        "wave": (q["x"], q["u"], q["V"], q["b"], q["h_0"], "relu", True, True, "faithful"),
+        "rows": (index, None, None, table, q["u"], q["h_0"], "relu", False, True, "faithful"),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.wave_rnns, f"{name}_forward").default, arguments)
+    return dict.fromkeys(calls, "ok")
 
 
 def fallbacks():
     "What cannot run says so once and gives the reference's result."
     out = {}
     for name, n, c, k in (("c=40", 16, 40, 3), ("kernel size 5", 16, 4, 5), ("float64", 16, 4, 3)):
-        dtype = torch.float64 if name == "float64" else torch.float32
-        u, V, b = (
-            torch.randn(c, c, k).to("cuda", dtype) * 0.05,
-            torch.randn(c, n, 1).to("cuda", dtype),
-            torch.zeros(c, n, device="cuda", dtype=dtype),
-        )
-        x = torch.rand(6, 2, 1, device="cuda", dtype=dtype)
+        like = {"device": "cuda", "dtype": torch.float64 if name == "float64" else torch.float32}
+        u, V, b = torch.randn(c, c, k, **like) * 0.05, torch.randn(c, n, 1, **like), torch.zeros(c, n, **like)
+        x = torch.rand(6, 2, 1, **like)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             y = wave_scan(x, u, V, b)
             wave_scan(x, u, V, b)
         out[name] = {"error": relative(y, wave_loop(x, u, V, b).double()), "warnings": [str(m.message) for m in seen]}
+        assert out[name]["error"] < 1e-6 and len(seen) <= 1, out[name]
     return out
 
 
@@ -376,39 +346,20 @@ def sanitizer():
         return {"skipped": "compute-sanitizer not found"}
     script = SANITIZED.format(root=str(Path(__file__).resolve().parents[2]))
     subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)  # fills the kernel cache
+    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck"):
         start = time.time()
         # only our kernels: the tensor library's own are not under test and take minutes
-        cmd = [
-            tool,
-            "--tool",
-            check,
-            "--kernel-regex",
-            "kns=wave_",
-            "--error-exitcode",
-            "9",
-            # cuda.bindings asks the driver for every function it may have; what an older driver lacks is no error of ours
-            *(["--report-api-errors", "no"] if check == "memcheck" else []),
-            sys.executable,
-            "-c",
-            script,
-        ]
+        options = ["--tool", check, "--kernel-regex", "kns=wave_", "--error-exitcode", "9"]
+        if check == "memcheck":  # cuda.bindings asks for every function of the driver; what an older one lacks is no error
+            options += ["--report-api-errors", "no"]
+        command = [tool, *options, sys.executable, "-c", script]
         try:
-            r = subprocess.run(
-                cmd,
-                capture_output=True,
-                text=True,
-                timeout=240,
-                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            text = (r.stdout + r.stderr)[-1500:]
-            out[check] = {
-                "ok": r.returncode == 0 and "ran" in r.stdout,
-                "seconds": round(time.time() - start, 1),
-                "output": text,
-            }
+            r = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environ)
+            ok, output = r.returncode == 0 and "ran" in r.stdout, (r.stdout + r.stderr)[-1500:]
         except subprocess.TimeoutExpired:
-            out[check] = {"ok": False, "output": "timed out"}
+            ok, output = False, "timed out"
+        out[check] = {"ok": ok, "seconds": round(time.time() - start, 1), "output": output}
     return out
 
 
@@ -419,6 +370,21 @@ def rounded(x):
     if isinstance(x, (list, tuple)):
         return [rounded(v) for v in x]
     return float(f"{x:.3g}") if isinstance(x, float) else x
+
+
+def worst_errors(rows):
+    "The largest error of each quantity, by precision and by whether a mask flipped."
+    table = {}
+    for precision, flipped in itertools.product(("faithful", "fast"), (False, True)):
+        some = [r for r in rows if r["precision"] == precision and bool(r["flips"]) == flipped]
+        ratios = [r["error"]["y"] / max(r["float32"]["y"], ROUNDING) for r in some]
+        entry = {"cases": len(some), "y_over_float32": max(ratios, default=0)}
+        for r in some:
+            for k, v in (r["error"] | {f"{k}, same masks": v for k, v in r.get("same_masks", {}).items()}).items():
+                entry[k] = max(entry.get(k, 0), v)
+        table[f"worst_{precision}{'_flipped' if flipped else ''}"] = entry
+        print(precision, "flipped" if flipped else "clean", rounded(entry), flush=True)
+    return table
 
 
 def main():
@@ -439,71 +405,21 @@ def main():
             found = one(k)
         except Exception as e:
             found = [dict(k, ok=False, precision="?", failed=repr(e)[:600])]
+        record["cases"] += found
         for rec in found:
-            record["cases"].append(rec)
             if not rec["ok"]:
-                short = {
-                    x: rec.get(x)
-                    for x in (
-                        "n",
-                        "c",
-                        "T",
-                        "B",
-                        "kind",
-                        "F",
-                        "activation",
-                        "last",
-                        "precision",
-                        "flips",
-                        "flips_float32",
-                        "over",
-                        "same_bits",
-                        "failed",
-                    )
-                }
-                print(
-                    "BAD",
-                    short,
-                    {x: f"{v:.1e} ({rec['float32'][x]:.1e})" for x, v in rec.get("error", {}).items()},
-                    {x: f"{v:.1e}" for x, v in rec.get("same_masks", {}).items()},
-                    flush=True,
-                )
+                print("BAD", rounded(rec), flush=True)
     record["seconds"] = round(time.time() - start, 1)
-    good = [r for r in record["cases"] if "error" in r]
-    for precision in ("faithful", "fast"):
-        mine = [r for r in good if r["precision"] == precision]
-        for flipped in (False, True):
-            some = [r for r in mine if bool(r["flips"]) == flipped]
-            worst = {}
-            for r in some:
-                for k, v in [
-                    *r["error"].items(),
-                    *((f"{k}, same masks", v) for k, v in r.get("same_masks", {}).items()),
-                ]:
-                    worst[k] = max(worst.get(k, 0), v)
-            ratio = max((r["error"]["y"] / max(r["float32"]["y"], ROUNDING) for r in some), default=0)
-            record[f"worst_{precision}{'_flipped' if flipped else ''}"] = {
-                "cases": len(some),
-                "y_over_float32": ratio,
-                **worst,
-            }
-            print(
-                f"{precision:9s} flips={flipped!s:5s} {len(some):3d} cases, y/fp32 {ratio:.1f}:",
-                {k: f"{v:.1e}" for k, v in worst.items()},
-                flush=True,
-            )
-    for f in (long_runs, diverging, graph, opcheck, fallbacks) + (() if a.no_sanitizer else (sanitizer,)):
+    record |= worst_errors([r for r in record["cases"] if "error" in r])
+    more = (long_runs, diverging, graph, opcheck, fallbacks)
+    for f in more + (() if a.no_sanitizer else (sanitizer,)):
         try:
             record[f.__name__] = f()
         except Exception as e:
             record[f.__name__] = {"failed": repr(e)[:600]}
         print(f.__name__, json.dumps(record[f.__name__])[:1500], flush=True)
     bad = sum(not r["ok"] for r in record["cases"])
-    record["ok"] = not bad and all(
-        "failed" not in record.get(f.__name__, {}) for f in (long_runs, diverging, graph, opcheck, fallbacks, sanitizer)
-    )
-    found = record.get("sanitizer", {})
-    record["ok"] &= all(found[tool]["ok"] for tool in ("memcheck", "racecheck") if tool in found)
+    record["ok"] = not bad and all("failed" not in record[f.__name__] for f in more)
     (a.out / "check_wave.json").write_text(json.dumps(rounded(record), indent=1, sort_keys=True) + "\n")
     print(f"{len(record['cases'])} cases, {bad} out of bounds, {record['seconds']} s", flush=True)
     return int(not record["ok"])

@@ -18,7 +18,7 @@ from ..core import sha256
 NOT_PAPER = ("__init__.py", "_modidx.py", "wave_equation.py", "waves.py", "memory.py")
 LOOKS_AFTER = ("__init__", "config", "checkpoints", "records", "cli", "experiments", "grids")
 LOOKS_AFTER += ("sweeps", "workers", "ranking")
-SHOWS = ("reports", "weights", "demo", "play", "bench")
+SHOWS = ("outcomes", "tables", "reports", "weights", "demo", "play", "bench")
 NO_RESULTS = {*NOT_PAPER, *(f"paper/{name}.py" for name in LOOKS_AFTER + SHOWS)}
 
 
