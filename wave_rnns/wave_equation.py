@@ -92,5 +92,5 @@ def varying_speed_step(
     h: torch.Tensor,  # [..., n]
     courant_x: torch.Tensor,  # [n], a Courant number for each neuron, from 0 to 1
 ) -> torch.Tensor:  # [..., n]
-    "One step of dh/dt = nu(x) dh/dx: each neuron listens at its own pace (equation 15)."
+    "One step of dh/dt = nu(x) dh/dx: each neuron has its own Courant number (equation 15)."
     return (1 - courant_x) * h + courant_x * h.roll(-1, dims=-1)
