@@ -99,7 +99,7 @@ def init_encoder_(
     V_init: str,  # one of V_INITS
     c: int,  # rings
 ) -> Tensor:
-    "Fill V: 'sparse' writes every input into neuron 0 of each ring, the others are noise."
+    "Fill V: 'sparse' writes every input into neuron 0 of each ring, the others are random."
     with torch.no_grad():
         if V_init == "sparse":
             V.zero_().view(c, -1, V.shape[-1])[:, 0] = 1.0

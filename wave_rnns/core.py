@@ -57,7 +57,7 @@ def data_root() -> Path:
 
 
 def default_device() -> "torch.device":  # noqa: F821 - torch takes seconds to import
-    "The GPU where CUDA sees one, else the CPU. CUDA is asked here, never at import."
+    "The GPU where CUDA sees one, else the CPU. Checked at the call, never at import."
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

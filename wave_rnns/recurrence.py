@@ -18,11 +18,11 @@ from .core import ConfigError
 class Rows(NamedTuple):
     """An input given as rows of a table: `x[t, b] = table[index[t, b]]`, see `rows`.
 
-    `order` and `offsets` list, row by row, the places that use it."""
+    `order` and `offsets` list, row by row, the steps and samples that use it."""
 
     table: Tensor  # the distinct inputs [rows, F]
     index: Tensor  # which row each step of each sample sees, int64 [T, B]
-    order: Tensor | None = None  # places t*B + b sorted by row, int64 [T*B]
+    order: Tensor | None = None  # steps and samples t*B + b, sorted by row, int64 [T*B]
     offsets: Tensor | None = None  # row r owns order[offsets[r]:offsets[r+1]], int64 [rows+1]
 
 # %% ../nbs/03_recurrence.ipynb #72dcaf4e

@@ -62,7 +62,7 @@ def _check_shape(
     t: Tensor,
     letters: str,  # its dimensions, e.g. "T B F"
 ):
-    "Raise a `ScanError` unless a tensor has the dimensions that its letters say."
+    "Raise a `ScanError` unless a tensor has the dimensions that `letters` names."
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
     want = letters.split()
@@ -214,7 +214,7 @@ def linear_steps(
     """W x_t + b for all steps: an encoder's or a readout's.
 
     On a GPU in pieces of time: the gradient of W is then a sum of short products, where one
-    product over all T * B samples would be slow. (A compiler must not look at T.)"""
+    product over all T * B samples would be slow. (While compiling, T is not known.)"""
     if x.device.type == "cpu" or torch.compiler.is_compiling():
         return x @ W.T + b
     return _in_pieces(x, W, b)

@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 # %% ../nbs/03_scan_operator.ipynb #82a18d4b
 class Backend(Protocol):
     """What computes a scan. `supports` and `kept_shape` are pure functions of sizes; they are
-    also asked while tracing.
+    also called while tracing.
 
     Every tensor carries the run dimension R in front. All but `gy` arrive contiguous, in one
     dtype, on one device. `kept` is whatever the backward needs beside inputs and output,
@@ -77,7 +77,7 @@ BACKENDS: dict[str, Backend] = {}
 
 def register_backend(
     name: str,  # e.g. 'cuda'
-    backend: Backend,  # asked before those registered earlier
+    backend: Backend,  # takes precedence over those registered earlier
 ) -> None:
     "Add a backend. The newest one that supports a call gets it."
     BACKENDS[name] = backend
@@ -87,7 +87,7 @@ def register_backend(
 @cache
 def backend_for(
     kind: str,  # 'wave', 'rows' or 'dense'
-    device: torch.device,  # where the tensors live
+    device: torch.device,  # of the tensors
     dtype: torch.dtype,  # of the state
     c: int,  # rings (dense: 1)
     n: int,  # neurons per ring (dense: units m)
@@ -107,7 +107,7 @@ register_backend("torch", TorchBackend())
 
 # %% ../nbs/03_scan_operator.ipynb #94c1ad27
 def autocast_on(device: torch.device) -> bool:
-    "Is autocast on for this device? (Asked in a way that all supported compilers can read.)"
+    "Is autocast on for this device? (Written so that all supported compilers can trace it.)"
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -153,8 +153,8 @@ class Kind:
     name: str  # 'wave', 'rows' or 'dense'
     tensors: str  # as in an operator's schema
     weights: int  # which of them are the recurrent weights: these always have every run
-    shared: int  # so many of the first may have one run for all
-    constant: int  # so many of the first have no gradient
+    shared: int  # how many of the first may be shared by all runs
+    constant: int  # how many of the first have no gradient
     sizes: Callable[..., Sizes]  # of the tensors
 
     @property
@@ -430,7 +430,7 @@ def _wants_gradient(tensors) -> bool:
 
 def _operator(kind: Kind):
     "The operator itself, or inside `torch.func` the Function that knows its rules."
-    # compilers read the rules of the operator; Function.apply asks the same question
+    # compilers use the operator's own rules; Function.apply tests the same condition
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return kind.forward
     return partial(ScanFunction.apply, kind)
@@ -439,7 +439,7 @@ def _operator(kind: Kind):
 def one_run(kind: Kind, tensors, activation, last, precision):
     "The operator to call for a scan of one run, and its arguments."
     tensors = [t if t is None else t[None] for t in tensors]
-    # inside vmap a compiler cannot tell who needs a gradient
+    # inside vmap a compiler cannot tell which tensors need a gradient
     tracing = torch.compiler.is_compiling() and torch.is_grad_enabled()
     keep = tracing or _wants_gradient(tensors)
     return _operator(kind), (*tensors, activation, last, keep, precision, LAYOUT)

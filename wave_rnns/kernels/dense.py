@@ -42,7 +42,7 @@ class DensePlan:
     tiles: int = 1  # tiles of 8 samples a block works on in turn
     ahead: int = 4  # steps the inputs are fetched ahead
     outer_terms: int = 0  # terms in the sum for dU; 0: 3 for a few faithful units, else 2
-    outer_stages: int = 3  # rounds of that sum in shared memory or on their way, 34 KB each
+    outer_stages: int = 3  # rounds of that sum in shared memory or being fetched, 34 KB each
     stub: bool = False  # leave out the arithmetic, for timing only
     diagonals: int = (
         0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
@@ -94,7 +94,7 @@ class DensePlan:
         }
 
     def shared(self, streams: int) -> int:
-        "Bytes of shared memory of a block: states, shares, inputs on their way."
+        "Bytes of shared memory of a block: states, partial sums, fetched inputs."
         return self.tiles * (
             64 * self.padded + 16 * self.items * (self.warps[1] + self.ahead * streams)
         )
@@ -172,7 +172,7 @@ def outer_shared(stages: int) -> int:
 
 
 def fit_outer(plan, limit: int):
-    "The plan, with a stage less for dU where three do not fit (8.6, 8.9 and 12)."
+    "The plan, with a stage less for dU where three do not fit (capability 8.6, 8.9, 12)."
     return plan if outer_shared(plan.outer_stages) <= limit else replace(plan, outer_stages=2)
 
 
@@ -217,7 +217,7 @@ class DenseBackend(Backend):
         return major >= 8 and self._plan(n, 1, 1, precision, device) is not None
 
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision):
-        # every state; when all were asked for, y is that already
+        # every state; if all are returned, y has them already
         return ((R, T, B, n) if last else (0,)), None
 
     def _give_up(self, U, precision, error):

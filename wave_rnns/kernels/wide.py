@@ -24,11 +24,9 @@ class WidePlan:
     m: int  # units
     units: int  # units of the tile in a lane; 4 times as many in the block
     samples: int  # samples of the tile in a lane, 4 or 8; 8 times as many in the block
-    pieces: int = (
-        8  # pieces of 4 summands that a warp has in shared memory or on their way to it
-    )
+    pieces: int = 8  # pieces of 4 summands that a warp has in shared memory or is fetching
     outer_terms: int = 2  # bf16 terms in the sum for dU
-    outer_stages: int = 3  # rounds of that sum in shared memory or on their way, 34 KB each
+    outer_stages: int = 3  # rounds of that sum in shared memory or being fetched, 34 KB each
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -142,7 +142,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     meta: dict,  # plain data; floats that are not finite become None
 ) -> Path:  # of the file
-    "Write a checkpoint, keep the one before. After an OSError what was there is still there."
+    "Write a checkpoint, keep the one before. After an OSError the old ones are unchanged."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_overs(path)

@@ -80,7 +80,7 @@ KINDS = {
 def did_you_mean(
     word: str,  # what was written
     known,  # the words that exist
-    otherwise: str,  # what to say where nothing is near
+    otherwise: str,  # what to say if no word is similar
 ) -> str:
     "The end of an error message about an unknown word."
     near = difflib.get_close_matches(str(word), list(known), n=3)

@@ -68,7 +68,7 @@ def differences(
     before: dict,  # facts in a checkpoint
     now: dict,  # facts of the present call
 ) -> list[str]:  # one line for each fact that is not the same
-    "What changed, in words: 'runs.0.lr: 0.01 then, 0.1 now'."
+    "What changed, for example 'runs.0.lr: 0.01 then, 0.1 now'."
     a, b = ({k: repr(v) for k, v in flat_facts(facts).items() if k} for facts in (before, now))
     changed = (k for k in sorted({*a, *b}) if a.get(k) != b.get(k))
     return [f"{k}: {a.get(k, 'absent')} then, {b.get(k, 'absent')} now" for k in changed]

@@ -116,7 +116,7 @@ def counter_integers(
 def counter_permutation(
     seed: torch.Tensor,  # int64 [R], one a run
     epoch: int | torch.Tensor,  # an int or a 0-dim int64 tensor
-    m: int,  # how many things to put in order
+    m: int,  # length of the permutation
     stream: int,  # which use of randomness this is
 ) -> torch.Tensor:  # int64 [R, m], each row holds 0 .. m-1
     "A random order for each run: what sorts m words of 63 bits, too long to tie."

@@ -145,7 +145,9 @@ class TrainingLoop:
         log_every: int,
         stop_when: Callable[[dict], bool] | None = None,  # on the newest row of a run
         max_seconds: float | None = None,
-        halving: Sequence[tuple[int, int]] = (),  # (steps, runs): after so many, so many go on
+        halving: Sequence[
+            tuple[int, int]
+        ] = (),  # (steps, runs): after so many steps, so many runs go on
     ):
         rhythm = {"steps": steps, "eval_every": eval_every, "log_every": log_every}
         for name, value in rhythm.items():
@@ -164,7 +166,7 @@ class TrainingLoop:
         self.advance = None  # makes a step; set at the first one
 
     def due(self, every: int) -> bool:
-        "Every so many steps, after the last, and where runs are pruned."
+        "Is the step a multiple of `every`, the last one, or one at which runs are pruned?"
         step = self.history.step
         return step % every == 0 or step == self.steps or step in self.halving
 
@@ -391,7 +393,7 @@ class Training(TrainingLoop):
         return True
 
     def results(self) -> list[RunResult]:
-        "Of each run, in order; test data is looked at here, or where a run was pruned."
+        "Of each run, in order; test data is used here, or where a run was pruned."
         self.clock()
         last = zip(self.history.runs, results_of(self.population, self.history), strict=True)
         results = {**self.ended, **dict(last)}
@@ -399,7 +401,7 @@ class Training(TrainingLoop):
 
 
 def warn_other_machine(before: dict | None) -> None:
-    "Going on elsewhere is allowed, but the bits will differ: say so."
+    "Warn that a run is resumed on another machine: this is allowed, but its bits differ."
     changed = differences(before or {}, plain(environment()))
     moved = [line for line in changed if line.split(":")[0] in ("torch", "device", "cuda")]
     if moved:
@@ -428,7 +430,9 @@ def fit(
     graph: bool | None = None,  # CUDA graph: None = where possible, True = or an error
     dtype: torch.dtype = torch.float32,  # float64 for proofs
     interrupt: Callable[[], bool] | None = None,  # asked after each step: True saves and stops
-    halving: Sequence[tuple[int, int]] = (),  # (steps, runs): after so many, so many go on
+    halving: Sequence[
+        tuple[int, int]
+    ] = (),  # (steps, runs): after so many steps, so many runs go on
     about: dict | None = None,  # further facts that must be the same when it is resumed
 ) -> list[RunResult]:  # one a run, in order
     """Train a population of R independent runs, choose on validation, test once.
