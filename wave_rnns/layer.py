@@ -328,9 +328,9 @@ class WaveRNN(RecurrentLayers):
     H200 they take rings up to this size; anything larger is computed too, far more slowly:
 
         rings c       up to 8   9-16   17-24   25-32
-        n % 8 == 0       1024    512     384     192
+        n % 8 == 0       1024    448     384     192
         n % 4 == 0        508    508     380     188
-        other n           255    255     255     175
+        other n           255    255     255     159
 
     Raises ConfigError for unknown options and impossible sizes.
     Source: equation (1), Keller et al. 2024, Section 2.2."""
