@@ -45,7 +45,7 @@ ELSEWHERE = {
 
 
 def options_by_name(init: Callable) -> Callable:
-    "Let `__init__` answer a positional option, or one it does not have, with the remedy."
+    "Let `__init__` raise an error with the remedy for a positional or unknown option."
     known = inspect.signature(init).parameters
 
     @functools.wraps(init)
@@ -99,7 +99,7 @@ def check_input(
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h_0.shape)}{remedy}")
 
 # %% ../nbs/05_layer.ipynb #1b7c9a11
-OVERFLOWING = 1e30  # a state behind a sequence's end may be as large as this
+OVERFLOWING = 1e30  # in the padding a state may be as large as this
 
 
 def time_first(
@@ -193,10 +193,10 @@ def backwards(x: Tensor | Rows, lengths: Tensor | None = None) -> Tensor | Rows:
 
 # %% ../nbs/05_layer.ipynb #82234cb7
 class RecurrentLayers(nn.Module):
-    "What all layers share: nn.RNN's shapes, layers on top of each other, both directions."
+    "What all layers share: nn.RNN's shapes, stacked layers, both directions."
 
     scan = loop = None  # how a sequence is computed, and the plain loop that this equals
-    proj_size = 0  # asked for by code that was written for nn.RNN
+    proj_size = 0  # code written for nn.RNN reads it
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class RecurrentLayers(nn.Module):
         input: Tensor | PackedSequence | Rows,  # [T, B, F]; [B, T, F] (batch_first); [T, F]
         h_0: Tensor | None = None,  # [num_layers * directions, B, hidden_size]; None: zeros
         last: bool = False,  # no output, only h_n
-        in_pieces: bool = False,  # see above; found out by itself
+        in_pieces: bool = False,  # see above; set where it is needed
     ) -> tuple[Tensor | PackedSequence | None, Tensor]:  # output [T, B, ...], h_n as h_0
         "Every state of the top layer, and the last state of every layer, as nn.RNN."
         check_input(self, input, h_0)
@@ -241,7 +241,7 @@ class RecurrentLayers(nn.Module):
         h_n = []
         for level in range(self.num_layers):
             top, directions = level == self.num_layers - 1, []
-            end = last and top and lengths is None  # nobody needs the way to the last state
+            end = last and top and lengths is None  # the states before the last are not needed
             for reverse in (False, True)[: 1 + self.bidirectional]:
                 cell, start = self.cells[len(h_n)], None
                 if starts is not None:
@@ -268,7 +268,7 @@ class RecurrentLayers(nn.Module):
         input: Tensor | PackedSequence | Rows,  # as in `forward`
         h_0: Tensor | None = None,
     ) -> Tensor:  # h_n [num_layers * directions, B, hidden_size]
-        "`layer(input, h_0)[1]`, without keeping states of the top layer that nobody needs."
+        "`layer(input, h_0)[1]`, without storing the other states of the top layer."
         return self(input, h_0, last=True)[1]
 
     def flat(self, h: Tensor) -> Tensor:
@@ -328,9 +328,9 @@ class WaveRNN(RecurrentLayers):
     H200 they take rings up to this size; anything larger is computed too, far more slowly:
 
         rings c       up to 8   9-16   17-24   25-32
-        n % 8 == 0       1024    512     384     192
+        n % 8 == 0       1024    448     384     192
         n % 4 == 0        508    508     380     188
-        other n           255    255     255     175
+        other n           255    255     255     159
 
     Raises ConfigError for unknown options and impossible sizes.
     Source: equation (1), Keller et al. 2024, Section 2.2."""
@@ -458,7 +458,7 @@ def backward_of(flops: Callable) -> Callable:
 
 
 def count_flops(operator, formula: Callable) -> None:
-    "Tell PyTorch's counter, unless it knows already (a notebook runs beside its own module)."
+    "Register a formula, unless there is one (from the module that this notebook exports)."
     if operator not in flop_registry:
         register_flop_formula(operator)(formula)
 
