@@ -99,7 +99,7 @@ await page.keyboard.press("End");
 expect("a stroke is a 1:", /says 1/.test(await page.textContent("#status")), await page.textContent("#status"));
 await page.keyboard.press("7");
 await page.keyboard.press("End");
-expect("key 7 shows the example of a 7:", /says 7/.test(await page.textContent("#status")), await page.textContent("#status"));
+expect("key 7 shows the example of a 7, and both networks say so:", /says 7, the iRNN 7/.test(await page.textContent("#status")), await page.textContent("#status"));
 await page.click("[data-scene=ring]");
 b = await box("#sketch");
 await to(0.1, 0.9);

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'SCENES', 'LAG', 'TINTS', 'train_small', 'encode', 'decode', 'View', 'read_address', 'ring_step',
            'wave_states', 'networks', 'inputs', 'read_back', 'Shown', 'run', 'example_digits', 'base64_of', 'page_data',
-           'make_page', 'blend', 'draw_ring', 'draw_animation', 'wrnn_show']
+           'digit_scores', 'make_page', 'blend', 'draw_ring', 'draw_animation', 'wrnn_show']
 
 # %% ../../nbs/19_play_page.ipynb #373e7852
 import base64
@@ -28,7 +28,7 @@ from ..cell import shifted_copies
 from ..core import BUMP, WAVE, ConfigError, atomic_write, sha256
 from .data import load_digits
 from .models import ModelConfig, SequenceModel, build_model, count_parameters
-from .weights import load
+from .weights import load, shipped_weights
 
 # %% ../../nbs/19_play_page.ipynb #3d37687d
 SMALL = {  # name of the weights -> model, training steps
@@ -181,12 +181,12 @@ def wave_states(
     return torch.stack(states)
 
 # %% ../../nbs/19_play_page.ipynb #ace3b365
-def networks(view: View) -> tuple[SequenceModel, SequenceModel | None]:
-    "The wave network and the other one: trained, or a bare ring at the view's speed."
+def networks(view: View) -> tuple[SequenceModel, SequenceModel]:
+    "The wave network and the identity RNN: trained, or a bare ring at the view's speed."
     if view.scene == "copy":
         return load("copy-small-wrnn"), load("copy-small-irnn")
     if view.scene == "digit":
-        return load("smnist-wrnn"), None
+        return load("smnist-wrnn"), load("smnist-irnn")
     wave, bump = (build_model(ModelConfig(kind, 1, 1, n=50, bias=False), seed=0).eval()
                   for kind in ("wrnn", "irnn"))  # fmt: skip
     wave.layer.cells[0].u.data[:] = torch.tensor([0, 1 - view.nu, view.nu])
@@ -235,7 +235,7 @@ class Shown:
 
     view: View
     wave: Tensor  # [T, c, n]
-    bump: Tensor | None  # [T, n]
+    bump: Tensor  # [T, n]
     wave_says: Tensor | None  # logits [T, 10]; None of untrained networks
     bump_says: Tensor | None
     read: Tensor | None  # copy: [T, 10], see `read_back`
@@ -245,8 +245,12 @@ class Shown:
             shapes = [tuple(t.shape[1:]) for t in (self.wave, self.bump)]
             return f"{self.view.steps} steps of {shapes[0]} and {shapes[1]} neurons"
         if self.view.scene == "digit":
-            p = self.wave_says[-1].softmax(-1)
-            return f"a {p.argmax()}, with probability {p.max():.3f}"
+            pair = {"wRNN": self.wave_says[-1], "iRNN": self.bump_says[-1]}
+            odds = {name: says.softmax(-1) for name, says in pair.items()}
+            return "\n".join(
+                f"{name}: a {p.argmax()}, with probability {p.max():.3f}"
+                for name, p in odds.items()
+            )
         rows = {"heard": self.view.levels, "wRNN": self.wave_says[-10:].argmax(-1).tolist(),
                 "iRNN": self.bump_says[-10:].argmax(-1).tolist()}  # fmt: skip
         return "\n".join(f"{name:6}{' '.join(map(str, row))}" for name, row in rows.items())
@@ -259,17 +263,17 @@ def run(
 ) -> Shown:
     "Compute what the page shows at this address, in PyTorch. Raises ConfigError."
     view = read_address(address)
-    wave, bump = (net and net.to(dtype) for net in networks(view))
+    wave, bump = (net.to(dtype) for net in networks(view))
     x = inputs(view, dtype)
-    h = wave_states(wave, x, view)
-    b = None if bump is None else bump.states(x[:, None])[:, 0]
+    h, b = wave_states(wave, x, view), bump.states(x[:, None])[:, 0]
     if view.scene == "ring":
         return Shown(view, h, b, None, None, None)
+    says = wave.readout(h.flatten(1)), bump.readout(b)
     if view.scene == "digit":
-        return Shown(view, h, None, wave.readout(h.flatten(1)), None, None)
+        return Shown(view, h, b, *says, None)
     silence = one_hot(torch.zeros(len(x)).long(), 10).to(dtype)
     read = read_back(wave, h, wave_states(wave, silence, view), view)
-    return Shown(view, h, b, wave.readout(h.flatten(1)), bump.readout(b), read)
+    return Shown(view, h, b, *says, read)
 
 # %% ../../nbs/19_play_page.ipynb #c1d87e17
 def example_digits() -> dict[str, str]:
@@ -287,7 +291,7 @@ def base64_of(tensor: Tensor) -> str:
 def page_data() -> dict:
     "What the page computes with: networks, digits, names of things."
     nets = {}
-    for name in ("copy-small-wrnn", "copy-small-irnn", "smnist-wrnn"):
+    for name in ("copy-small-wrnn", "copy-small-irnn", "smnist-wrnn", "smnist-irnn"):
         model = load(name)
         cell = model.layer.cells[0]
         sizes = {"n": cell.n, "c": getattr(cell, "c", 1), "inputs": cell.input_size}
@@ -299,12 +303,23 @@ def page_data() -> dict:
     return {"nets": nets, "bare": base64_of(bare), "digits": example_digits(), "lag": LAG}
 
 
+def digit_scores() -> str:
+    "How many of MNIST's test images the two networks read right, from their cards."
+    words = []
+    for name in ("smnist-wrnn", "smnist-irnn"):
+        card = shipped_weights()[name]
+        right, size = card["test_best"]["accuracy"], card["parameters"]["with_biases"]
+        words.append(f"{right:.1%} with {size:,} parameters")
+    return "the wRNN {}, the iRNN {}".format(*words)
+
+
 def make_page(
     path: str | Path,  # of the HTML file
 ) -> Path:
     "Write the page: one file that needs no other."
     page = (files("wave_rnns.paper") / "play_template.html").read_text("utf-8")
-    fill = {"WAVE": WAVE, "BUMP": BUMP, "DATA": json.dumps(page_data(), sort_keys=True)}
+    data = json.dumps(page_data(), sort_keys=True)
+    fill = {"WAVE": WAVE, "BUMP": BUMP, "SCORES": digit_scores(), "DATA": data}
     for name, text in fill.items():
         page = page.replace("{{" + name + "}}", text)
     return atomic_write(path, page)
