@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_node
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageStat
@@ -36,10 +35,7 @@ ADDRESSES = [
 @pytest.fixture(scope="module")
 def browsed(npm_packages, chromium) -> dict:
     "What the page computes, and what a reader would complain about."
-    script = [str(ROOT / "tests/play.mjs"), chromium, str(npm_packages), PAGE.as_uri(), json.dumps(ADDRESSES)]
-    done = subprocess.run(["node", *script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_node("play.mjs", chromium, npm_packages, PAGE.as_uri(), json.dumps(ADDRESSES), timeout=300)
 
 
 @pytest.mark.browser
