@@ -295,6 +295,14 @@ def npm_packages() -> Path:
     return modules
 
 
+def run_node(script: str, *args, timeout: int):
+    "What a script of this folder prints in Node, as JSON."
+    command = ["node", str(HERE / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     "Path of a Chromium; in CI its absence is a failure, elsewhere a reason to skip."

@@ -15,36 +15,33 @@ from wave_rnns.paper import demo
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("digits", [None, "digits", "mnist"])
-def test_both_networks_get_the_same_steps_and_the_same_batches(digits):
-    for device in ("cpu", "cuda"):
-        shows = demo.acts(device, digits, quick=0.5)
-        assert len(shows) == (3 if digits else 2)
-        for pair in shows.values():
-            wave, still = pair["wRNN"], pair["iRNN"]
-            assert (wave.model.kind, still.model.kind) == ("wrnn", "irnn")
-            for name in ("task", "task_options", "steps", "eval_every", "seeds"):
-                assert getattr(wave, name) == getattr(still, name)
-            assert (
-                wave.steps
-                == next(iter(demo.acts(device, digits, 1.0)[t] for t in shows if shows[t] is pair))["wRNN"].steps / 2
-            )
+def test_both_networks_get_the_same_steps_and_the_same_batches(digits, device):
+    shows, whole = demo.acts(device, digits, quick=0.5), demo.acts(device, digits, 1.0)
+    assert len(shows) == (3 if digits else 2)
+    for title, pair in shows.items():
+        wave, still = pair["wRNN"], pair["iRNN"]
+        assert (wave.model.kind, still.model.kind) == ("wrnn", "irnn")
+        for name in ("task", "task_options", "steps", "eval_every", "seeds"):
+            assert getattr(wave, name) == getattr(still, name)
+        assert wave.steps == whole[title]["wRNN"].steps / 2
 
 
-@pytest.mark.parametrize(
-    "args, code, says",
-    [
-        (["--device", "foo"], 1, "unknown device 'foo': use cpu, cuda"),
-        (["--device", "cuda:99"], 1, "leave --device out"),
-        (["--quick", "-1"], 2, "--quick -1: expected a fraction of the steps, 0 to 1"),
-        (["--quick", "0"], 2, "--quick 0: expected a fraction"),
-        (["--quick", "nan"], 2, "--quick nan: expected a fraction"),
-        (["--quick", "0.01", "--out", "a_file/x", "--device", "cpu"], 1, "a_file"),
-    ],
-)
-def test_mistakes_are_one_line(call, tmp_path, args, code, says):
+MISTAKES = {
+    "--device foo": (1, "unknown device 'foo': use cpu, cuda"),
+    "--device cuda:99": (1, "leave --device out"),
+    "--quick -1": (2, "--quick -1: expected a fraction of the steps, 0 to 1"),
+    "--quick 0": (2, "--quick 0: expected a fraction"),
+    "--quick nan": (2, "--quick nan: expected a fraction"),
+    "--quick 0.01 --out a_file/x --device cpu": (1, "a_file"),
+}
+
+
+@pytest.mark.parametrize("args", MISTAKES)
+def test_mistakes_are_one_line(call, tmp_path, args):
     (tmp_path / "a_file").write_text("")
-    found, out, err = call("wrnn_demo", *args)
+    (code, says), (found, out, err) = MISTAKES[args], call("wrnn_demo", *args.split())
     assert (found, out) == (code, "") and says in err and err.count("\n") == 1 and err.startswith("wrnn_demo: ")
 
 

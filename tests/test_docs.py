@@ -8,14 +8,13 @@ import importlib
 import io
 import json
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, WEB
+from conftest import ROOT, WEB, run_node
 
 sys.path.insert(0, str(WEB))
 
@@ -181,9 +180,8 @@ def test_sidebar_is_in_the_order_of_numbers(site):
 def test_in_a_browser(site, npm_packages, chromium, tmp_path):
     "Light and dark, desk and phone: no console error, nothing wider than 360 px, contrast, no other host, search and menus work."
     pages = ["index.html"] + [page_of(p) for p in NOTEBOOKS if p.stem != "index"] + [f"api/{m}.html" for m in MODULES]
-    pages += [
-        name for name in ("map.html", "contributing.html", "promises.html", "changelog.html") if (site / name).exists()
-    ]
+    more = ("map.html", "contributing.html", "promises.html", "changelog.html")
+    pages += [name for name in more if (site / name).exists()]
     place = settings()["doc_baseurl"]  # as on the web, not at a server's root
     (tmp_path / place.strip("/")).symlink_to(site)
 
@@ -202,13 +200,6 @@ def test_in_a_browser(site, npm_packages, chromium, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}{place}/"
-        done = subprocess.run(
-            ["node", str(ROOT / "tests/browser.mjs"), chromium, str(npm_packages), base, json.dumps(pages)],
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        problems = run_node("browser.mjs", chromium, npm_packages, base, json.dumps(pages), timeout=600)
         server.shutdown()
-    assert done.returncode == 0, done.stderr[-3000:]
-    problems = json.loads(done.stdout)
     assert not problems, "\n".join(problems[:30])
