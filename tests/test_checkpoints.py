@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import json
 import os
 import pickle
@@ -83,6 +84,11 @@ class Innocent:
         return os.mkdir, ("OPENED",)
 
 
+def torch_saved(value) -> bytes:
+    torch.save(value, file := io.BytesIO())
+    return file.getvalue()
+
+
 ATTACKS = {  # of the bytes of a file; nothing else comes of any others: test_fuzz.py
     "truncated": lambda d: (d[:-1], "cut off"),
     "truncated in the length": lambda d: (d[:5], "no safetensors"),
@@ -93,7 +99,7 @@ ATTACKS = {  # of the bytes of a file; nothing else comes of any others: test_fu
     "an endless table": lambda d: ((2**62).to_bytes(8, "little") + d[8:], "cut off"),
     "a pickle": lambda d: (pickle.dumps(Innocent()), "pickle"),
     "an old pickle": lambda d: (pickle.dumps(Innocent(), protocol=0), "no safetensors"),
-    "torch.save": lambda d: (b"PK\x03\x04" + bytes(99), "torch.save"),  # it writes a zip archive
+    "torch.save": lambda d: (torch_saved({"theta": torch.zeros(3)}), "torch.save"),
     "another's safetensors": lambda d: (safetensors.torch.save({"x": torch.zeros(3)}), "changed bytes"),
 }
 

@@ -23,7 +23,7 @@ import torch
 import torchvision.datasets  # noqa: F401 - what a download loads late is in the nursery before it forks
 
 from wave_rnns.paper import data
-from wave_rnns.core import ConfigError, DataError, data_root
+from wave_rnns.core import DataError, data_root
 from wave_rnns.paper.data import ARCHIVE, CIFAR_PARTS, FILES, FOLDERS, MNIST_PARTS, fetch, have_data, load_raw
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
@@ -75,6 +75,7 @@ class Mirror:
     status: int = 200
     length: bool = True  # does it say how much will come?
     stalls: bool = False  # it accepts, and is silent
+    spoils: bool = False  # the last bit is another
     asked: list = field(default_factory=list)  # (file, first byte)
     sent: int = 0  # bytes of files
     address: str = ""
@@ -88,6 +89,8 @@ class Mirror:
             time.sleep(0.01)
         if content is None or self.status != 200:
             return handler.send_error(404 if content is None else self.status)
+        if self.spoils:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if start >= len(content) > 0:
             return handler.send_error(416)
         handler.send_response(206 if start else 200)
@@ -201,19 +204,6 @@ def left_there(small, n: int, content: bytes | None = None) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- reading what is there
-
-
-def test_the_published_files_are_read_as_published():
-    "Where they are: the sums of the arrays that torchvision reads, taken once."
-    sums = {
-        "mnist": [FILES[part][1][:16] for part in MNIST_PARTS],
-        "cifar10": ["9d5c2eddadb0deff", "2b7cd2f244873176", "177777c33ba79825", "cec8a24a1e92aa2e"],
-    }
-    for name in filter(have_data, FOLDERS):
-        arrays = [x.numpy() for x in load_raw(name, download=False)]
-        if name == "mnist":
-            arrays = [idx(x.squeeze(1) if x.ndim > 1 else x) for x in arrays]
-        assert [digest(bytes(x))[:16] for x in arrays] == sums[name]
 
 
 def test_what_is_read_is_what_lies_there(small):
@@ -363,42 +353,32 @@ def test_a_server_that_hangs_up(small):
     assert [begin for _, begin in small.asked] == list(range(0, len(small.files[ARCHIVE]), 30_000))
 
 
-PAGE = b"<html>please log in</html>"
+PAGE = {ARCHIVE: b"<html>please log in</html>"}
 MISBEHAVIOUR = {  # of the server, what is said of it, and how much of 5,000 bytes that were here is left
     "refuses": (dict(status=503), "HTTP Error 503", 5000),
     "sends elsewhere": (dict(status=301), "HTTP Error 301", 5000),
     "says nothing": (dict(stalls=True), "timed out", 5000),
-    "hangs up and cannot go on": (
-        dict(most=30_000, ranges=False),
-        "connection ended after 30,000 .* next attempt",
-        30_000,
-    ),
-    "shows a page": (dict(files={ARCHIVE: PAGE}, ranges=False), "26 bytes are offered.*5,000 of .* are here", 5000),
-    "a page without end": (dict(files={ARCHIVE: PAGE}, ranges=False, length=False), "an unknown number of bytes", 5000),
-    "sends something else": (
-        dict(files={ARCHIVE: None}),
-        "what came has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}",
-        0,
-    ),
-}
+    "hangs up and cannot go on": (dict(most=30_000, ranges=False), "ended after 30,000 .* next attempt goes on", 30_000),
+    "shows a page": (dict(files=PAGE, ranges=False), "26 bytes are offered.*5,000 of .* are here", 5000),
+    "a page without end": (dict(files=PAGE, ranges=False, length=False), "an unknown number of bytes", 5000),
+    "changes a bit": (dict(spoils=True), "what came has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}", 0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong, says, left", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR)
 def test_a_server_that_misbehaves_is_named_and_costs_nothing(small, monkeypatch, wrong, says, left):
     "A wrong beginning is of no use to anybody; everything else is kept, and the next attempt goes on from there."
-    monkeypatch.setattr(data, "PATIENCE", 0.2)
-    part, good = left_there(small, 5000), {name: getattr(small, name) for name in wrong}
-    for name, value in wrong.items():
-        if value == {ARCHIVE: None}:
-            value = {ARCHIVE: bytes(len(small.files[ARCHIVE]))}
-        setattr(small, name, value)
-    with pytest.raises(DataError, match=says) as caught:
-        load_raw("cifar10")
+    part = left_there(small, 5000)
+    with monkeypatch.context() as patched:
+        for name, value in wrong.items():
+            patched.setattr(small, name, value)
+        if small.stalls:
+            patched.setattr(data, "PATIENCE", 0.2)
+        with pytest.raises(DataError, match=says) as caught:
+            load_raw("cifar10")
     message = str(caught.value)
     assert "WAVE_RNNS_CIFAR10_URL" in message and small.address in message and not have_data("cifar10")
     assert (part.stat().st_size if part.exists() else 0) == left
-    for name, value in good.items():
-        setattr(small, name, value)
     fetch("cifar10")
     assert nothing_half(done=True) == 6 and small.asked[-1] == (ARCHIVE, left)
 
@@ -482,10 +462,3 @@ def test_no_home_directory(monkeypatch):
         with pytest.raises(DataError, match="no home directory .*set WAVE_RNNS_DATA"):
             call()
     assert len(data.load_digits()) == 3  # which need no data folder
-
-
-@pytest.mark.parametrize("name", ["data", "MNIST", "", "../mnist"])
-def test_unknown_data_set(name):
-    for call in (have_data, fetch, load_raw):
-        with pytest.raises(ConfigError, match="data set: expected one of 'mnist', 'cifar10'"):
-            call(name)

@@ -161,7 +161,6 @@ def sweep(
     results: Path | None = None,  # results_root() if None
     device: str | None = None,  # 'cpu', 'cuda', 'cuda:1'; None: GPUs where there are some
     workers: int = 0,  # processes; 0: one a GPU, or one for two CPU cores; 1: this one
-    show: bool = True,  # a bar where somebody watches
     checkpoint_seconds: float = 60.0,
 ) -> dict[str, str]:  # what failed, and why
     """Train whatever of a grid is not done; others may do the same in the same folder.
@@ -185,16 +184,19 @@ def sweep(
         if left:
             where = f"{grid.name}: {standing(runs, results, workers)}"
             print(where, file=sys.stderr, flush=True)
-        often = {"checkpoint_seconds": checkpoint_seconds}
         if workers <= 1:
-            options = {"interrupt": asked, "progress": show, **often}
+            options = {"interrupt": asked, "checkpoint_seconds": checkpoint_seconds}
             return work(runs, results, device, grid.together, **options)
-        order = {"grid": grid_config(grid), "results": str(results), "workers": workers}
+        order = {
+            "grid": grid_config(grid),
+            "results": str(results),
+            "workers": workers,
+            "checkpoint_seconds": checkpoint_seconds,
+        }
         devices = [f"cuda:{k % gpus}" if gpus else device for k in range(workers)]
         form = "{desc} {bar} {postfix}"  # tqdm's own estimate takes all runs for equal
-        quiet = None if show else True
-        with progress(total=len(runs), desc=grid.name, bar_format=form, disable=quiet) as bar:
-            run_workers({**order, **often}, devices, runs, asked, bar)
+        with progress(total=len(runs), desc=grid.name, bar_format=form) as bar:
+            run_workers(order, devices, runs, asked, bar)
     return failures(grid, results)
 
 
