@@ -110,17 +110,14 @@ def covering(count, **values):
 
 
 ALL = dict(form=FORMS, last=(False, True), h_0=(False, True), activation=tuple(ACT))
-WAVES = list(
-    covering(
-        2**19, T=(1, 2, 15, 63, 300), B=(1, 3, 128), n=(1, 2, 3, 100, 256), k=(1, 3, 5, 7), c=(1, 6, 16, 27), **ALL
-    )
-)
+SIZES = dict(T=(1, 2, 15, 63, 300), B=(1, 3, 128), n=(1, 2, 3, 100, 256))
+WAVES = covering(32, **SIZES, k=(1, 3, 5, 7), c=(1, 6, 16, 27), **ALL)
 WAVES += [
     dict(T=40, B=128, n=100, k=3, c=6, form="tokens", last=False, h_0=False, activation="relu"),  # copy
     dict(T=15, B=128, n=100, k=3, c=27, form="float", last=True, h_0=False, activation="relu"),  # adding
     dict(T=15, B=128, n=256, k=3, c=16, form="float", last=True, h_0=False, activation="relu"),  # sMNIST
 ]
-DENSES = covering(16, T=(1, 2, 15, 63, 300), B=(1, 3, 128), n=(1, 2, 3, 100, 256), **ALL)
+DENSES = covering(16, **SIZES, **ALL)
 
 
 def check(kind, form, last, h_0, activation, **sizes):
