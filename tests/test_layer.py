@@ -220,22 +220,6 @@ def test_compile_fullgraph_forward_and_backward(make_fast):
         assert_close(q.grad, p.grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
 
 
-def test_func_grad_and_vmap_of_grad(make):
-    layer, x = make(), torch.randn(6, 4, 3)
-    params = {k: v.detach() for k, v in layer.named_parameters()}
-
-    def loss(params, x):
-        return torch.func.functional_call(layer, params, (x,))[0].square().mean()
-
-    whole = torch.func.grad(loss)(params, x)
-    layer(x)[0].square().mean().backward()
-    for name, p in layer.named_parameters():
-        assert_close(whole[name], p.grad)
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(params, x)  # unbatched input [T, F]
-    for name in params:
-        assert_close(each[name].mean(0), whole[name])
-
-
 def test_population_of_layers_under_vmap(make):
     layers, x = [make() for _ in range(3)], torch.randn(6, 4, 3)
     for seed, layer in enumerate(layers):

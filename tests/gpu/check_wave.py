@@ -413,8 +413,8 @@ def main():
                 print("BAD", rounded(rec), flush=True)
     record["seconds"] = round(time.time() - start, 1)
     record |= worst_errors([r for r in record["cases"] if "error" in r])
-    more = (long_runs, diverging, graph, opcheck, fallbacks)
-    for f in more + (() if a.no_sanitizer else (sanitizer,)):
+    more = [long_runs, diverging, graph, opcheck, fallbacks] + ([] if a.no_sanitizer else [sanitizer])
+    for f in more:
         try:
             record[f.__name__] = f()
         except Exception as e:
