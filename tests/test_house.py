@@ -1,6 +1,8 @@
 "Is the house in order? What is generated equals what is committed, nothing unpickles, no machine leaves its paths."
 
+import base64
 import graphlib
+import io
 import re
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT, SKIP, WEB, run_python
+from matplotlib.figure import Figure
+from PIL import Image, ImageChops
 
 sys.path.insert(0, str(WEB))
 
 import house
+from tidy import with_palette
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted((ROOT / "wave_rnns").rglob("*.py"))
@@ -110,6 +115,44 @@ def test_what_is_stored_is_whole(path):
             kinds = {kind for o in before.get("outputs", []) for kind in o.get("data", {})}
             shown = {"image/png", "image/svg+xml", "text/html", "text/markdown"} & kinds
             assert shown, f"nothing stands above the caption {caption[0]}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_are_sharp(path):
+    "Two dots per pixel, and the size at which they are shown: python nbs/_web/rerun.py draws them so."
+    for cell in nbformat.read(path, as_version=4).cells:
+        for out in cell.get("outputs", []):
+            if "image/png" in out.get("data", {}):
+                picture = Image.open(io.BytesIO(base64.b64decode(out.data["image/png"])))
+                shown = out.metadata.get("image/png", {})
+                half = {"width": picture.width // 2, "height": picture.height // 2}
+                assert shown == half, f"cell {cell.id}: {picture.size} dots, shown as {shown}"
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_pictures_are_small():
+    "256 colours where nobody sees it, once and for all; what would suffer keeps every dot."
+    figure = Figure(figsize=(4, 3), dpi=200)
+    figure.subplots().imshow([[i * k % 40 for i in range(40)] for k in range(30)], cmap="viridis")
+    file = io.BytesIO()
+    figure.savefig(file)
+    drawn = file.getvalue()
+    small = with_palette(drawn)
+    assert len(small) < 0.6 * len(drawn) and with_palette(small) == small
+    before, after = Image.open(io.BytesIO(drawn)), Image.open(io.BytesIO(small))
+    assert after.mode == "P" and round(after.info["dpi"][0]) == 200
+    moved = ImageChops.difference(before.convert("RGB"), after.convert("RGB")).getextrema()
+    assert max(high for _, high in moved) <= 12
+    ramp = Image.linear_gradient("L")
+    photograph = Image.merge("RGB", [ramp, ramp.transpose(Image.Transpose.ROTATE_90), ramp])
+    see_through = Image.merge("LA", [ramp, ramp]).convert("RGBA")
+    for kept in (photograph, see_through):
+        assert with_palette(png(kept)) == png(kept)
 
 
 FLOOR = house.floors()

@@ -1,0 +1,119 @@
+"""Run notebooks, one after another, and store what they show: python nbs/_web/rerun.py [NOTEBOOK ...] [--time-only]
+
+Without names, all of them; the index, which shows the times of the others, comes last. A notebook is stored only when every cell ran and none wrote to
+standard error (progress bars do not count). Its seconds go to nbs/results/notebooks.json: from the first cell to the last, on two cores, as
+Run All in JupyterLab takes them. --time-only stores the seconds and leaves the notebooks as they are.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbdev.clean import nbdev_clean
+from tidy import is_bar, tidy
+from tqdm import tqdm
+
+NBS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(NBS.parent))
+
+from wave_rnns.core import atomic_write, data_root, from_json, to_json  # noqa: E402
+
+RECORD = NBS / "results/notebooks.json"
+CORES = 2
+
+
+class Refused(Exception):
+    "A notebook that must not be stored. The message says why."
+
+
+def execute(path: Path, bar: tqdm) -> tuple:  # the notebook as it ran, and its seconds
+    "Run every cell in the notebook's own folder, as Run All does; the bar moves with the cells."
+    nb = nbformat.read(path, as_version=4)
+    times = []
+
+    def step(cell, cell_index, **kwargs):
+        times.append(time.perf_counter())
+        bar.update(cell_index + 1 - bar.n)
+
+    client = NotebookClient(
+        nb,
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_start=lambda cell, cell_index: times or times.append(time.perf_counter()),
+        on_cell_executed=step,
+    )
+    bar.reset(len(nb.cells))
+    bar.set_description(path.stem)
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise Refused(f"a cell failed: {error.ename}: {error.evalue}") from error
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            if out.get("name") == "stderr" and not is_bar(out):
+                raise Refused(
+                    f"cell {cell.id} wrote to standard error: {out.text.strip()[:300]}"
+                )
+    return nb, times[-1] - times[0]
+
+
+def rerun(path: Path, bar: tqdm, time_only: bool = False) -> float:
+    "Run a notebook, store it in the house's form, note its seconds and return them; Refused leaves it as it was."
+    nb, seconds = execute(path, bar)
+    if not time_only:
+        atomic_write(path, nbformat.writes(nb) + "\n")
+        nbdev_clean(path)
+        tidy(path)
+    return seconds
+
+
+def note(name: str, seconds: float, record: Path = RECORD):
+    "The seconds of one notebook; those of the others stay."
+    times = (
+        from_json(record.read_bytes()) if record.exists() else {"cores": CORES, "seconds": {}}
+    )
+    times["seconds"][name] = round(seconds, 1)
+    kept = {p.stem for p in NBS.glob("*.ipynb")}
+    times["seconds"] = {k: v for k, v in times["seconds"].items() if k in kept}
+    atomic_write(record, to_json(times, indent=1) + "\n")
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("notebooks", nargs="*", type=Path)
+    parser.add_argument("--time-only", action="store_true", help="measure, store no outputs")
+    args = parser.parse_args(arguments)
+    if not data_root().is_dir():
+        sys.exit(
+            f"{data_root()} is not there: name the folder of the data sets in WAVE_RNNS_DATA"
+        )
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(NBS.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    os.environ["OMP_NUM_THREADS"] = str(CORES)
+    if hasattr(os, "sched_setaffinity"):  # the kernel inherits it
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    failed = []
+    with tqdm(unit="cell") as bar:
+        for path in args.notebooks or sorted(NBS.glob("*.ipynb")):
+            try:
+                seconds = rerun(path.resolve(), bar, args.time_only)
+            except Refused as error:
+                failed.append(path.name)
+                bar.write(f"{path.name}: not stored, {error}", file=sys.stderr)
+                continue
+            note(path.stem, seconds)
+            bar.write(f"{seconds:7.1f} s  {path.name}")
+    if failed:
+        print(f"{len(failed)} not stored: {' '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
