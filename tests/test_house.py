@@ -1,8 +1,10 @@
 "Is the house in order? What is generated equals what is committed, nothing unpickles, no machine leaves its paths."
 
+import ast
 import base64
 import graphlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +20,9 @@ from PIL import Image, ImageChops
 sys.path.insert(0, str(WEB))
 
 import house
-from tidy import with_palette
+from stage import settings
+from tidy import COLAB, COLAB_ID, with_palette
+from works import WORKS, link_works
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted((ROOT / "wave_rnns").rglob("*.py"))
@@ -155,6 +159,87 @@ def test_pictures_are_small():
         assert with_palette(png(kept)) == png(kept)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_first_code_cell_is_for_colab(path):
+    "The same in every notebook, and nobody reads it on the site."
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    if cells:
+        assert cells[0].source == COLAB.format(**settings()) and "#| hide" in cells[0].source
+        assert cells[0].id == COLAB_ID and not cells[0].outputs
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_colab_fetches_the_project_where_there_is_none(there, tmp_path, capfd):
+    "A fresh shell in an empty folder; git and pip are not run, only noted."
+    (tmp_path / "checkout/nbs").mkdir(parents=True)
+    program = f"""
+import os, sys
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.io import capture_output
+class Absent:
+    def find_spec(self, name, *rest):
+        if name == "wave_rnns" and not {there}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+shell, ran = InteractiveShell.instance(), []
+shell.system = ran.append
+shell.register_magic_function(lambda line: ran.append("pip " + line), magic_name="pip")
+with capture_output() as shown:
+    shell.run_cell({COLAB.format(**settings())!r}).raise_error()
+print([shown.stdout, shown.stderr, ran, os.getcwd(), ".." in sys.path])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    out, err, ran, folder, in_path = ast.literal_eval(done.stdout)
+    assert (out, err) == ("", "")
+    if there:
+        assert (ran, folder, in_path) == ([], str(tmp_path), False)
+    else:
+        assert ran == [f"git clone -q --depth 1 {settings()['git_url']} checkout", "pip install -q -e .."]
+        assert (folder, in_path) == (str(tmp_path / "checkout/nbs"), True)
+
+
+CITED = re.compile(r"et al\.|\((?:[A-Z][\w'-]+(?:,? (?:and|&) [A-Z][\w'-]+)*,? )(?:19|20)\d\d\)")
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
+def test_cited_works_are_linked(path):
+    "Who is named with a year or as `et al.` can be read: the paragraph has a link. First mentions of known works: test_clean."
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    for paragraph in text.split("\n\n"):
+        cited = CITED.search(paragraph)
+        assert not cited or "](http" in paragraph, f"{cited[0]} without a link: {paragraph[:200]}"
+
+
+def test_what_counts_as_a_citation():
+    for words in ("Keller et al.", "as shown (Smith and Jones, 1999)", "(Le 2015)", "(O'Neil & Wu, 2020)"):
+        assert CITED.search(words), words
+    for words in ("in 2015", "(2015)", "(from 2012 to 2015)", "(Section 2 of it)"):
+        assert not CITED.search(words), words
+
+
+def test_the_first_mention_of_a_work_becomes_a_link():
+    adam = WORKS[r"\bAdam\b"]
+    page = ["# Adam\n\n`Adam` and $Adam$, [Adam's page](x.html)", "Then Adam, and Adam again.", "Adam."]
+    linked = link_works(page)
+    assert linked == [page[0], f"Then [Adam]({adam}), and Adam again.", "Adam."]
+    assert link_works(linked) == linked
+    there = f"By [Kingma and Ba]({adam}) is Adam."
+    assert link_works([there, "Adam"]) == [there, "Adam"]
+    assert link_works(["Adam.", there]) == [f"[Adam]({adam}).", there]
+    assert all(
+        re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|papers\.nips\.cc/\S+)", a)
+        for a in WORKS.values()
+    )
+
+
 FLOOR = house.floors()
 IMPORTS = house.imports()
 
@@ -187,7 +272,8 @@ def test_the_map_shows_every_import():
 def test_the_first_page_needs_only_torch():
     "Notebook 00 builds everything itself; only its last code cell uses this project."
     first = nbformat.read(ROOT / "nbs/00_one_page.ipynb", as_version=4)
-    *earlier, last = [c.source for c in first.cells if c.cell_type == "code"]
+    colab, *earlier, last = [c.source for c in first.cells if c.cell_type == "code"]
+    assert "on Colab" in colab
     assert "wave_rnns" in last and not any("wave_rnns" in source for source in earlier)
 
 

@@ -2,7 +2,8 @@
 
 Stored line by line, so that a diff shows lines. The title cell holds `# Title` and `> summary` and nothing else: nbdev reads it
 as front matter and would drop any text after it from the documentation; such text moves to a cell of its own. Progress bars are not kept.
-Pictures are stored with a palette of 256 colours where no eye can tell: two dots per pixel then take the room of one.
+Pictures are stored with a palette of 256 colours where no eye can tell: two dots per pixel then take the room of one. The first mention
+of a work is a link (works.py). The first code cell fetches the project where it is missing, on Colab.
 """
 
 import base64
@@ -15,6 +16,20 @@ from pathlib import Path
 from execnb.nbio import mk_cell, read_nb, write_nb
 from PIL import Image, ImageChops, ImageStat
 
+from stage import settings
+from works import link_works
+
+COLAB_ID = "c01ab000"
+COLAB = """#| hide
+try:
+    import wave_rnns  # noqa: F401
+except ImportError:  # on Colab: fetch the project, its records and what it needs
+    !git clone -q --depth 1 {git_url} checkout
+    %cd -q checkout/nbs
+    %pip install -q -e ..
+    import sys
+
+    sys.path.append("..")"""
 TITLE = re.compile(r"(# \S[^\n]*\n\n> \S[^\n]*)\n*(.*)", re.S)
 
 
@@ -48,6 +63,16 @@ def with_palette(png: bytes, most: float = 12, mean: float = 0.35) -> bytes:
     return file.getvalue()
 
 
+def fetch_on_colab(nb):
+    "The first code cell installs the project where there is none, and does nothing elsewhere."
+    nb.cells = [c for c in nb.cells if c.get("id") != COLAB_ID]
+    at = next((i for i, c in enumerate(nb.cells) if c.cell_type == "code"), None)
+    if at is not None:
+        cell = mk_cell(COLAB.format(**settings()), "code")
+        cell.id, cell.execution_count = COLAB_ID, None
+        nb.cells.insert(at, cell)
+
+
 def tidy(path: Path) -> bool:
     "Rewrite the notebook; returns whether that changed it."
     before = path.read_bytes()
@@ -62,6 +87,10 @@ def tidy(path: Path) -> bool:
         cell = mk_cell(m[2], "markdown")
         cell.id = hashlib.sha1(m[2].encode()).hexdigest()[:8]  # the same on every machine
         nb.cells.insert(1, cell)
+    words = [c for c in nb.cells[1:] if c.cell_type == "markdown"]
+    for cell, text in zip(words, link_works([c.source for c in words]), strict=True):
+        cell.source = text
+    fetch_on_colab(nb)
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not is_bar(o)]
