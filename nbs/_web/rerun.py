@@ -96,7 +96,7 @@ def main(arguments=None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(NBS.parent), os.environ.get("PYTHONPATH", "")]
     )
-    os.environ["OMP_NUM_THREADS"] = str(CORES)
+    os.environ.setdefault("OMP_NUM_THREADS", str(CORES))
     if hasattr(os, "sched_setaffinity"):  # the kernel inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     failed = []
