@@ -6,6 +6,7 @@ import html
 import http.server
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -95,17 +96,14 @@ def test_figures_are_there(path, site):
         for c in nbformat.read(path, as_version=4).cells
         if c.cell_type == "code" and not re.search(r"^#\|\s*hide\s*$", c.source, re.M)
     ]
-    figures = [
-        d
-        for c in shown
-        for o in c.get("outputs", [])
-        if (d := "".join(o.get("data", {}).get("image/png", "")).replace("\n", ""))
-    ]
+    outputs = [o for c in shown for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     main = page.split("<main", 1)[1]
     files = re.findall(
-        r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="\d+" height="\d+"', main
+        r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="(\d+)" height="(\d+)"', main
     )
-    assert [(site / f).read_bytes() for f in files] == [base64.b64decode(d) for d in figures]
+    assert [(site / f).read_bytes() for f, *_ in files] == [base64.b64decode(o.data["image/png"]) for o in outputs]
+    sizes = [(m.width, m.height) for o in outputs if (m := o.metadata.get("image/png"))]
+    assert [(int(w), int(h)) for _, w, h in files] == sizes or not sizes, "shown in another size than in JupyterLab"
     assert not re.search(r'<img(?![^>]*\balt="[^"]+")', main), "a figure without a description"
 
 
@@ -147,6 +145,9 @@ def test_a_page_links_its_notebook(path, site):
     assert (site / "notebooks" / path.name).read_bytes() == path.read_bytes()
     assert f'href="{cfg["git_url"]}/{where}"' in page
     assert f'href="https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/{where}"' in page
+    seconds = json.loads((ROOT / "nbs/results/notebooks.json").read_text())["seconds"]
+    if path.stem in seconds:
+        assert f"Run All: {math.ceil(seconds[path.stem])} s on two cores" in page
     card = re.search(r'property="og:image" content="([^"]+)"', page)[1]
     assert card.startswith(home(cfg)) and (site / card.removeprefix(home(cfg))).is_file()
 

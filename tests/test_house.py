@@ -4,6 +4,7 @@ import ast
 import base64
 import graphlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -238,6 +239,18 @@ def test_the_first_mention_of_a_work_becomes_a_link():
         re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|papers\.nips\.cc/\S+)", a)
         for a in WORKS.values()
     )
+
+
+def test_every_notebook_says_how_long_it_takes():
+    "Measured by `make rerun`; above a minute, a bar is what a reader watches."
+    record = json.loads((ROOT / "nbs/results/notebooks.json").read_text())
+    assert record["cores"] == 2
+    assert {p.stem for p in NOTEBOOKS} == {"index", *record["seconds"]}, "make rerun measures what is missing"
+    for path in NOTEBOOKS:
+        if record["seconds"].get(path.stem, 0) > 60:
+            assert re.search(r"\bprogress\b", path.read_text()), (
+                f"{path.name} takes more than a minute and shows no bar"
+            )
 
 
 FLOOR = house.floors()

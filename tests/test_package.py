@@ -116,7 +116,12 @@ def test_every_requirement_is_used_and_every_use_is_required():
     settings.read(ROOT / "settings.ini")
     required = {re.match(r"[\w-]+", r)[0] for r in settings["DEFAULT"]["requirements"].split()}
     outside = {{"PIL": "pillow"}.get(u, u) for u in used - sys.stdlib_module_names - {"wave_rnns"}}
-    there_when_needed = {"cuda", "triton", "IPython"}  # torch brings the first two, a notebook the last
+    there_when_needed = {
+        "cuda",
+        "triton",
+        "IPython",
+        "matplotlib_inline",
+    }  # torch brings the first two, a notebook the others
     assert outside - there_when_needed == required
 
 
