@@ -29,19 +29,21 @@ def notebook(path, *sources):
     return path
 
 
-def run(path, **options) -> float:
+def run(path, **options) -> tuple[float, bool]:
     with tqdm(disable=True) as bar:
         return rerun.rerun(path, bar, **options)
 
 
 def test_what_ran_is_stored_sharp_and_tidy(tmp_path, monkeypatch, checkout):
     monkeypatch.setenv("PYTHONPATH", str(checkout))
-    bar = "import sys\nfrom tqdm import tqdm\nfor _ in tqdm(range(3), file=sys.stderr): pass"
+    monkeypatch.setenv("JPY_SESSION_NAME", "rerun")
+    bar = "from wave_rnns.core import progress\nfor _ in progress(range(3)): pass"
     path = notebook(tmp_path / "a.ipynb", "print(6 * 7)", bar, PLOT)
     before = path.read_bytes()
-    assert 0 < run(path, time_only=True) < 60 and path.read_bytes() == before
-    assert 0 < run(path) < 60
-    _, answer, quiet, figure = nbformat.read(path, as_version=4).cells
+    seconds, bars = run(path, time_only=True)
+    assert 0 < seconds < 60 and bars and path.read_bytes() == before
+    run(path)
+    _, _, answer, quiet, figure = nbformat.read(path, as_version=4).cells
     assert answer.outputs[0].text == "42\n" and answer.execution_count is None
     assert quiet.outputs == []
     shown = figure.outputs[-1].metadata["image/png"]
@@ -56,6 +58,7 @@ def test_what_ran_is_stored_sharp_and_tidy(tmp_path, monkeypatch, checkout):
         ("1 / 0", "ZeroDivisionError"),
         ("import sys; print('careful', file=sys.stderr)", "standard error: careful"),
         ("import warnings; warnings.warn('old')", "old"),
+        ("import os; os._exit(1)", "kernel died"),
     ],
 )
 def test_what_fails_or_warns_is_refused(tmp_path, source, says):
@@ -66,9 +69,16 @@ def test_what_fails_or_warns_is_refused(tmp_path, source, says):
     assert path.read_bytes() == before
 
 
+def test_without_a_bar(tmp_path):
+    _, bars = run(notebook(tmp_path / "a.ipynb", "print(1)"))
+    assert not bars
+
+
 def test_seconds_are_noted_one_by_one(tmp_path):
     record = tmp_path / "notebooks.json"
-    rerun.note("09_core", 1.26, record)
-    rerun.note("99_gone", 5.0, record)
-    rerun.note("00_one_page", 30.04, record)
-    assert json.loads(record.read_text()) == {"cores": 2, "seconds": {"00_one_page": 30.0, "09_core": 1.3}}
+    rerun.note("09_core", 1.26, True, record)
+    rerun.note("99_gone", 5.0, True, record)
+    rerun.note("00_one_page", 30.04, True, record)
+    rerun.note("09_core", 1.3, False, record)
+    expected = {"cores": 2, "seconds": {"00_one_page": 30.0, "09_core": 1.3}, "bars": ["00_one_page"]}
+    assert json.loads(record.read_text()) == expected

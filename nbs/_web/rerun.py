@@ -1,8 +1,8 @@
 """Run notebooks, one after another, and store what they show: python nbs/_web/rerun.py [NOTEBOOK ...] [--time-only]
 
 Without names, all of them; the index, which shows the times of the others, comes last. A notebook is stored only when every cell ran and none wrote to
-standard error (progress bars do not count). Its seconds go to nbs/results/notebooks.json: from the first cell to the last, on two cores, as
-Run All in JupyterLab takes them. --time-only stores the seconds and leaves the notebooks as they are.
+standard error (progress bars do not count). Its seconds go to nbs/results/notebooks.json, from the first cell to the last, on two cores, as
+Run All in JupyterLab takes them, and whether it showed a bar. --time-only stores these and leaves the notebooks as they are.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbdev.clean import nbdev_clean
 from tidy import is_bar, tidy
 from tqdm import tqdm
@@ -31,7 +31,7 @@ class Refused(Exception):
     "A notebook that must not be stored. The message says why."
 
 
-def execute(path: Path, bar: tqdm) -> tuple:  # the notebook as it ran, and its seconds
+def execute(path: Path, bar: tqdm) -> tuple:  # the notebook, its seconds, did it show a bar?
     "Run every cell in the notebook's own folder, as Run All does; the bar moves with the cells."
     nb = nbformat.read(path, as_version=4)
     times = []
@@ -54,34 +54,40 @@ def execute(path: Path, bar: tqdm) -> tuple:  # the notebook as it ran, and its 
         client.execute()
     except CellExecutionError as error:
         raise Refused(f"a cell failed: {error.ename}: {error.evalue}") from error
+    except DeadKernelError as error:
+        raise Refused(f"the kernel died: {error}") from error
+    bars = False
     for cell in nb.cells:
         for out in cell.get("outputs", []):
+            bars |= is_bar(out)
             if out.get("name") == "stderr" and not is_bar(out):
                 raise Refused(
                     f"cell {cell.id} wrote to standard error: {out.text.strip()[:300]}"
                 )
-    return nb, times[-1] - times[0]
+    return nb, times[-1] - times[0], bars
 
 
-def rerun(path: Path, bar: tqdm, time_only: bool = False) -> float:
-    "Run a notebook, store it in the house's form, note its seconds and return them; Refused leaves it as it was."
-    nb, seconds = execute(path, bar)
+def rerun(path: Path, bar: tqdm, time_only: bool = False) -> tuple[float, bool]:
+    "Run a notebook and store it in the house's form: its seconds, and did it show a bar? Refused leaves it as it was."
+    nb, seconds, bars = execute(path, bar)
     if not time_only:
         atomic_write(path, nbformat.writes(nb) + "\n")
         nbdev_clean(path)
         tidy(path)
-    return seconds
+    return seconds, bars
 
 
-def note(name: str, seconds: float, record: Path = RECORD):
-    "The seconds of one notebook; those of the others stay."
-    times = (
-        from_json(record.read_bytes()) if record.exists() else {"cores": CORES, "seconds": {}}
+def note(name: str, seconds: float, bars: bool, record: Path = RECORD):
+    "What one notebook took; what the others took stays."
+    known = from_json(record.read_bytes()) if record.exists() else {}
+    times = known.get("seconds", {}) | {name: round(seconds, 1)}
+    watched = set(known.get("bars", [])) - {name} | ({name} if bars else set())
+    there = {p.stem for p in NBS.glob("*.ipynb")}
+    times = {k: v for k, v in times.items() if k in there}
+    text = to_json(
+        {"cores": CORES, "seconds": times, "bars": sorted(watched & there)}, indent=1
     )
-    times["seconds"][name] = round(seconds, 1)
-    kept = {p.stem for p in NBS.glob("*.ipynb")}
-    times["seconds"] = {k: v for k, v in times["seconds"].items() if k in kept}
-    atomic_write(record, to_json(times, indent=1) + "\n")
+    atomic_write(record, text + "\n")
 
 
 def main(arguments=None) -> int:
@@ -97,19 +103,20 @@ def main(arguments=None) -> int:
         [str(NBS.parent), os.environ.get("PYTHONPATH", "")]
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(CORES))
+    os.environ["JPY_SESSION_NAME"] = "rerun"  # bars as in JupyterLab; tidy drops them
     if hasattr(os, "sched_setaffinity"):  # the kernel inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     failed = []
     with tqdm(unit="cell") as bar:
         for path in args.notebooks or sorted(NBS.glob("*.ipynb")):
             try:
-                seconds = rerun(path.resolve(), bar, args.time_only)
+                seconds, bars = rerun(path.resolve(), bar, args.time_only)
             except Refused as error:
                 failed.append(path.name)
                 bar.write(f"{path.name}: not stored, {error}", file=sys.stderr)
                 continue
-            note(path.stem, seconds)
-            bar.write(f"{seconds:7.1f} s  {path.name}")
+            note(path.stem, seconds, bars)
+            bar.write(f"{seconds:7.1f} s  {path.name}{', with a bar' if bars else ''}")
     if failed:
         print(f"{len(failed)} not stored: {' '.join(failed)}", file=sys.stderr)
     return bool(failed)
