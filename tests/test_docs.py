@@ -112,10 +112,10 @@ def test_a_figure_without_words_stops_the_build():
 
     picture = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})
     draws = nbformat.v4.new_code_cell("plt.plot(x)", outputs=[picture])
-    caption = nbformat.v4.new_markdown_cell("**A wave of $C^2$ travels**, see [05](05_layer.ipynb).\n\nMore.")
+    caption = nbformat.v4.new_markdown_cell("**A wave of $C^2\\pm1$ travels**, see [05](05_layer.ipynb).\n\nMore.")
     said = nbformat.v4.new_code_cell("#| fig-alt: a line\nplt.plot(x)", outputs=[picture])
     assert figure_words(nbformat.v4.new_notebook(cells=[draws, caption]), "x") == {
-        0: "A wave of C to the 2 travels, see 05."
+        0: "A wave of C to the 2 plus or minus 1 travels, see 05."
     }
     assert figure_words(nbformat.v4.new_notebook(cells=[said]), "x") == {0: "a line"}
     with pytest.raises(SystemExit, match="x, cell .*: a figure without words"):
