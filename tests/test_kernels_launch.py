@@ -136,7 +136,7 @@ def test_architecture_choice():
 
 def test_import_touches_neither_cuda_nor_the_compiler():
     code = "import torch, wave_rnns.kernels.wide, wave_rnns.kernels.wave as K, wave_rnns.kernels.launch as L"
-    code += "; assert not torch.cuda.is_initialized() and not L.nvrtc.cache_info().currsize"
+    code += "; assert not torch.cuda.is_initialized() and not L.bindings.cache_info().currsize"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -145,23 +145,46 @@ def test_arguments_are_words_of_64_bits(monkeypatch):
     seen = {}
 
     class Driver:
+        "Takes what cuda.bindings.driver takes and keeps it."
+
         def cuCtxSetCurrent(self, context):
-            return 0
+            return (0,)
 
         def cuLaunchKernel(self, f, *rest):
             *dims, shared, stream, pointers, extra = rest
-            words = (ctypes.c_int64 * 4).from_address(pointers[0])
+            structs = (ctypes.c_void_p * 2).from_address(pointers)
             seen.update(
-                dims=dims, shared=shared, struct=list(words), single=ctypes.c_int64.from_address(pointers[1]).value
+                dims=dims,
+                shared=shared,
+                struct=list((ctypes.c_int64 * 4).from_address(structs[0])),
+                single=ctypes.c_int64.from_address(structs[1]).value,
             )
-            return 0
+            return (0,)
 
     module = object.__new__(launch.Module)
     module.device, module.name, module.context, module._functions = torch.device("cuda", 0), "m", None, {"k": [1, 64]}
-    monkeypatch.setattr(launch, "_driver", lambda: Driver())
+    monkeypatch.setattr(launch, "bindings", lambda module: Driver())
     monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     stream = type("Stream", (), {"cuda_stream": 0})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     x = torch.ones(2)
     module.launch("k", (5,), (32, 2), 64, [x, None, -7, 2**40], 3)
     assert seen == {"dims": [5, 1, 1, 32, 2, 1], "shared": 64, "struct": [x.data_ptr(), 0, -7, 2**40], "single": 3}
+
+
+def test_cuda_bindings_takes_these_arguments():
+    "Without a GPU as far as the driver's absence: a wrong number or type of arguments is noticed before."
+    module = object.__new__(launch.Module)
+    module.device, module.name, module.context, module._functions = torch.device("cuda", 0), "m", None, {}
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: tests/gpu launches in earnest")
+    words = (ctypes.c_void_p * 1)()
+    for name, args in {
+        "cuDevicePrimaryCtxRetain": (0,),
+        "cuCtxSetCurrent": (None,),
+        "cuModuleLoadData": (b"code",),
+        "cuModuleGetFunction": (None, b"k"),
+        "cuLaunchKernel": (None, 1, 1, 1, 32, 1, 1, 0, 0, ctypes.addressof(words), 0),
+    }.items():
+        with pytest.raises(launch.KernelError, match="NVIDIA driver library"):
+            launch.call("driver", name, *args)

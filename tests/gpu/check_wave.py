@@ -387,6 +387,8 @@ def sanitizer():
             "kns=wave_",
             "--error-exitcode",
             "9",
+            # cuda.bindings asks the driver for every function it may have; what an older driver lacks is no error of ours
+            *(["--report-api-errors", "no"] if check == "memcheck" else []),
             sys.executable,
             "-c",
             script,
@@ -498,8 +500,10 @@ def main():
         print(f.__name__, json.dumps(record[f.__name__])[:1500], flush=True)
     bad = sum(not r["ok"] for r in record["cases"])
     record["ok"] = not bad and all(
-        "failed" not in record[f.__name__] for f in (long_runs, diverging, graph, opcheck, fallbacks)
+        "failed" not in record.get(f.__name__, {}) for f in (long_runs, diverging, graph, opcheck, fallbacks, sanitizer)
     )
+    found = record.get("sanitizer", {})
+    record["ok"] &= all(found[tool]["ok"] for tool in ("memcheck", "racecheck") if tool in found)
     (a.out / "check_wave.json").write_text(json.dumps(rounded(record), indent=1, sort_keys=True) + "\n")
     print(f"{len(record['cases'])} cases, {bad} out of bounds, {record['seconds']} s", flush=True)
     return int(not record["ok"])

@@ -31,7 +31,8 @@ MODELS = ("wrnn", "irnn", "local", "mlp")
 class ModelConfig:
     """A model as pure data. Raises ConfigError naming an unknown or useless value.
 
-    `n` is neurons per ring ('wrnn', 'local'), units ('irnn'), or hidden units ('mlp')."""
+    `n` is neurons per ring ('wrnn', 'local'), units ('irnn'), or hidden units ('mlp'; 0 is a
+    linear layer)."""
 
     kind: str  # 'wrnn', 'irnn', 'local' or 'mlp'
     input_size: int  # F, features of one step (for 'mlp': T * F of the whole sequence)
@@ -62,8 +63,10 @@ class ModelConfig:
                 "recurrent_bias is the second bias of an 'irnn' that has a first one"
             )
         for name in ("input_size", "output_size", "n", "c"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if (name, self.kind) == ("n", "mlp") else 1
+            if getattr(self, name) < least:
+                found = getattr(self, name)
+                raise ConfigError(f"{name} must be at least {least}, got {found}")
         object.__setattr__(self, "freeze", tuple(self.freeze))  # JSON has lists only
 
 # %% ../../nbs/10_config.ipynb #74d5fc81

@@ -385,7 +385,12 @@ declare(
     "authors' code: feed-forward baseline 784 -> 256 -> 10, all pixels at once (the paper "
     "prints no number)",
     model=dict(kind="mlp", input_size=784, n=256, c=1),
-    seeds=(0, 1),
+)
+declare(
+    "smnist_linear",
+    "smnist_fc",
+    "preprint, Figure 10: a linear layer on the flattened pixels",
+    model=dict(n=0),
 )
 PSMNIST = dict(task="psmnist", task_options={"permutation": "torch12008"})
 UNSEEDED = (

@@ -45,17 +45,21 @@ class StepsLinear(nn.Linear):
 
 
 class WholeSequenceMLP(nn.Module):
-    "The feed-forward baseline on the whole sequence: input [T, B, F], output [B, out]."
+    """The feed-forward baseline on the whole sequence: input [T, B, F], output [B, out].
+
+    With n = 0 there is no hidden layer: a linear classifier of all steps at once."""
 
     every_step = False
 
     def __init__(self, input_size: int, n: int, output_size: int, device=None, dtype=None):
         super().__init__()
-        self.hidden = nn.Linear(input_size, n, device=device, dtype=dtype)
-        self.readout = nn.Linear(n, output_size, device=device, dtype=dtype)
+        new = dict(device=device, dtype=dtype)
+        self.hidden = nn.Linear(input_size, n, **new) if n else None
+        self.readout = nn.Linear(n or input_size, output_size, **new)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.readout(torch.relu(self.hidden(x.transpose(0, 1).flatten(1))))
+        x = x.transpose(0, 1).flatten(1)
+        return self.readout(torch.relu(self.hidden(x)) if self.hidden else x)
 
 # %% ../../nbs/11_models.ipynb #acaa440e
 MLP_READOUT = 100  # hidden units of "wRNN + MLP": 419,686 parameters on sMNIST, Table 2
