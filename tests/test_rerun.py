@@ -48,6 +48,7 @@ def test_what_ran_is_stored_sharp_and_tidy(tmp_path, monkeypatch, checkout):
     assert quiet.outputs == []
     shown = figure.outputs[-1].metadata["image/png"]
     assert shown["width"] == pytest.approx(400, abs=12)  # of four inches
+    assert "widgets" not in nbformat.read(path, as_version=4).metadata
     stored = path.read_bytes()
     assert not rerun.tidy(path) and path.read_bytes() == stored
 

@@ -91,6 +91,7 @@ def tidy(path: Path) -> bool:
     for cell, text in zip(words, link_works([c.source for c in words]), strict=True):
         cell.source = text
     fetch_on_colab(nb)
+    nb.metadata.pop("widgets", None)  # of the bars
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not is_bar(o)]
