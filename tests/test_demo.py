@@ -59,6 +59,7 @@ def test_a_glimpse_without_display_home_or_mnist(script, tmp_path):
         assert "Cut short: every network was trained for 1% of its steps." in text and "did not learn to copy" in text
         assert "the 2,700 of MNIST that travel with the package" in text
     assert page.count("<img alt=") == 6 and 'src="http' not in page
+    assert page.count(' width="') == 5  # drawings: two dots per pixel; the film as it is
     assert demo.PAPER in page and demo.DOCS in page and page.count("data:image/webp") == 1
     assert (tmp_path / "wrnn_demo" / "table.txt").read_text().splitlines()[0].startswith("task")
     assert len(list((tmp_path / "wrnn_demo/results/runs").glob("*/*.json"))) == 6

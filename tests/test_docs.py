@@ -7,6 +7,7 @@ import http.server
 import importlib
 import io
 import json
+import math
 import re
 import sys
 import threading
@@ -100,10 +101,10 @@ def test_a_figure_without_words_stops_the_build():
 
     picture = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})
     draws = nbformat.v4.new_code_cell("plt.plot(x)", outputs=[picture])
-    caption = nbformat.v4.new_markdown_cell("**A wave of $C^2$ travels**, see [05](05_layer.ipynb).\n\nMore.")
+    caption = nbformat.v4.new_markdown_cell("**A wave of $C^2\\pm1$ travels**, see [05](05_layer.ipynb).\n\nMore.")
     said = nbformat.v4.new_code_cell("#| fig-alt: a line\nplt.plot(x)", outputs=[picture])
     assert figure_words(nbformat.v4.new_notebook(cells=[draws, caption]), "x") == {
-        0: "A wave of C to the 2 travels, see 05."
+        0: "A wave of C to the 2 plus or minus 1 travels, see 05."
     }
     assert figure_words(nbformat.v4.new_notebook(cells=[said]), "x") == {0: "a line"}
     with pytest.raises(SystemExit, match="x, cell .*: a figure without words"):
@@ -130,6 +131,9 @@ def test_a_page_links_its_notebook(path, site):
     assert (site / "notebooks" / path.name).read_bytes() == path.read_bytes()
     assert f'href="{cfg["git_url"]}/{where}"' in page
     assert f'href="https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/{where}"' in page
+    seconds = json.loads((ROOT / "nbs/results/notebooks.json").read_text())["seconds"]
+    if path.stem in seconds:
+        assert f"Run All: {math.ceil(seconds[path.stem])} s on two cores" in page
     card = re.search(r'property="og:image" content="([^"]+)"', page)[1]
     assert card.startswith(home(cfg)) and (site / card.removeprefix(home(cfg))).is_file()
 

@@ -1,6 +1,11 @@
 "Is the house in order? What is generated equals what is committed, nothing unpickles, no machine leaves its paths."
 
+import ast
+import base64
 import graphlib
+import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,10 +15,15 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT, SKIP, WEB, run_python
+from matplotlib.figure import Figure
+from PIL import Image, ImageChops
 
 sys.path.insert(0, str(WEB))
 
 import house
+from stage import settings
+from tidy import COLAB, COLAB_ID, with_palette
+from works import WORKS, link_works
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 FLOOR, IMPORTS = house.floors(), house.imports()
@@ -121,7 +131,8 @@ def test_the_map_shows_every_import():
 def test_the_first_page_needs_only_torch():
     "Notebook 00 builds everything itself; only its last code cell uses this project."
     first = nbformat.read(ROOT / "nbs/00_one_page.ipynb", as_version=4)
-    *earlier, last = [c.source for c in first.cells if c.cell_type == "code"]
+    colab, *earlier, last = [c.source for c in first.cells if c.cell_type == "code"]
+    assert "on Colab" in colab
     assert "wave_rnns" in last and not any("wave_rnns" in source for source in earlier)
 
 

@@ -510,6 +510,20 @@ def test_exports_keep_length_and_batch_open_and_load_after_a_plain_import(tmp_pa
     assert run.stdout == "(17, 3, 16)\n" * 2, run.stderr
 
 
+def test_the_import_says_nothing_without_triton():
+    "PyTorch for CUDA without triton (Windows, say) warns when its FLOP counter is imported; other warnings stay."
+    code = """if True:
+    import logging, sys, torch
+    sys.modules["triton"] = sys.modules["triton.runtime.jit"] = None
+    torch.version.cuda = "13.0"
+    import wave_rnns.layer
+    logging.getLogger("torch.utils.flop_counter").warning("something else")
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "", run.stderr
+    assert "triton not found" not in run.stderr and "something else" in run.stderr
+
+
 def test_types_are_shipped(checkout):
     assert (Path(wave_rnns.__file__).parent / "py.typed").exists()
     assert '"py.typed"' in (checkout / "setup.py").read_text()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'WAVE', 'BUMP', 'WaveRNNError', 'ConfigError', 'DataError', 'CheckpointError', 'RecordError', 'data_root',
            'default_device', 'is_watched', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain', 'to_json',
-           'read_small', 'from_json', 'git_commit', 'environment', 'plot_style']
+           'read_small', 'from_json', 'git_commit', 'environment', 'dense_figures', 'plot_style']
 
 # %% ../nbs/09_core.ipynb #407d8cdc
 import contextlib
@@ -228,6 +228,17 @@ WAVE = "#0072B2"  # blue: what travels (wRNN)
 BUMP = "#D55E00"  # vermilion: what stays (iRNN)
 
 
+def dense_figures():
+    "Notebooks draw two dots per pixel from here on: sharp on any screen, as large as before."
+    import matplotlib
+
+    if (matplotlib.get_backend(auto_select=False) or "").endswith("inline"):
+        from IPython import get_ipython
+        from matplotlib_inline.config import InlineBackend
+
+        InlineBackend.instance(parent=get_ipython()).figure_formats = {"retina"}
+
+
 class plot_style:
     "The style of our figures: `plot_style()` from now on, `with plot_style():` for a block."
 
@@ -238,6 +249,7 @@ class plot_style:
         style = matplotlib.rc_params_from_file(path, use_default_template=False)
         self.before = {name: matplotlib.rcParams[name] for name in style}
         matplotlib.rcParams.update(style)
+        dense_figures()
 
     def __enter__(self):
         return self

@@ -10,6 +10,7 @@ __all__ = ['ELSEWHERE', 'OVERFLOWING', 'operators', 'options_by_name', 'check_in
 # %% ../nbs/05_layer.ipynb #40e09391
 import functools
 import inspect
+import logging
 import math
 import numbers
 import warnings
@@ -18,7 +19,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import wave_rnns.kernels.dense
 import wave_rnns.kernels.wave
@@ -428,6 +428,13 @@ class LocalRNN(WaveRNN):
 
     scan = staticmethod(local_scan)
     cell_type = LocalCell
+
+# %% ../nbs/05_layer.ipynb #1b7c9a25
+# The counter warns at import where triton is missing; our kernels are CUDA, and counted below.
+logging.getLogger("torch.utils.flop_counter").addFilter(
+    lambda record: not str(record.msg).startswith("triton not found")
+)
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # %% ../nbs/05_layer.ipynb #1b7c9a27
 def wave_flops(x, u, V, *_, encoder=1, recurrence=1, **__) -> int:

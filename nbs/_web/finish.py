@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import re
 import shutil
 import struct
@@ -142,8 +143,8 @@ def tables_keep_units(text: str) -> str:
     )
 
 
-def head_of_page(text: str, page: str, notebook: str, cfg: dict) -> str:
-    "Under the title: where the notebook is, and on a phone what the page holds."
+def head_of_page(text: str, notebook: str, seconds: float | None, cfg: dict) -> str:
+    "Under the title: where the notebook is and how long it takes, and on a phone what the page holds."
     links = ""
     if notebook:
         path = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs/{notebook}"
@@ -151,7 +152,9 @@ def head_of_page(text: str, page: str, notebook: str, cfg: dict) -> str:
             '<p class="notebook-links"><span>This page is a notebook:</span> '
             f'<a href="notebooks/{notebook}" download>download</a> '
             f'<a href="{cfg["git_url"]}/blob/{cfg["branch"]}/nbs/{notebook}">GitHub</a> '
-            f'<a href="https://colab.research.google.com/github/{path}">Colab</a></p>'
+            f'<a href="https://colab.research.google.com/github/{path}">Colab</a>'
+            + (f"<span>Run All: {math.ceil(seconds)} s on two cores</span>" if seconds else "")
+            + "</p>"
         )
     toc = re.search(r'<nav id="TOC"[^>]*>.*?</h2>(<ul>.*?</ul>)</nav>', text, re.S)
     menu = ""
@@ -200,6 +203,8 @@ def finish(site: Path, web: Path, rooms: list, cfg: dict):
     pages = {p: p.read_text(encoding="utf-8") for p in sorted(site.rglob("*.html"))}
     pages = render_equations(pages, web)
     notebooks = {f"{r.page}.html": r.path for r in rooms}
+    record = web.parent / "results/notebooks.json"
+    seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
     (site / "notebooks").mkdir()
     for path in notebooks.values():
         shutil.copy(path, site / "notebooks")
@@ -216,7 +221,10 @@ def finish(site: Path, web: Path, rooms: list, cfg: dict):
         ):
             text = step(text)
         source = notebooks.get(name)
-        text = head_of_page(text, name, source.name if source else "", cfg)
+        if source:
+            text = head_of_page(text, source.name, seconds.get(source.stem), cfg)
+        else:
+            text = head_of_page(text, "", None, cfg)
         if name == "404.html":  # it is shown in the place of any address
             text = text.replace("<head>", f'<head><base href="{cfg["doc_baseurl"]}/">', 1)
         path.write_text(text, encoding="utf-8")

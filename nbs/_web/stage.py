@@ -97,6 +97,12 @@ def plain(markdown: str) -> str:
         tex = re.sub(r"\\(?:text|mathrm|texttt|operatorname)\{([^}]*)\}", r"\1", m[1])
         tex = re.sub(r"\\[,;:! ]|\\(?:left|right|big|Big|quad|qquad)\b", " ", tex)
         tex = re.sub(r"\^\{?([^{}\s])", r" to the \1", tex)
+        for sign, words in {
+            "pm": "plus or minus",
+            "times": "times",
+            "sqrt": "root of",
+        }.items():
+            tex = re.sub(rf"\\{sign}(?![A-Za-z])", f" {words} ", tex)
         return re.sub(r"[\\{}]", "", tex.replace("_", " "))
 
     text = re.sub(r"\$+([^$]+)\$+", formula, markdown)

@@ -139,8 +139,8 @@ def panels(rows: int, columns: int, width: float = 8, height: float = 3, **optio
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def as_bytes(figure, dpi: int = 150) -> bytes:
-    "A figure as PNG."
+def as_bytes(figure, dpi: int = 200) -> bytes:
+    "A figure as PNG, two dots per pixel."
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=dpi, facecolor="white")
     return png.getvalue()
@@ -380,10 +380,12 @@ def page(
         return "<tr>" + "".join(f"<{tag}>{text(c)}</{tag}>" for c in cells) + "</tr>"
 
     def picture(heading, data, caption):
-        kind = "webp" if data[:4] == b"RIFF" else "png"
-        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        film = data[:4] == b"RIFF"
+        kind = "webp" if film else "png"
+        source = f' src="data:image/{kind};base64,{base64.b64encode(data).decode()}"'
+        width = "" if film else f' width="{int.from_bytes(data[16:20]) // 2}"'
         return (
-            f'<h2>{text(heading)}</h2><figure><img alt="{text(caption)}" src="{source}">'
+            f'<h2>{text(heading)}</h2><figure><img alt="{text(caption)}"{width}{source}>'
             f"<figcaption>{text(caption)}</figcaption></figure>"
         )
 

@@ -52,7 +52,7 @@ def train_small(
     cards = json.loads(path.read_text(encoding="utf-8"))
     for name, (config, steps) in SMALL.items():
         (run,) = fit(task, config, [settings], steps=steps, eval_every=50, log_every=50,
-                     device="cpu", progress=False)  # fmt: skip
+                     device="cpu")  # fmt: skip
         model, data = build_model(config, seed=0), save(run.weights)
         atomic_write(path.with_name(f"{name}.safetensors"), data)
         cards[name] = {
