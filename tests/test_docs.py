@@ -89,10 +89,13 @@ def test_equations_are_rendered(path, site):
 def test_figures_are_there(path, site):
     "Every stored figure of a cell that is shown is on the page, with words for who cannot see it."
     shown = [c for c in cells_of(path, "code") if not re.search(r"^#\|\s*hide\s*$", c.source, re.M)]
-    figures = [base64.b64decode(d) for d in stored(shown, "image/png")]
+    outputs = [o for c in shown for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     main = (site / page_of(path)).read_text(encoding="utf-8").split("<main", 1)[1]
-    drawn = r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="\d+" height="\d+"'
-    assert [(site / f).read_bytes() for f in re.findall(drawn, main)] == figures
+    drawn = r'<a class="figure-file" href="([^"]+)"><img alt="[^"]+" src="\1" width="(\d+)" height="(\d+)"'
+    files = re.findall(drawn, main)
+    assert [(site / f).read_bytes() for f, *_ in files] == [base64.b64decode(o.data["image/png"]) for o in outputs]
+    sizes = [(m.width, m.height) for o in outputs if (m := o.metadata.get("image/png"))]
+    assert [(int(w), int(h)) for _, w, h in files] == sizes, "shown in another size than in JupyterLab"
     assert not re.search(r'<img(?![^>]*\balt="[^"]+")', main), "a figure without a description"
 
 

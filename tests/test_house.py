@@ -106,6 +106,134 @@ def test_what_is_stored_is_whole(path):
             assert shown, f"nothing stands above the caption {caption[0]}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_are_sharp(path):
+    "Two dots per pixel, and the size at which they are shown: python nbs/_web/rerun.py draws them so."
+    for cell in nbformat.read(path, as_version=4).cells:
+        for out in cell.get("outputs", []):
+            if "image/png" in out.get("data", {}):
+                picture = Image.open(io.BytesIO(base64.b64decode(out.data["image/png"])))
+                shown = out.metadata.get("image/png", {})
+                half = {"width": picture.width // 2, "height": picture.height // 2}
+                assert shown == half, f"cell {cell.id}: {picture.size} dots, shown as {shown}"
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_pictures_are_small():
+    "256 colours where nobody sees it, once and for all; what would suffer keeps every dot."
+    figure = Figure(figsize=(4, 3), dpi=200)
+    figure.subplots().imshow([[i * k % 40 for i in range(40)] for k in range(30)], cmap="viridis")
+    file = io.BytesIO()
+    figure.savefig(file)
+    drawn = file.getvalue()
+    small = with_palette(drawn)
+    assert len(small) < 0.6 * len(drawn) and with_palette(small) == small
+    before, after = Image.open(io.BytesIO(drawn)), Image.open(io.BytesIO(small))
+    assert after.mode == "P" and round(after.info["dpi"][0]) == 200
+    moved = ImageChops.difference(before.convert("RGB"), after.convert("RGB")).getextrema()
+    assert max(high for _, high in moved) <= 12
+    ramp = Image.linear_gradient("L")
+    photograph = Image.merge("RGB", [ramp, ramp.transpose(Image.Transpose.ROTATE_90), ramp])
+    see_through = Image.merge("LA", [ramp, ramp]).convert("RGBA")
+    for kept in (photograph, see_through):
+        assert with_palette(png(kept)) == png(kept)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_first_code_cell_is_for_colab(path):
+    "The same in every notebook, and nobody reads it on the site."
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    if cells:
+        assert cells[0].source == COLAB.format(**settings()) and "#| hide" in cells[0].source
+        assert cells[0].id == COLAB_ID and not cells[0].outputs
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_colab_fetches_the_project_where_there_is_none(there, tmp_path, capfd):
+    "A fresh shell in an empty folder; git and pip are not run, only noted."
+    (tmp_path / "checkout/nbs").mkdir(parents=True)
+    program = f"""
+import os, sys
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.io import capture_output
+class Absent:
+    def find_spec(self, name, *rest):
+        if name == "wave_rnns" and not {there}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+shell, ran = InteractiveShell.instance(), []
+shell.system = ran.append
+shell.register_magic_function(lambda line: ran.append("pip " + line), magic_name="pip")
+with capture_output() as shown:
+    shell.run_cell({COLAB.format(**settings())!r}).raise_error()
+print([shown.stdout, shown.stderr, ran, os.getcwd(), ".." in sys.path])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    out, err, ran, folder, in_path = ast.literal_eval(done.stdout)
+    assert (out, err) == ("", "")
+    if there:
+        assert (ran, folder, in_path) == ([], str(tmp_path), False)
+    else:
+        assert ran == [f"git clone -q --depth 1 {settings()['git_url']} checkout", "pip install -q -e .."]
+        assert (folder, in_path) == (str(tmp_path / "checkout/nbs"), True)
+
+
+CITED = re.compile(r"et al\.|\((?:[A-Z][\w'-]+(?:,? (?:and|&) [A-Z][\w'-]+)*,? )(?:19|20)\d\d\)")
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
+def test_cited_works_are_linked(path):
+    "Who is named with a year or as `et al.` can be read: the paragraph has a link. First mentions of known works: test_clean."
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    for paragraph in text.split("\n\n"):
+        cited = CITED.search(paragraph)
+        assert not cited or "](http" in paragraph, f"{cited[0]} without a link: {paragraph[:200]}"
+
+
+def test_what_counts_as_a_citation():
+    for words in ("Keller et al.", "as shown (Smith and Jones, 1999)", "(Le 2015)", "(O'Neil & Wu, 2020)"):
+        assert CITED.search(words), words
+    for words in ("in 2015", "(2015)", "(from 2012 to 2015)", "(Section 2 of it)"):
+        assert not CITED.search(words), words
+
+
+def test_the_first_mention_of_a_work_becomes_a_link():
+    adam = WORKS[r"\bAdam\b"]
+    page = ["# Adam\n\n`Adam` and $Adam$, [Adam's page](x.html)", "Then Adam, and Adam again.", "Adam."]
+    linked = link_works(page)
+    assert linked == [page[0], f"Then [Adam]({adam}), and Adam again.", "Adam."]
+    assert link_works(linked) == linked
+    there = f"By [Kingma and Ba]({adam}) is Adam."
+    assert link_works([there, "Adam"]) == [there, "Adam"]
+    assert link_works(["Adam.", there]) == [f"[Adam]({adam}).", there]
+    assert all(
+        re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|doi\.org/10\.\d{4,}/\S+|papers\.nips\.cc/\S+)", a)
+        for a in WORKS.values()
+    )
+
+
+def test_every_notebook_says_how_long_it_takes():
+    "Measured by `make rerun`; above a minute, a bar is what a reader watches."
+    record = json.loads((ROOT / "nbs/results/notebooks.json").read_text())
+    assert record["cores"] == 2
+    assert {p.stem for p in NOTEBOOKS} == {"index", *record["seconds"]}, "make rerun measures what is missing"
+    slow = {name for name, seconds in record["seconds"].items() if seconds > 60}
+    assert slow <= set(record["bars"]), f"more than a minute without a bar: {sorted(slow - set(record['bars']))}"
+
+
 def test_imports_run_one_way_and_make_no_circle():
     "A room imports only from rooms with lower numbers, and the library never from the paper's machinery."
     for me, others in IMPORTS.items():
