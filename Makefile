@@ -77,7 +77,7 @@ gpu-test: $(READY) ## prove the GPU kernels against the float64 loop (needs an N
 	@for check in tests/gpu/check_*.py; do echo "$$check"; $(PY) $$check --out nbs/results/gpu || exit 1; done
 
 survive: $(READY) ## kill, freeze and corrupt in earnest: 100 kills, 100 chaos sweeps, 100,000 fuzzed files (about an hour)
-	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FU.PHONY: help install demo reproduce test lab docs check prepare export clean rerun format.PHONY: help install demo reproduce test lab docs check prepare export clean rerun format=100000 WAVE_RNNS_RUN_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 \
+	WAVE_RNNS_KILLS=100 WAVE_RNNS_CHAOS=100 WAVE_RNNS_FUZZ=100000 WAVE_RNNS_RUN_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 \
 	  tests/test_resume_kill.py tests/test_data.py tests/test_chaos.py tests/test_fuzz.py tests/test_slurm.py tests/test_notebooks.py
 
 bench: $(READY) ## measure speed on this machine
