@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..cell import check_choice
 from ..core import ConfigError
+from .arrays import ArrayTask  # noqa: F401
 from .generated_tasks import AddingTask, CopyTask, Task, stream  # noqa: F401
 from .stored_tasks import Digits, NoisyCIFAR10, PermutedMNIST, PixelMNIST
 
