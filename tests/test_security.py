@@ -47,7 +47,7 @@ ALLOWED = {  # (file, what) -> why
     ): "a task of the user's own, where the caller says trusted=True (test_tasks.py)",
     ("data.py", "numpy.load"): "the shipped digits, with allow_pickle=False",
     ("core.py", "subprocess.check_output"): "git and nvidia-smi: words in a list",
-    ("sweeps.py", "subprocess.Popen"): "workers: words in a list",
+    ("workers.py", "subprocess.Popen"): "workers: words in a list",
     ("finish.py", "subprocess.run"): "node: words in a list",
     ("build.py", "__import__"): "smalldocs, by a constant name",
     ("build.py", "yaml"): "safe_load only",

@@ -267,7 +267,6 @@ for T in (0, 10, 30, 80):
             f"paper, Table 4, {source}",
             model=model,
             task_options={"T": T},
-            seeds=(0, 1) if (T, row) == (0, "irnn_identity") else (0,),  # beside its final
         )
 declare("copy80_irnn_rerun", "copy80_irnn_identity", "rerun: lr 1e-3, clip 1", seeds=(0, 1))
 declare(
