@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGEST', 'RECIPE', 'EXPERIMENTS', 'declare', 'FINAL_SEEDS', 'BEST', 'COPY_BEST', 'IRNN', 'TWO_BIASES', 'ONE_BIAS',
            'PAPER_IRNN', 'IMAGE_IRNN', 'COPY_MODELS', 'ABLATIONS', 'ADDING_BEST', 'FAST', 'PSMNIST', 'UNSEEDED',
-           'PERMUTATIONS', 'FROZEN', 'RERUN', 'DEMO', 'Experiment', 'check_numbers', 'is_json', 'to_config',
+           'PERMUTATIONS', 'FROZEN', 'SIZES', 'RERUN', 'DEMO', 'Experiment', 'check_numbers', 'is_json', 'to_config',
            'from_config', 'run_key', 'Registry', 'read_object', 'read_experiment', 'select', 'sequence_length', 'Run',
            'record_of', 'todo', 'rhythm_of', 'rungs_of', 'checked_device']
 
@@ -437,7 +437,7 @@ for permutation, who in PERMUTATIONS.items():
             seeds=FINAL_SEEDS[:3],
         )
 
-# the preprint's appendix and Figure 7; three seeds each, in the kernels' fast precision
+# the preprint's appendix and Figure 7; three seeds each, the waves in fast precision
 for start in ("random", "identity"):
     declare(
         f"smnist_wrnn_{start}",
@@ -455,22 +455,21 @@ for family, base in (("wrnn", "smnist_wrnn_fast"), ("irnn", "smnist_irnn")):
         model=FROZEN,
         seeds=FINAL_SEEDS[:3],
     )
-for n, c in ((36, 1), (64, 1), (36, 4), (16, 16), (144, 4), (64, 32)):
-    declare(
-        f"psmnist_wrnn_n{n}_c{c}",
-        "psmnist_wrnn",
-        f"paper, Figure 7: n={n}, c={c}",
-        model={"n": n, "c": c},
-        seeds=FINAL_SEEDS[:3],
-    )
-for n in (36, 64, 144):
-    declare(
-        f"psmnist_irnn_n{n}",
-        "psmnist_irnn",
-        f"paper, Figure 7: n={n}",
-        model={"n": n},
-        seeds=FINAL_SEEDS[:3],
-    )
+SIZES = {
+    "wrnn": [
+        {"n": n, "c": c} for n, c in ((36, 1), (64, 1), (36, 4), (16, 16), (144, 4), (64, 32))
+    ],
+    "irnn": [{"n": n} for n in (36, 64, 144)],
+}
+for family, sizes in SIZES.items():
+    for size in sizes:
+        declare(
+            "_".join([f"psmnist_{family}", *(f"{k}{v}" for k, v in size.items())]),
+            f"psmnist_{family}",
+            "paper, Figure 7: " + ", ".join(f"{k}={v}" for k, v in size.items()),
+            model=size,
+            seeds=FINAL_SEEDS[:3],
+        )
 
 # %% ../../nbs/16_experiments.ipynb #02bedf25
 # Noisy sequential CIFAR-10: Table 3, Figure 8
