@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'OVERFLOWING', 'operators', 'options_by_name', 'check_input', 'time_first', 'as_given', 'hand_over',
            'last_states', 'batch_size', 'backwards', 'RecurrentLayers', 'check_dropout', 'WaveRNN', 'IdentityRNN',
-           'local_scan', 'LocalRNN', 'wave_flops', 'rows_flops', 'dense_flops', 'backward_of', 'count_flops']
+           'banded', 'local_scan', 'LocalRNN', 'wave_flops', 'rows_flops', 'dense_flops', 'backward_of', 'count_flops']
 
 # %% ../nbs/05_layer.ipynb #40e09391
 import functools
@@ -25,6 +25,7 @@ import wave_rnns.kernels.wave
 import wave_rnns.kernels.wide  # noqa: F401  all three register fast paths with the scan
 from .cell import DenseCell, LocalCell, WaveCell, check_choice, check_sizes
 from .core import ConfigError
+from .kernels.dense import FUSED_UNITS
 from wave_rnns.scan import (
     PRECISIONS,
     Rows,
@@ -416,15 +417,32 @@ class IdentityRNN(RecurrentLayers):
         self.n = n
 
 # %% ../nbs/05_layer.ipynb #a0f8c188
+def banded(u: Tensor) -> Tensor:  # [c n, c n]
+    "The matrix U of equation (2) that couples neurons as untied kernels u [n, c, c, k] do."
+    n, c, _, k = u.shape
+    here = torch.arange(n, device=u.device)
+    read = (here[:, None] + torch.arange(k, device=u.device) - k // 2) % n  # [n, k]
+    taps = (read[..., None] == here).to(u.dtype)  # [n, k, n]
+    return torch.einsum("xijk,xky->ixjy", u, taps).reshape(c * n, c * n)
+
+
 def local_scan(x, u, V, b, h_0=None, activation="relu", last=False, precision="faithful"):
-    "`wave_loop` for untied kernels u [n, c, c, k]; checked, and in float32, like `wave_scan`."
+    """What `wave_loop` computes with untied kernels u [n, c, c, k], in float32 or more.
+
+    A dense scan where the matrix fits on a GPU's chip, else the loop."""
+    n, c = u.shape[:2]
     dtype, (u, x, V, b, h_0) = u.dtype, same_kind_input(u, x, V=V, b=b, h_0=h_0)
     with no_autocast(u.device):
-        return wave_loop(x, u, V, b, h_0, activation, last).to(dtype)
+        if c * n > FUSED_UNITS:
+            return wave_loop(x, u, V, b, h_0, activation, last).to(dtype)
+        weights = banded(u), V.flatten(0, 1), b.flatten()
+        h_0 = None if h_0 is None else h_0.flatten(-2)
+        h = dense_scan(x, *weights, h_0, activation, last, precision)
+    return h.unflatten(-1, (c, n)).to(dtype)
 
 
 class LocalRNN(WaveRNN):
-    "A wave layer with an untied kernel, [n, c, c, k]: a control, without a fast path."
+    "A wave layer with untied kernels, [n, c, c, k]: a control, fused up to 256 units."
 
     scan = staticmethod(local_scan)
     cell_type = LocalCell

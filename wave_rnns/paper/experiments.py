@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LARGEST', 'RECIPE', 'EXPERIMENTS', 'declare', 'FINAL_SEEDS', 'BEST', 'COPY_BEST', 'IRNN', 'TWO_BIASES', 'ONE_BIAS',
            'PAPER_IRNN', 'IMAGE_IRNN', 'COPY_MODELS', 'ABLATIONS', 'ADDING_BEST', 'FAST', 'PSMNIST', 'UNSEEDED',
-           'PERMUTATIONS', 'FROZEN', 'SIZES', 'RERUN', 'DEMO', 'Experiment', 'check_numbers', 'is_json', 'to_config',
-           'from_config', 'run_key', 'Registry', 'read_object', 'read_experiment', 'select', 'sequence_length', 'Run',
-           'record_of', 'todo', 'rhythm_of', 'rungs_of', 'checked_device']
+           'PERMUTATIONS', 'FROZEN', 'SMALL', 'SIZES', 'RERUN', 'DEMO', 'Experiment', 'check_numbers', 'is_json',
+           'to_config', 'from_config', 'run_key', 'Registry', 'read_object', 'read_experiment', 'select',
+           'sequence_length', 'Run', 'record_of', 'todo', 'rhythm_of', 'rungs_of', 'checked_device']
 
 # %% ../../nbs/16_experiments.ipynb #77324f1c
 import contextlib
@@ -453,6 +453,21 @@ for family, base in (("wrnn", "smnist_wrnn_fast"), ("irnn", "smnist_irnn")):
         base,
         "preprint, Figure 11: U and V stay as they start, the readout alone is trained",
         model=FROZEN,
+        seeds=FINAL_SEEDS[:3],
+    )
+SMALL = {"n": 64, "c": 4}
+for kind, source in (
+    (
+        "local",
+        "preprint, Figure 12: every neuron has a kernel of its own; smaller here, 256 units",
+    ),
+    ("wrnn", "ours: the tied network of the size of smnist_local_n64_c4"),
+):
+    declare(
+        f"smnist_{kind}_n64_c4",
+        "smnist_wrnn",
+        source,
+        model={"kind": kind, **SMALL},
         seeds=FINAL_SEEDS[:3],
     )
 SIZES = {
