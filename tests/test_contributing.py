@@ -1,4 +1,4 @@
-"The worked examples of CONTRIBUTING.md and the code of README.md, run as printed."
+"The worked examples of CONTRIBUTING.md, the code of README.md and the commands of the first page, run as printed."
 
 import json
 import os
@@ -12,6 +12,7 @@ from conftest import ROOT, entry_points
 from wave_rnns.paper.experiments import select
 
 FILE = re.compile(r"^`([\w.]+)`: ", re.M)
+BASH = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 
 
 def blocks(name: str) -> list[tuple[str, str, str]]:
@@ -55,10 +56,10 @@ def test_the_worked_examples(run, tmp_path):
 
 
 def commands() -> list[list[str]]:
-    "The words of every command that README.md prints."
-    lines = (
-        line.split("#")[0] for lang, code, _ in blocks("README.md") if lang == "bash" for line in code.splitlines()
-    )
+    "The words of every command that the site's first page prints; README.md is a part of it."
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    lines = (line.split("#")[0] for code in BASH.findall(text) for line in code.splitlines())
     return [command.split() for line in lines if line.strip() for command in line.split("&&")]
 
 
@@ -86,8 +87,8 @@ def test_python_of_the_readme_runs_in_order(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_commands_of_the_readme_exist():
-    "Every command and make target that README.md prints is known to the program that it names."
+def test_commands_of_the_first_page_exist():
+    "Every command and make target that it prints is known to the program that it names."
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
     known = {*entry_points(), "make", "git", "cd", "pip", "python", "pytest"}
     assert {word for word, *_ in commands()} <= known and commands()
@@ -97,7 +98,7 @@ def test_commands_of_the_readme_exist():
 @pytest.mark.parametrize(
     "words", [c for c in commands() if re.match(r"wrnn_(train|sweep|todo|tables)", c[0])], ids=" ".join
 )
-def test_commands_of_the_readme_mean_something(words, run):
+def test_commands_of_the_first_page_mean_something(words, run):
     "Experiments, grids and options: what would take days is asked for its help or its list, the rest runs."
     word, *rest = words
     options = [w for w in rest if w.startswith("-")]

@@ -16,6 +16,8 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "nbs/index.ipynb"
+# what the site's first page has beyond the README, which is to fit a screen
+SITE_ONLY = {"The claim in one picture", "All numbers", "Train", "Reading order"}
 
 
 def has_picture(cell) -> bool:
@@ -61,8 +63,12 @@ def convert(path: Path) -> tuple[str, dict[str, bytes]]:
     "The README's text, and its pictures by the name it gives them."
     nb = nbformat.read(path, as_version=4)
     pictures: dict[str, bytes] = {}
-    cells = []
+    cells, section = [], ""
     for i, cell in enumerate(nb.cells):
+        if heading := cell.cell_type == "markdown" and re.match(r"## (.+)", cell.source):
+            section = heading[1]
+        if section in SITE_ONLY:
+            continue
         directives = (
             re.findall(r"^#\|\s*(.+?)\s*$", cell.source, re.M)
             if cell.cell_type == "code"
