@@ -6,8 +6,8 @@
 __all__ = ['EARLY', 'EARLY_HEADER', 'COPY_ROWS', 'DELAYS', 'PAIRS', 'SUMMARY', 'SUMMARISED', 'TABLES', 'markdown', 'table_of',
            'without_runs', 'curve_rows', 'with_early', 'early_text', 'plus_minus', 'against_paper', 'marked', 'dagger',
            'cells', 'comparison', 'table_1', 'cited_table', 'size_table', 'equivalence', 'table_2', 'table_3',
-           'same_model', 'grid_of', 'chosen_setting', 'table_4', 'wave_against_bump', 'table_7', 'run_or_older',
-           'summary_table', 'without_title', 'section', 'short_commit', 'runs_table']
+           'appendix_table', 'same_model', 'grid_of', 'chosen_setting', 'table_4', 'wave_against_bump', 'table_7',
+           'run_or_older', 'summary_table', 'without_title', 'section', 'short_commit', 'runs_table']
 
 # %% ../../nbs/18_paper_tables.ipynb #d60feba0
 import functools
@@ -289,6 +289,27 @@ def table_3(records: list[dict], paper: list[dict]) -> str:
         )
     )
 
+# %% ../../nbs/18_paper_tables.ipynb #c8f8b6ad
+def appendix_table(records: list[dict], paper: list[dict]) -> str:
+    "Figure 7's sizes, and Figures 11, 12 and 14 of the preprint (10 is a line of Table 2)."
+    small = {"untied kernels": "smnist_local_n64_c4", "tied kernels": "smnist_wrnn_n64_c4"}
+    frozen = {"wRNN": "smnist_wrnn_frozen", "iRNN": "smnist_irnn_frozen"}
+    starts = {"a shift": "smnist_wrnn", "random": "smnist_wrnn_random"}
+    figures = {
+        "7: psMNIST, other sizes": {
+            name.removeprefix("psmnist_"): name
+            for name in EXPERIMENTS
+            if re.match(r"psmnist_.rnn_n\d", name)
+        },
+        "11: sMNIST, the readout alone is trained": frozen,
+        "12: sMNIST, 64 neurons and 4 rings": small,
+        "14: sMNIST, the kernel starts as": starts | {"the identity": "smnist_wrnn_identity"},
+    }
+    return "# Figures of the appendix, and Figure 7\n\n" + "\n".join(
+        f"## Figure {title}\n\n" + comparison(names, "accuracy", records, paper)
+        for title, names in figures.items()
+    )
+
 # %% ../../nbs/18_paper_tables.ipynb #2c3b1f76
 COPY_ROWS = {  # label -> (whose models may fill the row, whose number the paper prints)
     "wRNN n=100, c=6": (("wrnn",), "wrnn"),
@@ -529,5 +550,6 @@ TABLES = {
     "table3": table_3,
     "table4": table_4,
     "table7": table_7,
+    "appendix": appendix_table,
     "runs": runs_table,
 }
