@@ -7,12 +7,11 @@ from dataclasses import fields, replace
 
 import pytest
 
-import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.sweeps as sw
 from wave_rnns.core import ConfigError, WaveRNNError
-from wave_rnns.paper.config import WORDS, ModelConfig
+from wave_rnns.paper.config import WORDS, ModelConfig, decisive
 from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, record_of, to_config
-from wave_rnns.paper.records import content_hash, read_curve, read_record
+from wave_rnns.paper.records import content_hash, read_curve, read_record, run_path
 from wave_rnns.paper.grids import OWN_SETTINGS, Grid, find_grid, grid_config, grid_from, populations
 from wave_rnns.paper.ranking import ranking, ranking_text, winners
 from wave_rnns.paper.sweeps import population_path, train, work
@@ -161,7 +160,7 @@ def test_the_partition_fills_the_gpu_and_depends_on_the_grid_alone():
     for together, sizes in ((64, [60]), (59, [30, 30]), (20, [20] * 3), (7, [6, 7, 7, 6, 7, 7, 6, 7, 7])):
         assert sorted(map(len, populations(runs, together))) == sorted(sizes)
     for group in populations(find_grid("copy_irnn").runs(), 64):
-        shared = [{k: v for k, v in ex.decisive(r.experiment).items() if k not in OWN_SETTINGS} for r in group]
+        shared = [{k: v for k, v in decisive(r.experiment).items() if k not in OWN_SETTINGS} for r in group]
         assert all(s == shared[0] for s in shared)
     names = [population_path("r", group) for group in populations(RUNS, 2)]
     assert len({*names}) == len(names) == 3 and population_path("r", RUNS[::-1]) == population_path("r", RUNS)
@@ -328,7 +327,7 @@ def test_a_search_is_halved_and_its_records_say_so(tmp_path):
             p = r["pruned"]
             assert r["stopped_step"] == p["step"] == {1: 2, 2: 4}[p["rung"]] and p["kept"] < p["rank"] <= p["of"]
             assert [list(rung) for rung in SEARCH.halving] == r["config"]["halving"]
-            assert read_curve(ex.run_path(tmp_path, "copy", r["key"], ".csv"))[0][-1]["step"] == p["step"]
+            assert read_curve(run_path(tmp_path, "copy", r["key"], ".csv"))[0][-1]["step"] == p["step"]
     rows = ranking(SEARCH, tmp_path)
     assert [row["rung"] for row in rows] == [None, 2, 2, 1, None] and rows[-1]["diverged"] == 1
     (best,) = winners(SEARCH, tmp_path)

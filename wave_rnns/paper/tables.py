@@ -22,7 +22,7 @@ from .experiments import EXPERIMENTS, run_key
 from .outcomes import Comparison, Outcome, Sample, as_printed, last_step
 from .outcomes import measured, outcome, outcome_of, paper_entry, paper_number
 from .outcomes import paper_sample, records_of, runs_text, show, show_p, welch
-from .records import at_epochs, read_curve, run_path
+from .records import read_curve, run_path
 
 # %% ../../nbs/18_paper_tables.ipynb #be905b31
 def markdown(
@@ -69,8 +69,8 @@ def with_early(records: list[dict], results: Path) -> list[dict]:
     "The records, each with `early`: epoch -> validation accuracy in %, read from its curve."
 
     def early(r: dict) -> dict[int, float]:
-        found = at_epochs(curve_rows(r, results), epochs=EARLY)
-        return {epoch: 100 * v for epoch, v in found.items() if v is not None}
+        seen = {row.get("epoch"): row.get("valid_accuracy") for row in curve_rows(r, results)}
+        return {epoch: 100 * seen[epoch] for epoch in EARLY if seen.get(epoch) is not None}
 
     return [{**r, "early": early(r)} for r in records]
 
