@@ -184,7 +184,7 @@ def show_p(p: float) -> str:
 
 # %% ../../nbs/18_outcomes.ipynb #e930e641
 def measured(record: dict, measure: str, when: str = "test_best") -> float | None:
-    "One number of a record, of the test set at the chosen step; accuracies in %."
+    "One number of a record, by default on the test set at the chosen step; accuracies in %."
     if measure == "solved_step":
         return (record.get("solved") or {}).get("step")
     if measure == "parameters":
@@ -198,9 +198,8 @@ def measured(record: dict, measure: str, when: str = "test_best") -> float | Non
 def records_of(experiment: Experiment | str, records: list[dict]) -> list[dict]:
     "The records of an experiment's runs at today's recipe, by seed."
     e = EXPERIMENTS[experiment] if isinstance(experiment, str) else experiment
-    return sorted(
-        (r for r in records if r["key"] == run_key(e, r["seed"])), key=lambda r: r["seed"]
-    )
+    found = [r for r in records if r["key"] == run_key(e, r["seed"])]
+    return sorted(found, key=lambda r: r["seed"])
 
 
 def outcome_of(
@@ -264,10 +263,8 @@ def paper_numbers() -> list[dict]:
 
 def paper_entry(experiment: str, measure: str, paper: list[dict], origin: str) -> dict | None:
     "The entry of one of our experiments, or None."
-    key = (experiment, measure, origin)
-    return next(
-        (p for p in paper if (p["experiment"], p["measure"], p["origin"]) == key), None
-    )
+    wanted = {"experiment": experiment, "measure": measure, "origin": origin}
+    return next((p for p in paper if wanted.items() <= p.items()), None)
 
 
 def paper_number(
