@@ -20,9 +20,11 @@ from ..core import WaveRNNError, atomic_write
 from .config import answer, usage_error
 from .experiments import EXPERIMENTS, Run, record_of, select, todo
 from .grids import GRIDS, Grid, find_grid
+from .outcomes import in_percent, measured, show
 from .ranking import ranking_text, winners
-from .records import existing_results, results_root, shipped_results
+from .records import existing_results, read_curve, results_root, shipped_results
 from .sweeps import failures, train
+from .tables import markdown
 from .workers import sbatch_text, sweep
 
 # %% ../../nbs/19_cli.ipynb #6da59041
@@ -91,7 +93,7 @@ def wrnn_train(
 ):
     """Train the runs of an experiment, and write one record for each.
 
-    wrnn_train demo_copy30_wrnn --results /tmp/results is a newcomer's first: about a minute.
+    A first one to try, about a minute: wrnn_train demo_copy30_wrnn --results /tmp/results.
     Ctrl-C or SIGTERM saves and ends with exit code 75; the same command goes on. Other codes:
     0 done, 1 error, 2 usage."""
     if list:
@@ -147,10 +149,6 @@ def wrnn_todo(
 # %% ../../nbs/19_cli.ipynb #5d0c1b02
 def beside_full(grid: Grid, results: Path, full_results: Path | None) -> str:
     "The quick runs that are done, each beside its full run after the same step."
-    from .records import read_curve
-    from .outcomes import show
-    from .tables import markdown
-
     rows = []
     for run in grid.runs():
         name, record = run.experiment.name.removeprefix("quick_"), record_of(results, run)
@@ -161,10 +159,11 @@ def beside_full(grid: Grid, results: Path, full_results: Path | None) -> str:
         curve = read_curve(full.path(full_results, ".csv"))[0] if then else []
         metric, step = record["metric"], record["steps"]
         there = {row["step"]: row.get(f"valid_{metric}") for row in curve}
-        scores = [record["valid_final"].get(metric), there.get(step)]
-        percent = 100 if metric.endswith("accuracy") else 1
-        scores = [show(s if s is None else percent * s, metric) for s in scores]
-        solved = [((r or {}).get("solved") or {}).get("step") for r in (record, then)]
+        here = measured(record, metric, "valid_final")
+        scale = 100 if in_percent(metric) else 1
+        at_step = None if there.get(step) is None else scale * there[step]
+        scores = [show(s, metric) for s in (here, at_step)]
+        solved = [measured(r, "solved_step") if r else None for r in (record, then)]
         steps = [show(s, "solved_step") for s in solved]
         rows.append([name, run.seed, f"{step:,}", metric, *scores, *steps])
     header = ["run", "seed", "steps", "on validation", "here", "full run then"]
