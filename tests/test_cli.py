@@ -307,7 +307,6 @@ def test_reproduce_without_a_gpu_says_what_it_takes(make, tmp_path):
 
 def test_quick_is_the_beginning_of_the_full_run(tmp_path, monkeypatch):
     "To the last digit; its table says so, and no table of the paper takes it."
-
     full = replace(
         grid_from({"name": "g", "experiments": ["copy0_wrnn"], "axes": {**SMALL, "steps": [400]}}).points()[0][2],
         name="tiny_full",

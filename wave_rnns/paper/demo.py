@@ -473,19 +473,15 @@ def wrnn_demo(
     start, folder, trained = time.time(), Path(out), {}
     folder.mkdir(parents=True, exist_ok=True)
     with listen_for() as asked:
-        for title, pair in pairs(
-            device, None if no_digits else digits_at_hand(), quick
-        ).items():
+        digits = None if no_digits else digits_at_hand()
+        for title, pair in pairs(device, digits, quick).items():
             for model, e in pair.items():
                 print(f"{title}: {model}, {e.steps:,} steps ...", flush=True)
                 t = train_one(e, folder / "results", device, interrupt=asked)
                 trained.setdefault(title, {})[model] = t
                 print(f"   test {t.words} in {t.record['seconds']:.0f} s", flush=True)
-    rows, notes, film = (
-        table(trained),
-        remarks(trained, quick),
-        animate(next(iter(trained.values()))),
-    )
+    rows, notes = table(trained), remarks(trained, quick)
+    film = animate(next(iter(trained.values())))
     text = page(headline(trained), rows, notes, pictures(trained, film))
     atomic_write(folder / "ring.webp", film)
     atomic_write(folder / "index.html", text)
