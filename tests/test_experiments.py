@@ -267,20 +267,6 @@ def test_an_edited_curve_is_noticed(one_record):
     assert len(rc.read_curve(curve)[0]) == len(rows)
 
 
-def test_chosen_weights_lie_beside(one_record):
-    "As `weights/<task>/<key>.safetensors`: what validation chose, exactly."
-    from safetensors.torch import load_file
-
-    path = one_record.parents[2] / "weights" / "copy" / f"{one_record.stem}.safetensors"
-    model = build_model(MODEL, 0)
-    model.load_state_dict(load_file(path))
-    task = make_task("copy", **SIZES)
-    x, y = next(task.eval_batches("test"))
-    measured = task.measure(model(x).detach(), y)
-    expected = rc.read_record(one_record)["test_best"]["cross_entropy"]
-    assert float(measured["cross_entropy"] / measured["count"]) == pytest.approx(expected, rel=1e-5)
-
-
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 ROWS = [{"step": s, "epoch": None, "loss": 1 / s, "valid_accuracy": 0.5 if s % 2 else None} for s in range(1, 8)]
