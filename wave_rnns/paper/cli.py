@@ -178,7 +178,7 @@ def show_grids() -> None:
 
 
 def report(grid: Grid, folder: Path, show: bool = True) -> dict[str, int]:  # runs by status
-    "How a grid stands. Raises WaveRNNError where runs failed."
+    "How many runs are done, and the ranking. Raises WaveRNNError where runs failed."
     ends = {"done": 0, "stopped": 0, "diverged": 0, "left": 0}
     for run in grid.runs():
         record = record_of(folder, run)

@@ -21,9 +21,9 @@ from .experiments import EXPERIMENTS, Experiment, run_key
 
 # %% ../../nbs/18_outcomes.ipynb #20e5cc42
 @functools.cache
-def gauss(points: int = 200):
-    "Nodes and weights of Gauss's quadrature on [0, 1]."
-    x, w = np.polynomial.legendre.leggauss(points)
+def gauss():
+    "200 nodes and weights of Gauss's quadrature on [0, 1]."
+    x, w = np.polynomial.legendre.leggauss(200)
     return (x + 1) / 2, w / 2
 
 
@@ -104,7 +104,6 @@ class Outcome:
 
     measure: str  # 'accuracy' (in %), 'mse', 'paper_scale', 'solved_step', ...
     values: tuple = ()  # one per run that has the number
-    seeds: tuple = ()  # the same runs' seeds
     without: int = 0  # runs without one, for instance adding runs that never solved the task
     paper: float | None = None  # the single best run that the paper prints
 
@@ -209,9 +208,9 @@ def outcome_of(
     paper: float | None = None,
 ) -> Outcome:
     "What some records say about one measure."
-    known = [(r["seed"], v) for r in runs if (v := measured(r, measure, when)) is not None]
-    seeds, values = zip(*known, strict=True) if known else ((), ())
-    return Outcome(measure, values, seeds, len(runs) - len(known), paper)
+    found = [measured(r, measure, when) for r in runs]
+    values = tuple(v for v in found if v is not None)
+    return Outcome(measure, values, len(runs) - len(values), paper)
 
 
 def outcome(

@@ -254,7 +254,7 @@ def note_failure(results: Path, group: list[Run], error: Exception) -> str:  # i
 
 
 def failures(grid: Grid, results: Path) -> dict[str, str]:  # population -> why it failed last
-    "The populations that failed and were not done since."
+    "The populations that failed and are not done yet."
     found = {}
     for group in populations(grid.runs(), grid.together):
         path = population_path(results, group).with_suffix(".failed")
