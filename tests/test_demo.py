@@ -87,7 +87,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(script, tmp_path):
     ],
 )
 def test_the_headline_is_what_happened(wave, still, says):
-    show = {m: demo.Trained(None, None, {}, [], None) for m in ("wRNN", "iRNN")}
+    show = {m: demo.Trained(None, {}, [], None) for m in ("wRNN", "iRNN")}
     task = type("T", (), {"metric": "cross_entropy", "name": "copy"})()
     for t, score in zip(show.values(), (wave, still), strict=True):
         t.task, t.record = task, {"test_best": {"accuracy": score}, "status": "diverged" if score is None else "done"}

@@ -88,7 +88,6 @@ class Example(NamedTuple):
 class Trained:
     "A network of the demo, and what came of it."
 
-    experiment: Experiment
     task: object
     record: dict
     curve: list[dict]
@@ -138,7 +137,7 @@ def train_one(e: Experiment, folder: Path, device: str, **options) -> Trained:
     model = build_model(e.model, run.seed)
     model.load_state_dict(load_file(folder / "weights" / e.task / name))
     task = make_task(e.task, **e.task_options).to(device)
-    return Trained(e, task, record, curve, model.to(device).eval())
+    return Trained(task, record, curve, model.to(device).eval())
 
 # %% ../../nbs/19_demo.ipynb #dbb528bc
 def panels(rows: int, columns: int, width: float = 8, height: float = 3, **options):
@@ -199,7 +198,7 @@ def draw_states(copy: dict[str, Trained]):
     return figure
 
 # %% ../../nbs/19_demo.ipynb #bd648406
-def animate(copy: dict[str, Trained], dpi: int = 70) -> bytes:  # an animated WebP
+def animate(copy: dict[str, Trained]) -> bytes:  # an animated WebP
     "Each network's neurons on a circle; the distance from it is activity, scaled each step."
     import numpy as np
     from PIL import Image
@@ -222,7 +221,7 @@ def animate(copy: dict[str, Trained], dpi: int = 70) -> bytes:  # an animated We
         for line, dot, ring, tokens in lines:
             line.set_ydata([*ring[step], ring[step, 0]])
             dot.set_facecolor(colors(int(tokens[step])))
-        frames.append(Image.open(io.BytesIO(as_bytes(figure, dpi))).convert("RGB"))
+        frames.append(Image.open(io.BytesIO(as_bytes(figure, dpi=70))).convert("RGB"))
     film = io.BytesIO()
     frames[0].save(
         film, "WEBP", save_all=True, append_images=frames[1:], duration=160, loop=0, quality=60

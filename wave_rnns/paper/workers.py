@@ -79,12 +79,12 @@ def start_worker(order: dict, device: str | None, log: Path) -> subprocess.Popen
         return subprocess.Popen(command, stdin=told, stdout=out, stderr=out, env=environ)
 
 
-def stop_workers(workers: list[subprocess.Popen], seconds: float = 300.0) -> None:
-    "Ask all to save and end; kill one that does not: its checkpoint is only older."
+def stop_workers(workers: list[subprocess.Popen]) -> None:
+    "Ask all to save and end; kill one that takes minutes: its last checkpoint is older."
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
         worker.send_signal(signal.SIGCONT)  # a stopped process handles no signal
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 300
     for worker in workers:
         try:
             worker.wait(max(0.0, deadline - time.monotonic()))
