@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, entry_points
 
 from wave_rnns.paper.cli import beside_full
-from wave_rnns.paper.experiments import EXPERIMENTS, Run, from_config, to_config
+from wave_rnns.paper.experiments import ABLATIONS, EXPERIMENTS, Run, from_config, to_config
 from wave_rnns.paper.grids import Grid, beginning, find_grid, grid_from, h200_seconds
 from wave_rnns.paper.records import read_records, shipped_results
 from wave_rnns.paper.sweeps import train
@@ -151,14 +151,8 @@ def test_mistakes_are_one_line_with_a_remedy(call, tiny, grid, tmp_path, command
 
 
 def test_missing_data_is_one_line(call, tmp_path):
-    code, _, err = call(
-        "wrnn_train",
-        "smnist_cpu",
-        "--results",
-        "r",
-        WAVE_RNNS_DATA=str(tmp_path / "none"),
-        WAVE_RNNS_MNIST_URL="http://127.0.0.1:9/",
-    )
+    nowhere = {"WAVE_RNNS_DATA": str(tmp_path / "none"), "WAVE_RNNS_MNIST_URL": "http://127.0.0.1:9/"}
+    code, _, err = call("wrnn_train", "smnist_cpu", "--results", "r", **nowhere)
     assert code == 1 and err.count("\n") <= 2 and "WAVE_RNNS_DATA" in err
     assert not list((tmp_path / "r").glob("runs/*/*"))
 
@@ -262,16 +256,9 @@ def make(script, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(grid))
 
     def start(grid="tiny.json", **variables):
-        words = {"BIN": bin, "READY": "tiny.json", "GRID": grid, "RESULTS": "r", **variables}
-        command = [
-            "make",
-            "-f",
-            ROOT / "Makefile",
-            "-o",
-            "tiny.json",
-            "reproduce",
-            *(f"{k}={v}" for k, v in words.items()),
-        ]
+        variables = {"BIN": bin, "READY": "tiny.json", "GRID": grid, "RESULTS": "r", **variables}
+        words = [f"{name}={value}" for name, value in variables.items()]
+        command = ["make", "-f", ROOT / "Makefile", "-o", "tiny.json", "reproduce", *words]
         return subprocess.Popen(
             command, cwd=tmp_path, env={**ENV, "CUDA_VISIBLE_DEVICES": ""}, text=True, preexec_fn=on_one_core,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,  # Ctrl-C goes to all of it, as in a terminal
@@ -307,11 +294,8 @@ def test_reproduce_without_a_gpu_says_what_it_takes(make, tmp_path):
 
 def test_quick_is_the_beginning_of_the_full_run(tmp_path, monkeypatch):
     "To the last digit; its table says so, and no table of the paper takes it."
-
-    full = replace(
-        grid_from({"name": "g", "experiments": ["copy0_wrnn"], "axes": {**SMALL, "steps": [400]}}).points()[0][2],
-        name="tiny_full",
-    )
+    whole = grid_from({"name": "g", "experiments": ["copy0_wrnn"], "axes": {**SMALL, "steps": [400]}})
+    full = replace(whole.points()[0][2], name="tiny_full")
     monkeypatch.setitem(EXPERIMENTS.declared, "tiny_full", (None, json.loads(json.dumps(to_config(full)))))
     train([Run(full, 0)], tmp_path / "full", "cpu", progress=False)
     short = beginning("tiny_full", 1) | {"steps": 200}
@@ -325,12 +309,10 @@ def test_quick_is_the_beginning_of_the_full_run(tmp_path, monkeypatch):
 
 def test_quick_holds_every_row_of_the_full_run_and_none_of_its_lengths():
     "Of Table 4's search it takes the declared row of each kind. That it takes minutes: notebook 17."
-    rows = ("wrnn_no_V", "wrnn_no_u", "wrnn_identity", "wrnn_no_both")
-    rows += ("irnn_identity", "irnn_random", "irnn_sigma", "irnn_sigma_V")
     runs = find_grid("quick").runs()
     quick = {run.experiment.name.removeprefix("quick_") for run in runs}
     full = {run.experiment.name for run in find_grid("paper").runs()}
-    assert quick - full <= {f"copy80_{row}" for row in rows}
+    assert quick - full <= {f"copy80_{row}" for row in ABLATIONS}
     assert all(run.experiment.steps < 10_000 and run.experiment.epochs <= 20 for run in runs)
 
 

@@ -18,9 +18,9 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("digits", [None, "digits", "mnist"])
 def test_both_networks_get_the_same_steps_and_the_same_batches(digits, device):
-    shows, whole = demo.acts(device, digits, quick=0.5), demo.acts(device, digits, 1.0)
-    assert len(shows) == (3 if digits else 2)
-    for title, pair in shows.items():
+    found, whole = demo.pairs(device, digits, quick=0.5), demo.pairs(device, digits, 1.0)
+    assert len(found) == (3 if digits else 2)
+    for title, pair in found.items():
         wave, still = pair["wRNN"], pair["iRNN"]
         assert (wave.model.kind, still.model.kind) == ("wrnn", "irnn")
         for name in ("task", "task_options", "steps", "eval_every", "seeds"):
@@ -30,9 +30,7 @@ def test_both_networks_get_the_same_steps_and_the_same_batches(digits, device):
 
 MISTAKES = {
     "--device foo": (1, "unknown device 'foo': use cpu, cuda"),
-    "--device cuda:99": (1, "leave --device out"),
     "--quick -1": (2, "--quick -1: expected a fraction of the steps, 0 to 1"),
-    "--quick 0": (2, "--quick 0: expected a fraction"),
     "--quick nan": (2, "--quick nan: expected a fraction"),
     "--quick 0.01 --out a_file/x --device cpu": (1, "a_file"),
 }
@@ -89,7 +87,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(script, tmp_path):
     ],
 )
 def test_the_headline_is_what_happened(wave, still, says):
-    show = {m: demo.Trained(None, None, {}, [], None) for m in ("wRNN", "iRNN")}
+    show = {m: demo.Trained(None, {}, [], None) for m in ("wRNN", "iRNN")}
     task = type("T", (), {"metric": "cross_entropy", "name": "copy"})()
     for t, score in zip(show.values(), (wave, still), strict=True):
         t.task, t.record = task, {"test_best": {"accuracy": score}, "status": "diverged" if score is None else "done"}

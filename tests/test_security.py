@@ -144,8 +144,8 @@ def live(folder: str) -> int:
     except WaveRNNError as error:
         assert "stopped at step" in str(error)
     done = sweeps.train(runs, folder, "cpu", progress=False)
-    assert len(done) == len(ex.read_records(folder)) == 2
-    ex.read_curve(runs[0].path(folder, ".csv"))
+    assert len(done) == len(records.read_records(folder)) == 2
+    records.read_curve(runs[0].path(folder, ".csv"))
     reports.write_tables(folder)
     ranking.ranking(grids.Grid("g", (e,), seeds=(0, 1)), folder)
     checkpoints.save_weights(folder / "w", build_model(MODEL, 0).state_dict(), MODEL)
@@ -230,11 +230,11 @@ def test_names_that_would_leave_the_folder(name, folder, monkeypatch):
     key = "0123456789abcdef"
     for task, k in ((name, key), ("copy", name)):
         with pytest.raises(RecordError):
-            ex.run_path(folder, task, k)
+            records.run_path(folder, task, k)
     record = {"config": {"task": name}, "key": key, "best_step": None}
     for evil in (record, {**record, "config": {"task": "copy"}, "key": name}):
         with pytest.raises(RecordError):
-            ex.write_record(folder, evil, [])
+            records.write_record(folder, evil, [])
     for field in ("name", "task"):
         with pytest.raises(ConfigError):
             ex.from_config({**ex.to_config(TINY), field: name})
@@ -261,10 +261,10 @@ def test_a_record_that_names_another_place(folder):
         path.write_text(json.dumps({**evil, "sha256": records.content_hash(evil)}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read = ex.read_records(folder)
+            read = records.read_records(folder)
         for r in read:
             with pytest.raises(WaveRNNError):
-                ex.write_record(folder, r, [])
+                records.write_record(folder, r, [])
         for aside in path.parent.glob("*.broken*"):
             aside.unlink()
 
@@ -279,7 +279,7 @@ def test_links_out_of_the_results_folder(link, folder):
     path = {"a record": run.path(folder), "a curve": run.path(folder, ".csv")}.get(link, folder / link)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(outside if "r" == link[0] else outside / "precious.json")
-    for act in (lambda: ex.read_records(folder), lambda: sweeps.train([run], folder, "cpu", progress=False)):
+    for act in (lambda: records.read_records(folder), lambda: sweeps.train([run], folder, "cpu", progress=False)):
         # refused, or the link itself replaced: `folder` looks at what is outside
         with contextlib.suppress(RecordError):
             assert all(r["key"] == run.key for r in act())
@@ -292,7 +292,7 @@ def test_a_stray_file_among_the_records_stops_nothing(folder):
         (folder / "runs" / "copy" / name).write_text("{}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert ex.read_records(folder) == record
+        assert records.read_records(folder) == record
 
 
 @pytest.mark.parametrize("resume", [True, False])

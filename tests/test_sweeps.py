@@ -3,16 +3,15 @@
 import errno
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
-import wave_rnns.paper.experiments as ex
 import wave_rnns.paper.sweeps as sw
 from wave_rnns.core import ConfigError, WaveRNNError
-from wave_rnns.paper.config import WORDS, ModelConfig
-from wave_rnns.paper.experiments import EXPERIMENTS, Experiment, Run, record_of, to_config
-from wave_rnns.paper.records import content_hash, read_curve, read_record
+from wave_rnns.paper.config import decisive
+from wave_rnns.paper.experiments import EXPERIMENTS, Run, record_of, to_config
+from wave_rnns.paper.records import content_hash, read_curve, read_record, run_path
 from wave_rnns.paper.grids import OWN_SETTINGS, Grid, find_grid, grid_config, grid_from, populations
 from wave_rnns.paper.ranking import ranking, ranking_text, winners
 from wave_rnns.paper.sweeps import population_path, train, work
@@ -71,28 +70,13 @@ def test_a_declared_grid_is_its_plain_data(name):
     assert all(re.fullmatch(r"\w{1,64}", n) for n in names)
 
 
-OTHER = {  # a value for each setting, unlike what adding100_wrnn has
-    "task": "copy", "task_options": {"T": 7}, "model": {"n": 7}, "lr": 0.5, "clip": 3.0, "drop_factor": 2.0, "drop_every": 9,
-    "steps": 77, "eval_every": 11, "log_every": 11, "kind": "irnn", "input_size": 3, "output_size": 3, "n": 9, "c": 9,
-    "kernel_size": 5, "activation": "tanh", "u_init": "identity", "V_init": "normal", "U_init": "sigma", "readout": "mlp",
-    "every_step": True, "recurrent_bias": True, "bias": False, "freeze": ["encoder"], "precision": "faithful", "halving": [[5, 1]],
-}  # fmt: skip
-
-
-SETTINGS = [f.name for f in fields(Experiment) if f.name not in (*WORDS, "epochs")]
-SETTINGS += [*(f"model.{f.name}" for f in fields(ModelConfig)), "task_options.T", "task_options.new_option"]
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_every_setting_can_be_an_axis(setting):
-    irnn_only = setting == "model.recurrent_bias"
-    base, head = EXPERIMENTS["adding100_irnn_lr3" if irnn_only else "adding100_wrnn"], setting.partition(".")[0]
-    value = OTHER.get(setting.removeprefix("model."), 7)
+@pytest.mark.parametrize("setting, value", [("lr", 0.5), ("model.u_init", "random"), ("task_options.new_option", 7)])
+def test_a_setting_of_any_kind_can_be_an_axis(setting, value):
+    base, head = EXPERIMENTS["adding100_wrnn"], setting.partition(".")[0]
     grid = Grid("g", (base,), {setting: [value]})
     ((*_, point),) = grid.points()
     before, after = to_config(base), to_config(point)
-    changed = {k for k in before if before[k] != after[k]} - {"name"}
-    assert changed == {head} and grid.runs()[0].key != Run(base, 0).key
+    assert {k for k in before if before[k] != after[k]} == {"name", head} and grid.runs()[0].key != Run(base, 0).key
     assert grid_from(json.loads(json.dumps(grid_config(grid)))).runs() == grid.runs()
 
 
@@ -105,12 +89,10 @@ def test_every_setting_can_be_an_axis(setting):
         ({"experiments": ["grid:no_such_grid"]}, "grid:no_such_grid"),
         ({"experiments": [{"name": "x"}]}, "missing"),
         ({"name": "../x"}, "name must be letters"),
-        ({"name": 3}, "name must be str"),
         ({"axes": {"lr": 1e-3}}, "axes must be lists of values"),
         ({"axes": {"lr": []}}, "axes must be lists of values"),
         ({"axes": {"lrr": [1]}}, "unknown key 'lrr'; did you mean 'lr'"),
         ({"axes": {"lr.x": [1]}}, "has no setting 'lr.x'"),
-        ({"axes": {"lr": [-1e-2]}}, "lr must be positive"),
         ({"axes": {"seeds": [[0], [1]]}}, "seeds"),
         ({"axes": {"lr": list(range(1, 1000)), "clip": list(range(1000))}}, "are a slip"),
         ({"seeds": [-1]}, "seeds must be whole numbers"),
@@ -156,12 +138,10 @@ def test_a_run_is_there_once():
 # Populations ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_partition_fills_the_gpu_and_depends_on_the_grid_alone():
-    runs = find_grid("smnist_wrnn").runs()
-    for together, sizes in ((64, [60]), (59, [30, 30]), (20, [20] * 3), (7, [6, 7, 7, 6, 7, 7, 6, 7, 7])):
-        assert sorted(map(len, populations(runs, together))) == sorted(sizes)
+def test_the_partition_depends_on_the_grid_alone():
+    "How large the parts are: notebook 17."
     for group in populations(find_grid("copy_irnn").runs(), 64):
-        shared = [{k: v for k, v in ex.decisive(r.experiment).items() if k not in OWN_SETTINGS} for r in group]
+        shared = [{k: v for k, v in decisive(r.experiment).items() if k not in OWN_SETTINGS} for r in group]
         assert all(s == shared[0] for s in shared)
     names = [population_path("r", group) for group in populations(RUNS, 2)]
     assert len({*names}) == len(names) == 3 and population_path("r", RUNS[::-1]) == population_path("r", RUNS)
@@ -328,7 +308,7 @@ def test_a_search_is_halved_and_its_records_say_so(tmp_path):
             p = r["pruned"]
             assert r["stopped_step"] == p["step"] == {1: 2, 2: 4}[p["rung"]] and p["kept"] < p["rank"] <= p["of"]
             assert [list(rung) for rung in SEARCH.halving] == r["config"]["halving"]
-            assert read_curve(ex.run_path(tmp_path, "copy", r["key"], ".csv"))[0][-1]["step"] == p["step"]
+            assert read_curve(run_path(tmp_path, "copy", r["key"], ".csv"))[0][-1]["step"] == p["step"]
     rows = ranking(SEARCH, tmp_path)
     assert [row["rung"] for row in rows] == [None, 2, 2, 1, None] and rows[-1]["diverged"] == 1
     (best,) = winners(SEARCH, tmp_path)
@@ -364,11 +344,3 @@ def test_the_best_point_is_chosen_by_validation_over_seeds(tmp_path):
     assert winners(GRID, tmp_path) == [rows[1]["point"]] == [ranking(GRID, tmp_path)[0]["point"]]
     Run(rows[1]["point"], 0).path(tmp_path).unlink()  # a point of which a run is missing is not chosen yet
     assert winners(GRID, tmp_path) == []
-
-
-def test_a_point_that_diverges_is_last_and_never_chosen(tmp_path):
-    wild = grid_from(tiny(axes={"lr": [1e12, 1e-3], **WILD}, seeds=[0]))
-    work(wild.runs(), tmp_path, "cpu", **QUIET)
-    rows = ranking(wild, tmp_path)
-    assert [row["diverged"] for row in rows] == [0, 1] and rows[1]["score"] is None
-    assert [e.lr for e in winners(wild, tmp_path)] == [1e-3]

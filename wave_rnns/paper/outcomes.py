@@ -21,9 +21,9 @@ from .experiments import EXPERIMENTS, Experiment, run_key
 
 # %% ../../nbs/18_outcomes.ipynb #20e5cc42
 @functools.cache
-def gauss(points: int = 200):
-    "Nodes and weights of Gauss's quadrature on [0, 1]."
-    x, w = np.polynomial.legendre.leggauss(points)
+def gauss():
+    "200 nodes and weights of Gauss's quadrature on [0, 1]."
+    x, w = np.polynomial.legendre.leggauss(200)
     return (x + 1) / 2, w / 2
 
 
@@ -104,7 +104,6 @@ class Outcome:
 
     measure: str  # 'accuracy' (in %), 'mse', 'paper_scale', 'solved_step', ...
     values: tuple = ()  # one per run that has the number
-    seeds: tuple = ()  # the same runs' seeds
     without: int = 0  # runs without one, for instance adding runs that never solved the task
     paper: float | None = None  # the single best run that the paper prints
 
@@ -184,7 +183,7 @@ def show_p(p: float) -> str:
 
 # %% ../../nbs/18_outcomes.ipynb #e930e641
 def measured(record: dict, measure: str, when: str = "test_best") -> float | None:
-    "One number of a record, of the test set at the chosen step; accuracies in %."
+    "One number of a record, by default on the test set at the chosen step; accuracies in %."
     if measure == "solved_step":
         return (record.get("solved") or {}).get("step")
     if measure == "parameters":
@@ -198,9 +197,8 @@ def measured(record: dict, measure: str, when: str = "test_best") -> float | Non
 def records_of(experiment: Experiment | str, records: list[dict]) -> list[dict]:
     "The records of an experiment's runs at today's recipe, by seed."
     e = EXPERIMENTS[experiment] if isinstance(experiment, str) else experiment
-    return sorted(
-        (r for r in records if r["key"] == run_key(e, r["seed"])), key=lambda r: r["seed"]
-    )
+    found = [r for r in records if r["key"] == run_key(e, r["seed"])]
+    return sorted(found, key=lambda r: r["seed"])
 
 
 def outcome_of(
@@ -210,9 +208,9 @@ def outcome_of(
     paper: float | None = None,
 ) -> Outcome:
     "What some records say about one measure."
-    known = [(r["seed"], v) for r in runs if (v := measured(r, measure, when)) is not None]
-    seeds, values = zip(*known, strict=True) if known else ((), ())
-    return Outcome(measure, values, seeds, len(runs) - len(known), paper)
+    found = [measured(r, measure, when) for r in runs]
+    values = tuple(v for v in found if v is not None)
+    return Outcome(measure, values, len(runs) - len(values), paper)
 
 
 def outcome(
@@ -264,10 +262,8 @@ def paper_numbers() -> list[dict]:
 
 def paper_entry(experiment: str, measure: str, paper: list[dict], origin: str) -> dict | None:
     "The entry of one of our experiments, or None."
-    key = (experiment, measure, origin)
-    return next(
-        (p for p in paper if (p["experiment"], p["measure"], p["origin"]) == key), None
-    )
+    wanted = {"experiment": experiment, "measure": measure, "origin": origin}
+    return next((p for p in paper if wanted.items() <= p.items()), None)
 
 
 def paper_number(

@@ -66,7 +66,7 @@ def draw_curves(
             ax.plot(*zip(*curve, strict=True), color=color, lw=0.6, alpha=0.5)
         if points := band(curves, column):
             steps, mean, low, high = zip(*points, strict=True)
-            runs = f"{len(curves)} run" + "s" * (len(curves) != 1)
+            runs = "1 run" if len(curves) == 1 else f"{len(curves)} runs"
             ax.plot(steps, mean, color=color, lw=1.6, label=f"{label} ({runs})")
             ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
         name = experiment if isinstance(experiment, str) else experiment.name

@@ -66,7 +66,7 @@ def be_worker() -> int:
 
 
 def start_worker(order: dict, device: str | None, log: Path) -> subprocess.Popen:
-    "A process that works on a grid and writes what it has to say to a log."
+    "Start a process that works on a grid; its output goes to a log."
     package = str(Path(wave_rnns.__file__).resolve().parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = max(1, cores() // order["workers"])
@@ -79,16 +79,16 @@ def start_worker(order: dict, device: str | None, log: Path) -> subprocess.Popen
         return subprocess.Popen(command, stdin=told, stdout=out, stderr=out, env=environ)
 
 
-def stop_workers(workers: list[subprocess.Popen], seconds: float = 300.0) -> None:
-    "Ask all to save and end; kill one that does not: its checkpoint is only older."
+def stop_workers(workers: list[subprocess.Popen]) -> None:
+    "Ask all to save and end; kill one that takes minutes: its last checkpoint is older."
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
-        worker.send_signal(signal.SIGCONT)  # one that was stopped could not hear
-    deadline = time.monotonic() + seconds
+        worker.send_signal(signal.SIGCONT)  # a stopped process handles no signal
+    deadline = time.monotonic() + 300
     for worker in workers:
         try:
             worker.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # Ctrl-C again: do not wait
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # Ctrl-C again: wait no longer
             worker.kill()
             worker.wait()
             deadline = 0.0
@@ -145,13 +145,13 @@ def run_workers(
 
 
 def what_is_there(results: Path) -> str:
-    "The names of all checkpoints and records: whatever progress is made, it changes."
+    "The names of all checkpoints and records: they change with any progress."
     parts = ("checkpoints/*.safetensors", "runs/*/*.json")
     return "\n".join(sorted(p.name for part in parts for p in results.glob(part)))
 
 
 def cores() -> int:
-    "Processor cores that this process may use: of a cluster's node rarely all."
+    "Processor cores that this process may use: on a cluster's node rarely all."
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
@@ -240,7 +240,7 @@ srun --ntasks=1 --cpus-per-task={cpus} {shlex.join(command)}
 code=$?
 job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 if [ $code = 75 ] && [ "$(squeue --noheader --format=%T --jobs=$job)" = RUNNING ]; then
-    scontrol requeue $job  # saved, and nobody else would start it again
+    scontrol requeue $job  # saved; Slurm itself would not start it again
 fi
 exit $code
 """
