@@ -323,7 +323,8 @@ def machine(device: torch.device) -> dict:
     with suppress(OSError, AttributeError):  # Linux
         cpu = Path("/proc/cpuinfo").read_text()
         name = re.search(r"^model name\s*: (.*)", cpu, re.M)[1].strip()
-    return facts | {"device": "cpu", "machine": f"{name}, {facts['threads']} threads"}
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return facts | {"device": "cpu", "machine": f"{name}, {threads}"}
 
 
 def file_name(machine: str, day: datetime) -> str:
