@@ -60,13 +60,13 @@ def test_the_small_networks_recall_what_their_cards_say(name):
 
 
 def test_half_of_the_seeds_are_better_and_half_are_worse():
-    "Diverged ones too; and nothing is shipped that has not solved its task."
+    "Diverged ones too, if they were ever validated; and nothing is shipped that has not solved its task."
     for name in RECORDED:
         e, card = EXPERIMENTS[SHIPPED[name]], CARDS[name]
         paths = [ROOT / f"nbs/results/runs/{card['task']}/{run_key(e, seed)}.json" for seed in e.seeds]
         records = [read_record(path) for path in paths if path.exists()]
-        values = sorted(r["test_best"][card["metric"]] for r in records)
-        assert (len(values), card["diverged"]) == (card["of_seeds"], sum(r["status"] == "diverged" for r in records))
+        values = sorted(r["test_best"][card["metric"]] for r in records if r["test_best"])
+        assert (len(records), card["diverged"]) == (card["of_seeds"], sum(r["status"] == "diverged" for r in records))
         assert len(values) % 2 == 1 and values[len(values) // 2] == card["test_best"][card["metric"]]
         solved = next(r for r in records if r["seed"] == card["seed"])["solved"]
         assert solved is None or solved["step"] is not None

@@ -73,9 +73,12 @@ def ship(
     records, written = read_records(results), []
     for short, name in SHIPPED.items():
         found = records_of(name, records)
-        if not found:
+        validated = [
+            r for r in found if r["test_best"]
+        ]  # a run that failed before has no weights
+        if not validated:
             continue
-        r = median_run(found)
+        r = median_run(validated)
         if r.get("solved") and r["solved"]["step"] is None:
             continue
         task = EXPERIMENTS[name].task
