@@ -23,6 +23,7 @@ from wave_rnns.scan_cpu import TorchBackend
 
 SCANS = {"wave": wave_scan, "dense": dense_scan}
 ACT = {"relu": lambda z: z.clamp(min=0), "tanh": torch.tanh, "identity": lambda z: z}
+NEEDS_2_13 = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile cannot do it before torch 2.13")
 FORMS = ("float", "tokens", "rows", "table")  # a short table, and one too long to be multiplied by one-hot columns
 TABLE = {"rows": 5, "table": 80}
 
@@ -297,6 +298,7 @@ def test_compile_fullgraph_of_any_length(kind, form, last):
         same_gradients(got, want)
 
 
+@NEEDS_2_13
 @pytest.mark.parametrize("kind", SCANS)
 def test_compile_of_a_population(kind):
     torch._dynamo.reset()
@@ -614,7 +616,7 @@ def test_scans_in_many_threads_never_see_tf32(monkeypatch):
 # Integers out of range
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_2_13)])
 @pytest.mark.parametrize("form", ["tokens", "rows"])
 @pytest.mark.parametrize("kind", SCANS)
 def test_an_integer_out_of_range_is_an_error_in_both_scans_compiled_or_not(kind, form, compiled):

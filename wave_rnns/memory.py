@@ -55,7 +55,7 @@ def fit_ridge(
     h_mean, y_mean = h.mean(0), y.mean(0)
     U, s, Wt = np.linalg.svd(h - h_mean, full_matrices=False)
     fitted = U.T @ (y - y_mean)
-    outside = ((y - y_mean) ** 2).sum(0) - (fitted**2).sum(0)
+    outside = ((y - y_mean - U @ fitted) ** 2).sum(0)  # a difference of sums could be below 0
     scale = max((s**2).mean(), 1e-300)
     best, weights = np.full(y.shape[1], np.inf), np.zeros((len(s), y.shape[1]))
     for penalty in PENALTIES * scale:

@@ -234,8 +234,8 @@ def receive(
         with part.open("ab" if have else "wb") as file, bar:
             while have < size and (piece := answer.read1(min(2**16, size - have))):
                 have += file.write(piece)
+                file.flush()  # so that a killed program has lost nothing
                 bar.update(len(piece))
-            file.flush()
             os.fsync(file.fileno())  # before its name says that it is whole
 
 # %% ../../nbs/12_data.ipynb #1dab84ad
