@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'ring_states', 'draw_space_time', 'WaveSpectrum', 'wave_spectrum', 'draw_spectrum', 'FirstLook',
            'LineScan', 'slowest_peak', 'RigidFit', 'vertex', 'student', 'LineSpeed', 'line_speed', 'refine',
-           'neighbour_correlations', 'peak_near', 'lag_speed', 'WaveSpeed', 'wave_speed']
+           'neighbour_correlations', 'peak_near', 'lag_speed', 'WaveSpeed', 'wave_speed', 'off_grid']
 
 # %% ../nbs/06_waves.ipynb #8941c927
 import math
@@ -236,11 +236,14 @@ class RigidFit:
         self,
         h: np.ndarray,  # [T, n]
         whole: bool = False,  # one window only
+        twist: float = 0.0,  # added to each wavenumber, for a wave that does not close
     ):
         self.T, self.n = h.shape
         self.blocks = next(b for b in (16, 8, 4) if b <= self.T)
-        self.k = np.arange(1, (self.n - 1) // 2 + 1)
-        self.F = np.fft.fft(h, axis=1)[:, self.k]
+        k = np.arange(1, (self.n - 1) // 2 + 1)
+        self.k = k + twist
+        turn = np.exp(-2j * np.pi * twist * np.arange(self.n) / self.n)
+        self.F = np.fft.fft(h * turn, axis=1)[:, k]
         self.starts = np.arange(self.blocks) * self.T // self.blocks
         self.steps = np.diff(np.r_[self.starts, self.T])[:, None].astype(float)
         self.sum_F = np.add.reduceat(self.F, self.starts)
@@ -332,6 +335,7 @@ class LineSpeed:
     half: float  # of the 95 % interval
     travelling: float  # R2(speed) - R2(-speed), in the window where that is largest
     explained: float  # share of all variance, in the window where that is largest
+    in_one: float  # the same in one window, all T steps
     rigid: bool  # whether the pattern keeps its shape over all T steps
 
     def turned(self) -> "LineSpeed":
@@ -343,9 +347,13 @@ def line_speed(
     h: np.ndarray,  # [T, n], each neuron's and each step's mean removed
     look: FirstLook,  # where to start
     whole: bool = False,  # as one window: an open chain of neurons is short enough
+    twist: float = 0.0,  # added to each wavenumber
 ) -> LineSpeed:
     "Refine a speed by the rigid fit of equation (5), with a jackknife interval."
-    fit, start, k = RigidFit(h, whole), look.speed, look.k
+    fit, start, k = RigidFit(h, whole, twist), look.speed, look.k
+    if twist:  # a narrow-band wave was found at the nearest k without a twist
+        starts = start, start * k / (k + twist)
+        start = max(starts, key=lambda v: fit.explained(*fit.sums(np.array([v])), fit.blocks).sum())
     resolution = fit.n / (k * fit.T)  # a change of speed that moves the line at k by one bin
     reach = min(1.5 * fit.blocks * resolution, 0.2 * fit.n / k)  # an alias lies at n / k
     steps = math.ceil(3 * reach / resolution)
@@ -372,8 +380,8 @@ def line_speed(
         R2[v] = np.array([fit.R2(fit.explained(A, E, r).sum(), r) for r in fit.windows])
     travelling = float(np.clip(R2[speed] - R2[-speed], 0, 1).max())
     share = fit.sum_F2.sum() / (fit.n / 2 * (h**2).sum())  # what has a direction (Parseval)
-    explained = float(R2[speed].max() * share)
-    return LineSpeed(float(speed), float(half), travelling, explained, rigid)
+    explained, in_one = float(R2[speed].max() * share), float(R2[speed][-1] * share)
+    return LineSpeed(float(speed), float(half), travelling, explained, in_one, rigid)
 
 
 def refine(
@@ -416,29 +424,31 @@ def neighbour_correlations(
     distances: list[int],
     fine: int,  # lags between whole ones are interpolated (zero padding), so many to a step
 ) -> np.ndarray:  # [distances, 2 * (T // 2) * fine + 1], lags from -T // 2 to T // 2
-    "Correlation of h[t, x] and h[t + lag, x + d] over the overlap, neurons pooled."
+    "Correlation of h[t, x] and h[t + lag, x + d], pairs pooled, none across the ring's seam."
     T, n = h.shape
     M, size = T // 2, 1 << (2 * T - 1).bit_length()
     whole, lags = np.arange(-M, M + 1), np.arange(-M * fine, M * fine + 1)
     overlap = T - np.arange(M + 1)
     zero = np.zeros((1, n))
     sums = np.concatenate([zero, h.cumsum(0)])
-    squares = np.r_[0, (h * h).sum(1).cumsum()]
+    squares = np.concatenate([zero, (h * h).cumsum(0)])
     head, tail = sums[overlap], sums[-1] - sums[T - overlap]  # of the first and last steps
-    spread_head = squares[overlap] - (head**2).sum(1) / overlap
-    spread_tail = squares[-1] - squares[T - overlap] - (tail**2).sum(1) / overlap
-    scale = np.sqrt(np.maximum(spread_head * spread_tail, 0))
-    scale = np.interp(lags / fine, whole, np.r_[scale[:0:-1], scale])
-    scale[scale == 0] = np.inf
+    spread_head = squares[overlap] - head**2 / overlap[:, None]
+    spread_tail = squares[-1] - squares[T - overlap] - tail**2 / overlap[:, None]
     f, result = np.fft.rfft(h, size, axis=0), []
     for d in distances:
-        cross = (f.conj() * np.roll(f, -d, axis=1)).sum(1)
+        cross = (f[:, :-d].conj() * f[:, d:]).sum(1)
         raw = (
             np.fft.irfft(np.pad(cross, (0, (fine - 1) * size // 2)), fine * size)[lags] * fine
         )
-        later = (np.roll(tail, -d, 1) * head).sum(1) / overlap
-        earlier = (np.roll(head, -d, 1) * tail).sum(1) / overlap
+        later = (head[:, :-d] * tail[:, d:]).sum(1) / overlap
+        earlier = (tail[:, :-d] * head[:, d:]).sum(1) / overlap
         mean = np.interp(lags / fine, whole, np.r_[earlier[:0:-1], later])
+        later = spread_head[:, :-d].sum(1) * spread_tail[:, d:].sum(1)
+        earlier = spread_tail[:, :-d].sum(1) * spread_head[:, d:].sum(1)
+        scale = np.sqrt(np.maximum(np.r_[earlier[:0:-1], later], 0))
+        scale = np.interp(lags / fine, whole, scale)
+        scale[scale == 0] = np.inf
         result.append((raw - mean) / scale)
     return np.array(result)
 
@@ -557,6 +567,15 @@ def wave_speed(
     return found[0] if len(np.shape(states)) == 2 else found
 
 
+def off_grid(
+    h: np.ndarray,  # [T, n]
+) -> float:  # between -1/2 and 1/2
+    "How many periods of its strongest frequency a record holds beyond a whole number."
+    height = (np.abs(np.fft.rfft(h, 4 * len(h), axis=0)) ** 2).sum(1)
+    periods = vertex(height, np.arange(len(height)) / 4)
+    return periods - round(periods)
+
+
 def _measure(
     h: np.ndarray,
     scan: LineScan,
@@ -580,10 +599,11 @@ def _measure(
     found = scan.first_look(by_neuron)
     line = line_speed(h, found)
     look = lying.first_look(np.fft.rfft(h.T, lying.T, axis=0))
-    side = line_speed(h.T, look, whole=True).turned()
+    side = line_speed(h.T, look, h.shape[1] < 64, off_grid(h)).turned()
     inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
     alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
-    if side.explained > 1.02 * line.explained and inside and not alias:
+    better = side.explained > max(1.02 * line.in_one, 0.99 * line.explained)
+    if better and inside and not alias:
         found, line = look, side
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
