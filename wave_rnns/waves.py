@@ -198,7 +198,8 @@ class LineScan:
     def first_look(self, by_neuron: np.ndarray) -> "FirstLook":
         shares = self.shares(by_neuron)
         best = slowest_peak(shares, self.speeds, 0.9)
-        on_line = self.power(by_neuron).ravel()[self.at[best]]
+        power = self.power(by_neuron)
+        on_line = np.maximum(power.ravel()[self.at[best]] - power[:, 1:].mean(), 1e-300)
         k = math.sqrt((on_line * self.k**2).sum() / on_line.sum())
         return FirstLook(float(self.speeds[best]), float(shares[best]), max(k, 1.0))
 
@@ -346,15 +347,15 @@ class LineSpeed:
 def line_speed(
     h: np.ndarray,  # [T, n], each neuron's and each step's mean removed
     look: FirstLook,  # where to start
-    whole: bool = False,  # as one window: an open chain of neurons is short enough
+    chain: bool = False,  # the axes are exchanged: few steps, which are neurons
     twist: float = 0.0,  # added to each wavenumber
 ) -> LineSpeed:
     "Refine a speed by the rigid fit of equation (5), with a jackknife interval."
-    fit, start, k = RigidFit(h, whole, twist), look.speed, look.k
-    if twist:  # a narrow-band wave was found at the nearest k without a twist
-        starts = start, start * k / (k + twist)
-        start = max(starts, key=lambda v: fit.explained(*fit.sums(np.array([v])), fit.blocks).sum())
+    fit, start, k = RigidFit(h, chain and len(h) < 64, twist), look.speed, look.k
     resolution = fit.n / (k * fit.T)  # a change of speed that moves the line at k by one bin
+    if chain:  # with few neurons the first look is coarse
+        near = start + resolution * np.arange(-2, 2.1, 0.5)
+        start = near[fit.explained(*fit.sums(near), fit.blocks).sum((1, 2)).argmax()]
     reach = min(1.5 * fit.blocks * resolution, 0.2 * fit.n / k)  # an alias lies at n / k
     steps = math.ceil(3 * reach / resolution)
     speeds = start + np.arange(-steps, steps + 1) * reach / steps
@@ -370,7 +371,11 @@ def line_speed(
     rigid = bool(first[fit.blocks][0] >= 0.9 * best)
     found = []
     for r, (R2, speed) in first.items():
-        if R2 >= 0.5 * best and (rigid or r <= 4):
+        if chain and rigid:
+            fits = r == fit.blocks  # all neurons: shorter windows cannot tell frequencies apart
+        else:
+            fits = R2 >= 0.5 * best and (rigid or r <= 4)
+        if fits:
             half, speed = refine(fit, speed, r, min(resolution * fit.blocks / r, reach))
             found.append((half, speed))
     half, speed = min(found) if found else (math.inf, max(first.values())[1])
@@ -571,7 +576,8 @@ def off_grid(
     h: np.ndarray,  # [T, n]
 ) -> float:  # between -1/2 and 1/2
     "How many periods of its strongest frequency a record holds beyond a whole number."
-    height = (np.abs(np.fft.rfft(h, 4 * len(h), axis=0)) ** 2).sum(1)
+    window = np.hanning(len(h))[:, None]  # keeps the strongest frequency clear of its mirror
+    height = (np.abs(np.fft.rfft(h * window, 4 * len(h), axis=0)) ** 2).sum(1)
     periods = vertex(height, np.arange(len(height)) / 4)
     return periods - round(periods)
 
@@ -599,11 +605,12 @@ def _measure(
     found = scan.first_look(by_neuron)
     line = line_speed(h, found)
     look = lying.first_look(np.fft.rfft(h.T, lying.T, axis=0))
-    side = line_speed(h.T, look, h.shape[1] < 64, off_grid(h)).turned()
+    side = line_speed(h.T, look, True, off_grid(h)).turned()
     inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
     alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
-    better = side.explained > max(1.02 * line.in_one, 0.99 * line.explained)
-    if better and inside and not alias:
+    better = side.explained > max(1.002 * line.in_one, 0.99 * line.explained)
+    short = look.k * h.shape[1] >= 0.8 * abs(side.speed) * len(h)  # a wavelength: not over n
+    if better and inside and short and not alias:
         found, line = look, side
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
