@@ -372,7 +372,9 @@ def line_speed(
     found = []
     for r, (R2, speed) in first.items():
         if chain and rigid:
-            fits = r == fit.blocks  # all neurons: shorter windows cannot tell frequencies apart
+            fits = (
+                r == fit.blocks
+            )  # all neurons: shorter windows cannot tell frequencies apart
         else:
             fits = R2 >= 0.5 * best and (rigid or r <= 4)
         if fits:
@@ -609,15 +611,17 @@ def _measure(
     inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
     alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
     better = side.explained > max(1.002 * line.in_one, 0.99 * line.explained)
-    short = look.k * h.shape[1] >= 0.8 * abs(side.speed) * len(h)  # a wavelength: not over n
-    if better and inside and short and not alias:
+    long = False
+    if better and inside and not alias:
         found, line = look, side
+        long = look.k * h.shape[1] < 0.8 * abs(side.speed) * len(h)  # no wavelength fits
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
     # where the pattern is not rigid, what the estimators differ by is an error of the model
     half = line.half if line.rigid else math.hypot(line.half, line.speed - lag)
     half = max(half, 1e-6 * size)
-    agree = bool(abs(line.speed - lag) <= 0.1 * size + min(half, 0.1 * size))
+    slack = 0.05 * size if long else 0.1 * size + min(half, 0.1 * size)
+    agree = bool(abs(line.speed - lag) <= slack)
     why = ""
     if p_value > 0.05:
         why = f"no line in the spectrum stands out from chance (p = {p_value:.2f})"
