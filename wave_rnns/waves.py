@@ -347,11 +347,12 @@ class LineSpeed:
 def line_speed(
     h: np.ndarray,  # [T, n], each neuron's and each step's mean removed
     look: FirstLook,  # where to start
-    chain: bool = False,  # the axes are exchanged: few steps, which are neurons
-    twist: float = 0.0,  # added to each wavenumber
+    twist: float | None = None,  # with axes exchanged: `off_grid`, added to each wavenumber
+    whole: bool = False,  # as one window
 ) -> LineSpeed:
     "Refine a speed by the rigid fit of equation (5), with a jackknife interval."
-    fit, start, k = RigidFit(h, chain and len(h) < 64, twist), look.speed, look.k
+    chain = twist is not None
+    fit, start, k = RigidFit(h, whole, twist or 0.0), look.speed, look.k
     resolution = fit.n / (k * fit.T)  # a change of speed that moves the line at k by one bin
     if chain:  # with few neurons the first look is coarse
         near = start + resolution * np.arange(-2, 2.1, 0.5)
@@ -607,7 +608,9 @@ def _measure(
     found = scan.first_look(by_neuron)
     line = line_speed(h, found)
     look = lying.first_look(np.fft.rfft(h.T, lying.T, axis=0))
-    side = line_speed(h.T, look, True, off_grid(h)).turned()
+    side = line_speed(h.T, look, off_grid(h), whole=True).turned()
+    if h.shape[1] >= 64 and max(side.explained, line.explained) < 0.3:  # too long for a pulse
+        side = line_speed(h.T, look, off_grid(h)).turned()
     inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
     alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
     better = side.explained > max(1.002 * line.in_one, 0.99 * line.explained)
