@@ -138,11 +138,12 @@ class CopyTask(GeneratedTask):
         batch_size: int = 128,
         valid_size: int = 1000,
         test_size: int = 10_000,
+        loss_divisor: int = 1,  # of the trained loss; the authors' code: the batch size
     ):
-        super().__init__(
-            T=T, batch_size=batch_size, valid_size=valid_size, test_size=test_size
-        )
+        sizes = dict(batch_size=batch_size, valid_size=valid_size, test_size=test_size)
+        super().__init__(T=T, **sizes, loss_divisor=loss_divisor)
         check_whole("T", T, 0)
+        check_whole("loss_divisor", loss_divisor, 1)
         self.delay, self.length = T, T + 20
         self.baseline = 10 * math.log(8) / self.length
         self.baseline_text = "10 ln 8 / (T + 20): knows when to answer, guesses what"
@@ -156,8 +157,9 @@ class CopyTask(GeneratedTask):
         return x, torch.cat([blank, tokens], 1)
 
     def loss(self, out: Tensor, y: Tensor) -> Tensor:
-        "Mean cross-entropy over steps and samples: out [T, B, 10], y [T, B]."
-        return F.cross_entropy(out.flatten(0, 1), y.flatten())
+        "Mean cross-entropy over steps and samples, divided: out [T, B, 10], y [T, B]."
+        nats = F.cross_entropy(out.flatten(0, 1), y.flatten())
+        return nats / self.options["loss_divisor"]
 
     def measure(
         self,

@@ -335,8 +335,8 @@ def grid_of(names: tuple, T: int, records: list[dict]) -> dict[tuple, list[dict]
     models = {name: EXPERIMENTS[f"copy{T}_{name}"].model for name in names}
     grid = {}
     for r in sorted(records, key=lambda r: r["seed"]):
-        config = r["config"]
-        if config["task"] != "copy" or config["task_options"]["T"] != T:
+        config, divided = r["config"], r["config"]["task_options"].get("loss_divisor", 1) > 1
+        if config["task"] != "copy" or config["task_options"]["T"] != T or divided:
             continue
         which = [name for name, m in models.items() if same_model(config["model"], m)]
         if which and config["steps"] == 60_000:
