@@ -7,7 +7,7 @@ __all__ = ['EARLY', 'EARLY_HEADER', 'COPY_ROWS', 'PAIRS', 'SUMMARY', 'SUMMARISED
            'without_runs', 'curve_rows', 'with_early', 'early_text', 'plus_minus', 'against_paper', 'marked', 'dagger',
            'cells', 'comparison', 'table_1', 'cited_table', 'size_table', 'equivalence', 'table_2', 'table_3',
            'appendix_table', 'same_model', 'grid_of', 'chosen_setting', 'table_4', 'wave_against_bump', 'table_7',
-           'run_or_older', 'summary_table', 'without_title', 'section', 'short_commit', 'runs_table']
+           'run_or_older', 'summary_table', 'without_title', 'section', 'only_columns', 'short_commit', 'runs_table']
 
 # %% ../../nbs/18_paper_tables.ipynb #d60feba0
 import functools
@@ -501,6 +501,22 @@ def section(table: str, title: str) -> str:
     "One section of a table's page: what stands under the heading that begins with `title`."
     parts = re.split(r"^## ", table, flags=re.M)
     return next(p for p in parts if p.startswith(title)).split("\n\n", 1)[1]
+
+
+def only_columns(page: str, *names: str) -> str:
+    "Its tables with their first column and those named; a table without these stays whole."
+    lines, kept = [], None
+    for line in page.split("\n"):
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if kept is None:  # a header
+                whole = not set(names) <= set(cells)
+                kept = [i for i, cell in enumerate(cells) if whole or i == 0 or cell in names]
+            line = f"| {' | '.join(cells[i] for i in kept)} |"
+        else:
+            kept = None
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def short_commit(environment: dict, unknown: str = "–") -> str:
