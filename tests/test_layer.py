@@ -67,31 +67,25 @@ def test_layers_on_top_of_each_other_are_the_cells_in_turn(make):
     assert_close(layer(x)[1], torch.stack([layer.flat(z) for z in h]))
 
 
-def alone_and_packed(layer, lengths, h_0, enforce_sorted, in_pieces):
-    "Outputs, last states and gradients of sequences fed one by one, and packed."
-    layer.double()
-    sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
-    ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
-    alone = [y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1)
-    y, h_n = layer(pack_sequence(sequences, enforce_sorted=enforce_sorted), h_0, in_pieces=in_pieces)
-    padded = pad_packed_sequence(y)[0]
-    packed = [padded[:t, b] for b, t in enumerate(lengths)], h_n
-    grads = []
-    for ys, h in (alone, packed):
-        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(ys)) + h.tanh().sum()
-        leaves = [*layer.parameters(), *sequences, *([] if h_0 is None else [h_0])]
-        grads.append(torch.autograd.grad(loss, leaves))
-    return (*alone, grads[0]), (*packed, grads[1])
-
-
 @pytest.mark.parametrize("lengths", [[9, 5, 2], [2, 9, 5], [4, 4, 4], [7, 1, 7, 3, 1]], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(num_layers=2, bidirectional=True)], ids=str)
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, lengths, options, in_pieces):
-    layer, falling = make(**options), lengths == sorted(lengths, reverse=True)
+    layer, falling = make(**options).double(), lengths == sorted(lengths, reverse=True)
+    sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
     start = torch.rand(len(layer.cells), len(lengths), 16, dtype=torch.float64, requires_grad=True)
+
+    def with_gradients(ys, h_n):
+        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(ys)) + h_n.tanh().sum()
+        grads = torch.autograd.grad(loss, [*layer.parameters(), *sequences, start], materialize_grads=True)
+        return [*ys, h_n, *grads]
+
     for h_0 in (None, start):
-        alone, packed = alone_and_packed(layer, lengths, h_0, falling, in_pieces)
+        ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
+        alone = with_gradients([y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1))
+        y, h_n = layer(pack_sequence(sequences, enforce_sorted=falling), h_0, in_pieces=in_pieces)
+        padded = pad_packed_sequence(y)[0]
+        packed = with_gradients([padded[:t, b] for b, t in enumerate(lengths)], h_n)
         assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
@@ -106,47 +100,22 @@ def test_packed_output_has_the_form_that_rnn_gives(make):
     assert_close(layer.final(packed), layer(packed)[1])
 
 
-def test_a_state_that_would_overflow_behind_its_end_does_not(make):
-    "Alone, five loud steps and 400 silent ones are harmless at a growth of 1.5 a step; padded, the first would reach 1.5 ** 400."
-    layer = make(bias=False)
-    with torch.no_grad():
-        for p in (layer.cells[0].u,) if hasattr(layer.cells[0], "u") else (layer.cells[0].U,):
-            p.mul_(1.5)
-    loud, silent = torch.rand(5, 3), torch.zeros(400, 3)
-
-    def gradients(*losses):
-        return torch.autograd.grad(sum(losses), tuple(layer.parameters()))
-
-    alone = gradients(layer(loud)[1].sum(), layer(silent)[1].sum())
-    for order in ([loud, silent], [silent, loud]):
-        got = gradients(layer(pack_sequence(order, enforce_sorted=False))[1].sum())
-        assert all(g.isfinite().all() for g in got)
-        assert_close(got, alone)
-
-
-def rnn_and_twin(**options):
-    "nn.RNN, and an IdentityRNN with its weights: the same network."
-    rnn = nn.RNN(3, 6, nonlinearity="relu", **options)
-    twin = IdentityRNN(3, 6, recurrent_bias=True, **options)
-    names = {"V": "weight_ih", "U": "weight_hh", "b": "bias_ih", "U_bias": "bias_hh"}
-    directions = 2 if rnn.bidirectional else 1
-    pairs = []
-    for i, cell in enumerate(twin.cells):
-        suffix = f"_l{i // directions}" + ("_reverse" if i % directions else "")
-        pairs += [(getattr(cell, ours), getattr(rnn, theirs + suffix)) for ours, theirs in names.items()]
-    with torch.no_grad():
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
-    return rnn, twin, pairs
-
-
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("form", ["batch", "batch_first", "unbatched", "packed"])
 def test_with_the_weights_of_rnn_it_is_rnn(num_layers, bidirectional, form):
     torch.manual_seed(0)
     options = dict(num_layers=num_layers, bidirectional=bidirectional, batch_first=form == "batch_first")
-    rnn, twin, pairs = rnn_and_twin(**options)
+    rnn = nn.RNN(3, 6, nonlinearity="relu", **options)
+    twin, pairs = IdentityRNN(3, 6, recurrent_bias=True, **options), []
+    names = {"V": "weight_ih", "U": "weight_hh", "b": "bias_ih", "U_bias": "bias_hh"}
+    for i, cell in enumerate(twin.cells):
+        level, reverse = divmod(i, 1 + bidirectional)
+        suffix = f"_l{level}" + ("_reverse" if reverse else "")
+        pairs += [(getattr(cell, ours), getattr(rnn, theirs + suffix)) for ours, theirs in names.items()]
+    with torch.no_grad():
+        for mine, its in pairs:
+            mine.copy_(its)
     x = torch.randn(7, 3) if form == "unbatched" else torch.randn(7, 4, 3)
     if form == "packed":
         x = pack_padded_sequence(x, [3, 7, 7, 1], enforce_sorted=False)
@@ -163,22 +132,13 @@ def test_with_the_weights_of_rnn_it_is_rnn(num_layers, bidirectional, form):
     assert twin.extra_repr().count("bidirectional") == 1
 
 
-def test_rings_of_both_directions():
-    layer = WaveRNN(3, 8, c=2, bidirectional=True, num_layers=2)
-    y, h_n = layer(torch.randn(5, 4, 3))
-    assert layer.rings(y).shape == (5, 4, 2, 2, 8) and layer.rings(h_n).shape == (4, 4, 2, 8)
-    assert torch.equal(layer.rings(y)[-1, :, 0].flatten(1), h_n[2])
-    assert torch.equal(layer.rings(y)[0, :, 1].flatten(1), h_n[3])
-
-
 BAD_CALLS = [
     (torch.randn(5, 4, 7), None, "input.size(-1) must be equal to input_size. Expected 3, got 7"),
     (torch.randn(5, 4, 3), torch.randn(1, 2, 16), r"Expected hidden size (1, 4, 16), got [1, 2, 16]"),
     (torch.randn(5, 4, 3), torch.randn(4, 16), r"Expected hidden size (1, 4, 16), got [4, 16]"),
     (torch.randn(5, 3), torch.randn(1, 1, 16), r"Expected hidden size (1, 16), got [1, 1, 16]"),
-    (torch.randn(3), None, "expected a 3D input"),
     (torch.randn(2, 5, 4, 3), None, "expected a 3D input"),
-    (torch.randn(0, 4, 3), None, "T"),
+    (torch.randn(0, 4, 3), None, "sequence length T of at least 1"),
     ([1.0, 2.0], None, "must be a Tensor"),
     (torch.randn(5, 4, 3, dtype=torch.float64), None, "float64"),
     (torch.randn(5, 4, 3, device="meta"), None, "on cpu like the weights, got one on meta"),
@@ -192,21 +152,16 @@ def test_bad_calls_say_what_was_expected(make, x, h_0, message):
     assert message in str(error.value)
 
 
-def test_hidden_state_given_as_rings_gets_the_remedy():
-    with pytest.raises(RuntimeError, match=r"flatten"):
-        WaveRNN(3, 8, c=2)(torch.randn(5, 4, 3), torch.zeros(1, 4, 2, 8))
-
-
-BAD_LAYERS = [
-    dict(u_init="shfit"), dict(V_init="dense"), dict(activation="gelu"), dict(kernel_size=4), dict(n=2), dict(c=0), dict(num_layers=0),
-    dict(num_layers=True), dict(dropout=1.5), dict(dropout=True), dict(dropout="0.1"), dict(freeze=("readout",)), dict(precision="half"),
+BAD_LAYERS = [  # what the cells refuse: test_cell.py
+    dict(u_init="shfit"), dict(num_layers=0), dict(num_layers=True), dict(precision="half"),
+    dict(dropout=1.5), dict(dropout=True), dict(dropout="0.1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", BAD_LAYERS, ids=str)
 def test_bad_options_are_named(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        WaveRNN(**(dict(input_size=3, n=8) | options))
+        WaveRNN(3, 8, **options)
 
 
 def test_compile_fullgraph_forward_and_backward(make_fast):
@@ -297,20 +252,17 @@ HOOKS = {
 }
 
 
-def recurrent(layer):
-    return "U" if isinstance(layer, IdentityRNN) else "u"
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("hook", HOOKS, ids=str)
 @pytest.mark.parametrize("part", ["recurrent", "encoder"])
 def test_hooks_on_a_cell_run(make, hook, part):
-    "Weights changed behind a hook: the answer follows, also after loading them elsewhere and over several steps of training."
+    "Weights changed behind a hook: the answer follows, also after loading them elsewhere; gradients pass it."
     x, layer, other = torch.randn(6, 4, 3), make(), make()
     with torch.no_grad():
         for p in (*layer.parameters(), *other.parameters()):
             p.add_(0.1 * torch.rand_like(p))
-    name = recurrent(layer) if part == "recurrent" else "V"
+    recurrent = "U" if isinstance(layer, IdentityRNN) else "u"
+    name = recurrent if part == "recurrent" else "V"
     for each in (layer, other):
         HOOKS[hook](each.cells[0], name)
     layer(x)
@@ -324,17 +276,8 @@ def test_hooks_on_a_cell_run(make, hook, part):
         for key, p in plain.cells[0].named_parameters():
             p.copy_(getattr(layer.cells[0], key))
     assert_close(plain(x)[0], expected)
-
-    other.train()
-    optimizer = torch.optim.SGD(other.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = other(x)[0].square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > losses[1] > losses[2]
+    other(x)[0].square().sum().backward()
+    assert all(p.grad.any() for p in other.cells[0].parameters())
 
 
 def test_hooks_see_the_call(make):
@@ -388,7 +331,6 @@ def test_dropout_warns_and_refuses_as_rnn_does(make):
 
 
 BAD_OPTIONS = [
-    (lambda Layer: Layer(3, 8, 2), "num_layers=2"),
     (lambda Layer: Layer(3, 8, 2, 3), "go by name"),
     (lambda Layer: Layer(3, hidden_size=16), "hidden_size.*say n"),
     (lambda Layer: Layer(3, 8, nonlinearity="tanh"), "nonlinearity.*say activation"),
@@ -407,8 +349,6 @@ def test_options_that_mean_something_else_are_answered_by_name(Layer, build, mes
 def test_the_signature_is_the_one_that_is_documented():
     kinds = {name: p.kind for name, p in inspect.signature(WaveRNN).parameters.items()}
     assert [n for n, k in kinds.items() if k is not inspect.Parameter.KEYWORD_ONLY] == ["input_size", "n"]
-    with pytest.raises(TypeError, match=r", or c=2 rings\?"):
-        WaveRNN(3, 8, 2)
 
 
 def test_tokens_are_one_hot_features(make):
@@ -429,12 +369,6 @@ def test_tokens_are_one_hot_features(make):
 def test_layers_above_the_first_start_for_dense_inputs():
     assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=3).cells] == ["sparse", "uniform", "uniform"]
     assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=2, V_init="sparse").cells] == ["sparse"] * 2
-    torch.manual_seed(0)
-    x = torch.randn(100, 16, 8)
-    with torch.no_grad():
-        stacked = WaveRNN(8, 32, c=4, num_layers=2).final(x)
-        sparse = WaveRNN(8, 32, c=4, num_layers=2, V_init="sparse").final(x)
-    assert stacked[1].std() < 10 * stacked[0].std() and sparse[1].std() > 30 * sparse[0].std()
 
 
 def test_gradients_of_two_biases_are_two_gradients(make):
