@@ -11,18 +11,7 @@ from wave_rnns.paper import bench
 from wave_rnns.paper.bench import OURS, RIVALS, SHAPES, Shape, Way
 
 CPU = torch.device("cpu")
-WAVE, DENSE = Shape(7, 5, 9, 2, 3), Shape(7, 5, 9, 0, 3)
-TOKENS = dict(tokens=True, last=False)
-
-
-@pytest.mark.parametrize("shape", [WAVE, replace(WAVE, **TOKENS), DENSE, replace(DENSE, **TOKENS)], ids=str)
-def test_every_way_is_equal_to_the_double_loop(shape):
-    checked = [way for way in (OURS, *RIVALS) if not way.dense or not shape.c]
-    assert len(checked) == (4 if shape.c else 5)
-    for way in checked:
-        found = bench.errors(way, shape, CPU)
-        assert found["equal"] and set(found["error"]) == {"y", "u" if shape.c else "U", "V", "b"}, (way.name, found)
-        assert max(found["error"].values()) < 1e-5
+WAVE = Shape(7, 5, 9, 2, 3)
 
 
 @pytest.mark.parametrize("wrong", ["y", "u", "V", "b", "not finite"])
@@ -37,12 +26,6 @@ def test_the_check_sees_each_of_the_results(wrong):
     found = bench.errors(Way("wrong", build), WAVE, CPU)
     assert not found["equal"]
     assert wrong == "not finite" or found["error"][wrong] == pytest.approx(0.02, rel=0.1)
-
-
-def test_the_work_that_is_timed_has_a_gradient_for_each_weight():
-    work, gy, leaves = bench.prepared(OURS, WAVE, CPU)
-    y, *grads = work()
-    assert y.shape == gy.shape and [g.shape for g in grads] == [v.shape for v in leaves.values()]
 
 
 def test_the_loop_keeps_its_own_bias():
@@ -70,12 +53,6 @@ def test_tf32_is_off_and_comes_back():
         assert not any(s.allow_tf32 for s in switches)
         raise KeyError
     assert [s.allow_tf32 for s in switches] == before
-
-
-def test_rounds_take_turns():
-    order = []
-    ours, other = bench.in_rounds(lambda: order.append("a"), lambda: order.append("b"), seconds=0, least=4)
-    assert order == ["a", "b"] * 4 and len(ours) == len(other) == 4
 
 
 def test_on_a_gpu_ours_is_measured_once(monkeypatch):
@@ -123,8 +100,7 @@ def test_record_is_written_after_every_row(tmp_path, monkeypatch, capsys):
     assert record["sections"]["cpu"]["rows"][0]["ours"]["equal"]
 
 
-def test_durations_and_names():
-    assert [bench.time_text(s) for s in (None, 0.3921, 17.54, 1883.4)] == ["–", "0.392 ms", "17.5 ms", "1,883 ms"]
+def test_file_names():
     day = datetime(2026, 11, 29, tzinfo=UTC)
     assert bench.file_name("NVIDIA H100 80GB HBM3", day) == "nvidia-h100-80gb-hbm3-20261129.json"
 
