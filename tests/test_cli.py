@@ -102,12 +102,11 @@ def test_train_todo_tables(call, tiny, tmp_path):
 
 
 def test_begin_anew(call, tiny, tmp_path):
-    for args in ([], ["--resume"], ["--resume", "no"]):
-        assert call("wrnn_train", tiny, "--seeds", "0", "--results", "r", "--device", "cpu", *args)[0] == 0
-        stamps = [p.stat().st_mtime_ns for p in (tmp_path / "r/runs/copy").glob("*.json")]
-        if args == []:
-            first = stamps
-        assert (stamps == first) == (args != ["--resume", "no"])
+    def written(*options):
+        assert call("wrnn_train", tiny, "--seeds", "0", "--results", "r", "--device", "cpu", *options)[0] == 0
+        return [p.stat().st_mtime_ns for p in (tmp_path / "r/runs/copy").glob("*.json")]
+
+    assert written() == written("--resume") != written("--resume", "no")
 
 
 WRONG = {  # exit code and what is said of mistakes that both commands answer alike
@@ -239,14 +238,9 @@ def test_slurm_prints_a_script_that_can_be_edited(call, grid, tmp_path):
 # One command ----------------------------------------------------------------------------------------------------------
 
 
-def on_one_core():
-    "So that one process trains, however many cores there are."
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-
 @pytest.fixture
 def make(script, tmp_path):
-    "`make reproduce` of a tiny grid, as a process: two populations of two runs."
+    "`make reproduce` of a tiny grid, as a process on one core, so that one worker trains: two populations of two runs."
     bin = tmp_path / "venv"
     bin.mkdir()
     for name in ("wrnn_sweep", "wrnn_tables"):
@@ -260,7 +254,8 @@ def make(script, tmp_path):
         words = [f"{name}={value}" for name, value in variables.items()]
         command = ["make", "-f", ROOT / "Makefile", "-o", "tiny.json", "reproduce", *words]
         return subprocess.Popen(
-            command, cwd=tmp_path, env={**ENV, "CUDA_VISIBLE_DEVICES": ""}, text=True, preexec_fn=on_one_core,
+            command, cwd=tmp_path, env={**ENV, "CUDA_VISIBLE_DEVICES": ""}, text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,  # Ctrl-C goes to all of it, as in a terminal
         )  # fmt: skip
 
