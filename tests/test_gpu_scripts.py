@@ -1,6 +1,6 @@
 """What the scripts in tests/gpu do beside measuring: they lay out the plans users get, and keep the weights of the right step."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -19,14 +19,7 @@ GPU = Path(__file__).parent / "gpu"
 def script(monkeypatch):
     "A script of tests/gpu as a module."
     monkeypatch.syspath_prepend(str(GPU))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(GPU.glob("*.py"))])
@@ -51,17 +44,6 @@ def test_what_is_timed_is_what_users_get(script, monkeypatch):
     assert bench.wave_plan("copy", "faithful", 4, {}) == copy
     for (shape, precision), changes in bench.CHANGES.items():
         assert all(bench.wave_plan(shape, precision, 1, change) for change in changes)
-
-
-def test_the_inputs_of_rows_are_the_benchmarks(script, monkeypatch):
-    "Each of the first steps has a row of its own for each sample, later ones share theirs."
-    pytest.importorskip("triton")
-    bench = script("bench")
-    monkeypatch.setitem(bench.WAVE, "nscifar", dict(T=7, B=3, n=8, c=2, F=0, states=False, own=2))
-    plan = wave.Plan(8, 2, 0, emit=2)
-    x, _, table, _, extra, _ = bench.wave_inputs("nscifar", plan, 1, torch.device("cpu"))
-    assert x[0, :2].unique().numel() == 6 and (x[0, 2:] == x[0, 2:, :1]).all() and int(x.max()) < table.shape[1]
-    assert (extra["place"][0, :2] >= 0).all() and (extra["place"][0, 2:] < 0).all()
 
 
 def test_the_weights_before_an_overflow_are_kept(script, tmp_path, monkeypatch):
