@@ -42,31 +42,6 @@ def make_fast(request):
     return LAYERS[request.param]
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 3), (1, 1, 3)])
-def test_shapes_are_those_of_rnn(make, num_layers, batch_first, shape):
-    kw = dict(num_layers=num_layers, batch_first=batch_first)
-    layer, rnn, x = make(**kw), nn.RNN(3, 16, **kw), torch.randn(shape)
-    for name in ("hidden_size", "num_layers", "batch_first", "bidirectional"):
-        assert getattr(layer, name) == getattr(rnn, name)
-    layer.flatten_parameters()  # which foreign code calls
-    (y, h), (y_rnn, h_rnn) = layer(x), rnn(x)
-    assert (y.shape, h.shape) == (y_rnn.shape, h_rnn.shape)
-    h_0 = torch.rand_like(h)
-    assert_close(layer.final(x, h_0), layer(x, h_0)[1])
-    assert not torch.equal(layer(x, h_0)[0], y)
-
-
-def test_layers_on_top_of_each_other_are_the_cells_in_turn(make):
-    layer, x = make(num_layers=2), torch.randn(6, 4, 3)
-    h = [torch.zeros(4, *layer.state_shape) for _ in range(2)]
-    for x_t in x:
-        h[0] = layer.cells[0].step(x_t, h[0])
-        h[1] = layer.cells[1].step(layer.flat(h[0]), h[1])
-    assert_close(layer(x)[1], torch.stack([layer.flat(z) for z in h]))
-
-
 @pytest.mark.parametrize("lengths", [[9, 5, 2], [2, 9, 5], [4, 4, 4], [7, 1, 7, 3, 1]], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(num_layers=2, bidirectional=True)], ids=str)
 @pytest.mark.parametrize("in_pieces", [False, True])
@@ -89,17 +64,6 @@ def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, le
         assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
-def test_packed_output_has_the_form_that_rnn_gives(make):
-    x = torch.randn(3, 9, 3)
-    packed = pack_padded_sequence(x, [2, 9, 5], batch_first=True, enforce_sorted=False)
-    y, h_n = make(batch_first=True)(packed)
-    y_rnn, h_rnn = nn.RNN(3, 16, batch_first=True)(packed)
-    assert torch.equal(y.batch_sizes, y_rnn.batch_sizes) and y.data.shape == y_rnn.data.shape
-    assert torch.equal(y.unsorted_indices, y_rnn.unsorted_indices) and h_n.shape == h_rnn.shape
-    layer = make()
-    assert_close(layer.final(packed), layer(packed)[1])
-
-
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("form", ["batch", "batch_first", "unbatched", "packed"])
@@ -119,6 +83,8 @@ def test_with_the_weights_of_rnn_it_is_rnn(num_layers, bidirectional, form):
     x = torch.randn(7, 3) if form == "unbatched" else torch.randn(7, 4, 3)
     if form == "packed":
         x = pack_padded_sequence(x, [3, 7, 7, 1], enforce_sorted=False)
+    for name in ("hidden_size", "num_layers", "batch_first", "bidirectional"):
+        assert getattr(twin, name) == getattr(rnn, name)
     theirs, ours = rnn(x), twin(x)
     assert_close(ours, theirs)
     h_0 = torch.rand_like(theirs[1])
@@ -175,23 +141,6 @@ def test_compile_fullgraph_forward_and_backward(make_fast):
         assert_close(q.grad, p.grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
 
 
-def test_population_of_layers_under_vmap(make):
-    layers, x = [make() for _ in range(3)], torch.randn(6, 4, 3)
-    for seed, layer in enumerate(layers):
-        torch.manual_seed(seed)
-        layer.reset_parameters()
-    params, buffers = torch.func.stack_module_state(layers)
-    run = lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,))[0]  # noqa: E731
-    ys = torch.func.vmap(run)(params, buffers)
-    ys.square().sum().backward()
-    for r, layer in enumerate(layers):
-        y = layer(x)[0]
-        assert_close(ys[r], y)
-        y.square().sum().backward()
-        for name, p in layer.named_parameters():
-            assert_close(params[name].grad[r], p.grad)
-
-
 def test_autocast_computes_the_recurrence_in_float32(make):
     layer, x = make(), torch.randn(6, 4, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -207,16 +156,13 @@ def test_double_and_dtype_argument(make):
     assert make().double()(torch.randn(6, 4, 3, dtype=torch.float64))[0].dtype == torch.float64
 
 
-def test_state_dict_deepcopy_and_pickle(make):
-    layer, other, x = make(num_layers=2), make(num_layers=2), torch.randn(6, 4, 3)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(torch.rand_like(p) * 0.1)
-    file = io.BytesIO()
+def test_pickle_and_a_state_dict_that_went_through_a_file(make):
+    layer, other, x, file = make(num_layers=2), make(num_layers=2), torch.randn(6, 4, 3), io.BytesIO()
+    torch.nn.init.normal_(layer.cells[1].V)
     torch.save(layer.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for twin in (other, pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x)[0], layer(x)[0])
 
 
@@ -291,17 +237,6 @@ def test_hooks_see_the_call(make):
 
 
 # --------------------------------------------------------------------------------- what nn.RNN takes, and what it refuses
-
-
-@pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(bidirectional=True)], ids=str)
-def test_an_empty_batch(make, options):
-    layer, rnn, x = make(**options), nn.RNN(3, 16, **options), torch.randn(5, 0, 3, requires_grad=True)
-    ours, theirs = layer(x), rnn(x)
-    assert [t.shape for t in ours] == [t.shape for t in theirs]
-    ours[0].sum().backward()
-    assert all(p.grad is None or p.grad.eq(0).all() for p in layer.parameters())
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(0, 0, 3))
 
 
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True)], ids=str)

@@ -1,7 +1,6 @@
 "Statistics against scipy, outcomes, tables and curves against hand-made records."
 
 import functools
-import json
 import math
 from dataclasses import replace
 from statistics import fmean, geometric_mean, stdev
@@ -294,23 +293,6 @@ def test_the_committed_tables_are_those_of_the_committed_records():
         assert text == make(records, PAPER) and note.count("\n") == 1, f"{name}.md is stale: run wrnn_tables"
 
 
-def test_table_1_recomputed_from_the_files():
-    "The committed line for adding T = 1000, with nothing but json and arithmetic."
-    results = rc.shipped_results()
-    wanted = {"T": 1000, "lr": 1e-4, "clip": 10, "kind": "wrnn", "n": 100, "c": 27, "u_init": "shift"}
-    runs = [json.loads(p.read_text()) for p in (results / "runs/adding").glob("*.json")]
-    flat = lambda c: {**c["task_options"], **c["model"], **c}  # noqa: E731
-    runs = [r for r in runs if wanted.items() <= {k: v for k, v in flat(r["config"]).items() if k in wanted}.items()]
-    mse = [r["test_best"]["mse"] for r in sorted(runs, key=lambda r: r["seed"])]
-    assert len(mse) >= 5
-    short = lambda number: number.replace("e-0", "e-").replace("-", "−", number.startswith("-"))  # noqa: E731
-    row = line((results / "tables/table1.md").read_text(), "wRNN T=1000 †")
-    assert row["ours"].split(" [")[0] == short(f"{geometric_mean(mse):.1e}")
-    assert row["ours − paper's mean"].split(" [")[0] == short(f"{fmean(mse) - 4.36e-5:+.1e}")
-    solved = sum(r["solved"]["step"] is not None for r in runs)
-    assert row["runs"].startswith(f"{solved} of {len(mse)} solved")
-
-
 def test_early_accuracies_stand_beside_the_last(tmp_path):
     "Two runs; one curve has no row after epoch 5."
     for s in (0, 1):
@@ -354,19 +336,20 @@ def test_curves_and_bands(curves):
     assert rp.band({}) == [] and rp.curves_of("smnist_irnn", "loss", records, results) == {}
 
 
-def test_figures_are_drawn_with_and_without_records(curves):
+def test_a_figure_shows_what_has_run_beside_the_papers_number(curves):
     results, records = curves
-    fig, axs = plt.subplots(1, 3 + len(tb.SUMMARY))
+    fig, ax = plt.subplots()
     families = {"wave": ("smnist_wrnn", "C0"), "bump": ("smnist_irnn", "C1")}
-    rp.draw_curves(axs[0], families, "valid_accuracy", records, results, PAPER, "accuracy")
-    rp.draw_curves(axs[1], {}, "loss", [], results, log=True)
-    printed = oc.Outcome("mse", (1.0, 2.0), paper=3.0), oc.Sample(1, 2, 3), "C1"
-    rp.draw_outcomes(axs[2], {"a": (oc.Outcome("accuracy"), None, "C0"), "b": printed})
-    rp.draw_results(axs[3:], records, PAPER, {"wRNN": "C0", "iRNN": "C1"})
-    dashed = [li.get_ydata()[0] for li in axs[0].lines if li.get_linestyle() == "--"]
+    rp.draw_curves(ax, families, "valid_accuracy", records, results, PAPER, "accuracy")
+    dashed = [li.get_ydata()[0] for li in ax.lines if li.get_linestyle() == "--"]
     assert dashed == [97.6]  # a model without runs is not drawn
-    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["wave (6 runs)"]
-    at = 3 + list(tb.SUMMARY).index("smnist")
-    dots = [list(li.get_xdata()) for li in axs[at].lines if li.get_marker() == "o"]
-    assert dots == [[97.0] * 6, []]  # sMNIST: six seeds of the wRNN, none of the iRNN
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["wave (6 runs)"]
+    plt.close(fig)
+
+
+def test_the_results_strip_has_a_dot_for_each_seed(curves):
+    fig, axs = plt.subplots(1, len(tb.SUMMARY))
+    rp.draw_results(axs, curves[1], PAPER, {"wRNN": "C0", "iRNN": "C1"})
+    at = list(tb.SUMMARY).index("smnist")
+    assert [list(li.get_xdata()) for li in axs[at].lines if li.get_marker() == "o"] == [[97.0] * 6, []]
     plt.close(fig)

@@ -4,7 +4,6 @@ import inspect
 import itertools
 import math
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -211,13 +210,6 @@ def test_func_grad_and_a_gradient_for_each_sample(kind, last):
 
 
 @both_scans
-def test_a_whole_jacobian(kind):
-    a = inputs(kind, T=4, B=2)
-    jacobian = lambda f: torch.func.jacrev(lambda x: f(a | dict(x=x), last=True))(a["x"])  # noqa: E731
-    assert_close(jacobian(partial(call, kind)), jacobian(reference))
-
-
-@both_scans
 def test_activation_checkpointing_and_inference_mode(kind):
     a, run = inputs(kind), partial(call, kind)
     again = lambda a: checkpoint(lambda *t: SCANS[kind](*t), *a.values(), use_reentrant=False)  # noqa: E731
@@ -401,21 +393,6 @@ def test_a_backward_may_be_asked_for_twice():
     first = torch.autograd.grad(y.square().sum(), a["u"], retain_graph=True)[0]
     wave_scan(**inputs("wave", **BIG, seed=1))  # in between, others work
     assert torch.equal(torch.autograd.grad(y.square().sum(), a["u"])[0], first)
-
-
-def test_threads_do_not_disturb_each_other():
-    def gradients(seed, together):
-        torch.set_num_threads(1)
-        together.wait()
-        each = [trainable(inputs("wave", **BIG, seed=4 * seed + i)) for i in range(4)]
-        for a in each:
-            wave_scan(**a, last=True).sum().backward()
-        return torch.stack([a["u"].grad for a in each])
-
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(gradients, range(3), [threading.Barrier(3)] * 3))
-    for seed, grads in enumerate(found):
-        assert torch.equal(grads, gradients(seed, threading.Barrier(1)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,7 +3,6 @@
 Image tasks hold the shipped digits and random pictures here, so that nothing needs a download. Raw data: test_data.py."""
 
 import functools
-import json
 import math
 import sys
 
@@ -183,15 +182,6 @@ def test_a_look_under_inference_mode_does_no_harm(name, options):
     x, y = batch_of(task, SEEDS, 1)
     assert not any(v.is_inference() for v in (x if isinstance(x, Rows) else [x, y]))
     ready.cache_clear()
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_options_are_complete_plain_and_enough_to_build_the_task_again(name):
-    task = make_task(name)
-    assert task.options == task_options(name) == json.loads(json.dumps(task.options))
-    assert repr(make_task(name, **task.options)) == repr(task)
-    assert 0 < task.baseline < 1 and task.baseline_text
-    assert task.batch_size == {"nscifar10": 256, "digits": 32}.get(name, 128)
 
 
 # ------------------------------------------------------------------------------------------------- definitions
@@ -427,15 +417,6 @@ def registry(monkeypatch):
     "What a test registers is forgotten afterwards."
     monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
     monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-def test_a_class_registers_in_one_line(registry):
-    @register_task
-    class Reversed(tasks.CopyTask):
-        name = "reversed_copy"
-
-    assert make_task("reversed_copy", T=3).length == 23 and find_task("reversed_copy") is Reversed
-    assert register_task(Reversed) is Reversed  # a notebook's cell may run again
 
 
 @pytest.mark.parametrize(
