@@ -102,8 +102,6 @@ def test_command_writes_where_it_says(call, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "SHAPES", {"toy": WAVE})
     monkeypatch.setattr(bench.run_bench, "__defaults__", (None, {"toy": WAVE}))
     monkeypatch.setenv("WAVE_RNNS_RESULTS", str(tmp_path / "results"))
-    code, _, err = call("wrnn_bench", "--device", "quantum")
-    assert code == 1 and "unknown device 'quantum'" in err and err.count("\n") == 1, err
     code, out, _ = call("wrnn_bench", "--device", "cpu")
     (path,) = (tmp_path / "results" / "speed").glob("*.json")
     (row,) = json.loads(path.read_text())["sections"]["cpu"]["rows"]

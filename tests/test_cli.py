@@ -95,8 +95,6 @@ def test_train_todo_tables(call, tiny, tmp_path):
     pasted = shlex.split(out.splitlines()[0])
     assert call(*pasted, "--device", "cpu")[0] == 0 and call("wrnn_todo", tiny, "--results", "r")[1].startswith("# 0 ")
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())  # what was done was left alone
-    code, out, err = call("wrnn_tables", "--results", "typo")
-    assert code == 1 and "there is no results folder typo" in err and not (tmp_path / "typo").exists()
     code, out, err = call("wrnn_tables", "--results", "r")
     assert code == 0 and out.startswith("5 records -> summary.md")
 
@@ -138,6 +136,10 @@ WRONG = {  # exit code and what is said of mistakes that both commands answer al
         ("wrnn_sweep missing.json", 1, "missing.json"),
         ("wrnn_sweep grid.json --show --results typo", 1, "there is no results folder"),
         ("wrnn_tables --results typo", 1, "there is no results folder typo"),
+        ("wrnn_bench --device quantum", 1, "unknown device 'quantum'"),
+        ("wrnn_demo --device foo", 1, "unknown device 'foo': use cpu, cuda"),
+        *((f"wrnn_demo --quick {q}", 2, f"--quick {q}: expected a fraction of the steps, 0 to 1") for q in (-1, "nan")),
+        ("wrnn_demo --quick 0.01 --out tiny.json/x --device cpu", 1, "tiny.json"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_with_a_remedy(call, tiny, grid, tmp_path, command, code, says):

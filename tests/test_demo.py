@@ -27,21 +27,6 @@ def test_both_networks_get_the_same_steps_and_the_same_batches(digits, device):
         assert wave.steps == whole[title]["wRNN"].steps / 2
 
 
-MISTAKES = {
-    "--device foo": (1, "unknown device 'foo': use cpu, cuda"),
-    "--quick -1": (2, "--quick -1: expected a fraction of the steps, 0 to 1"),
-    "--quick nan": (2, "--quick nan: expected a fraction"),
-    "--quick 0.01 --out a_file/x --device cpu": (1, "a_file"),
-}
-
-
-@pytest.mark.parametrize("args", MISTAKES)
-def test_mistakes_are_one_line(call, tmp_path, args):
-    (tmp_path / "a_file").write_text("")
-    (code, says), (found, out, err) = MISTAKES[args], call("wrnn_demo", *args.split())
-    assert (found, out) == (code, "") and says in err and err.count("\n") == 1 and err.startswith("wrnn_demo: ")
-
-
 def test_a_glimpse_without_display_home_or_mnist(script, tmp_path):
     "No backend, no home directory, no MNIST: the page is there, says what was cut, and which digits it used."
     env = {k: v for k, v in ENV.items() if k not in ("HOME", "WAVE_RNNS_DATA", "DISPLAY")}
