@@ -242,7 +242,7 @@ def test_left_overs_of_a_killed_writer_go_with_the_next(one_record):
     assert not left.exists() and others.exists()  # a writer that lives is left alone
 
 
-def test_an_edited_curve_is_noticed_from_the_day_that_records_have_its_hash(one_record):
+def test_an_edited_curve_is_noticed(one_record):
     "A torn one is read to its last whole line, as ever: notebook 15."
     curve, record = one_record.with_suffix(".csv"), rc.read_record(one_record)
     curve.write_text(curve.read_text().replace("\n10,", "\n11,"))
