@@ -118,6 +118,11 @@ def test_bad_calls_say_what_was_expected(make, x, h_0, message):
     assert message in str(error.value)
 
 
+def test_hidden_state_given_as_rings_gets_the_remedy():
+    with pytest.raises(RuntimeError, match="flatten"):
+        WaveRNN(3, 8, c=2)(torch.randn(5, 4, 3), torch.zeros(1, 4, 2, 8))
+
+
 BAD_LAYERS = [  # what the cells refuse: test_cell.py
     dict(u_init="shfit"), dict(num_layers=0), dict(num_layers=True), dict(precision="half"),
     dict(dropout=1.5), dict(dropout=True), dict(dropout="0.1"),
