@@ -1,13 +1,12 @@
 "The benchmark's parts where they can be tried without a GPU, and its command as a user meets it."
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from wave_rnns.paper import bench
-from wave_rnns.paper.bench import OURS, RIVALS, SHAPES, Shape, Way
+from wave_rnns.paper.bench import OURS, RIVALS, Shape, Way
 
 CPU = torch.device("cpu")
 WAVE = Shape(7, 5, 9, 2, 3)
@@ -34,15 +33,6 @@ def test_the_loop_keeps_its_own_bias():
     zero = bench.authors_step(h, x[0], *w.values(), torch.zeros(WAVE.c))
     more = bench.authors_step(h, x[0], *w.values(), torch.tensor([1.0, 0.0]))
     assert (more[:, 0] > zero[:, 0]).any() and torch.equal(more[:, 1], zero[:, 1])
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_state_neither_dies_nor_explodes(name):
-    shape = replace(SHAPES[name], B=2)
-    x, w = bench.problem(shape, CPU)
-    leaves = {k: v.requires_grad_() for k, v in w.items()}
-    y = OURS.build(replace(shape, last=True), x, leaves)()
-    assert 1e-3 < y.abs().max() < 1e3
 
 
 def test_tf32_is_off_and_comes_back():

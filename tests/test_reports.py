@@ -293,20 +293,6 @@ def test_the_committed_tables_are_those_of_the_committed_records():
         assert text == make(records, PAPER) and note.count("\n") == 1, f"{name}.md is stale: run wrnn_tables"
 
 
-def test_early_accuracies_stand_beside_the_last(tmp_path):
-    "Two runs; one curve has no row after epoch 5."
-    for s in (0, 1):
-        epochs = [e for e in (1, 5, 10, 20) if s == 0 or e != 5]
-        rows = [{"step": 10 * e, "epoch": e, "valid_accuracy": 0.9 + s / 100 + e / 1e3} for e in epochs]
-        rc.write_record(tmp_path, made("smnist_wrnn", s, accuracy=0.97), rows)
-    records = tb.with_early(rc.read_records(tmp_path), tmp_path)
-    assert line(tb.table_2(records, PAPER), "wRNN")[tb.EARLY_HEADER] == "90.60 / 90.50 / 92.50"
-    assert line(tb.summary_table(records, PAPER), "sMNIST (%)", "wRNN")[tb.EARLY_HEADER] == "90.60 / 90.50 / 92.50"
-    assert tb.EARLY_HEADER not in tb.table_2([made("smnist_wrnn", 0, accuracy=0.97)], PAPER)  # no curves, no column
-    generated = tb.with_early([made("adding100_wrnn", 0, mse=1e-5)], tmp_path)
-    assert generated[0]["early"] == {}  # a task without epochs
-
-
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 

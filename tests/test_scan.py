@@ -149,7 +149,7 @@ def test_float32_keeps_float32_precision(kind, T, B):
     assert max(off.values()) < 1e-5
 
 
-# vmap, func, compile: what a population, a gradient for each sample, and a compiler ask of an operator
+# vmap and compile: what a population and a compiler ask of an operator. A gradient for each sample: notebook 03_scan
 
 
 @both_scans
@@ -192,21 +192,6 @@ def test_vmap_of_rows_with_a_shared_index():
     y = torch.func.vmap(lambda x, a: wave_scan(x, **a), in_dims=(dims, 0))(x, a)
     for r, e in enumerate(each):
         assert_close(y[r], call("wave", e | dict(index=index)))
-
-
-@both_scans
-@pytest.mark.parametrize("last", [False, True])
-def test_func_grad_and_a_gradient_for_each_sample(kind, last):
-    a = inputs(kind)
-    x, h_0 = a.pop("x"), a.pop("h_0")
-    loss = lambda a, x, h_0: SCANS[kind](x, **a, h_0=h_0, last=last).square().sum()  # noqa: E731
-    whole = torch.func.grad(loss)(a, x, h_0)
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1, 0))(a, x.unsqueeze(2), h_0.unsqueeze(1))
-    t = trainable(a)
-    loss(t, x, h_0).backward()
-    for name in a:
-        assert_close(whole[name], t[name].grad)
-        assert_close(each[name].sum(0), t[name].grad, msg=lambda m, name=name: f"d{name}: {m}")
 
 
 @both_scans

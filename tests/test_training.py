@@ -100,29 +100,15 @@ def test_alone_and_in_company(make, options):
     assert together[0].curve != together[1].curve != together[2].curve
 
 
-WILD = RunSettings(9, 1e12), RunSettings(9, 1e30), RunSettings(9, 1e30, clip=1e-3)
-
-
-@pytest.mark.parametrize("place, bad", list(enumerate(WILD)))
-def test_a_diverging_run_leaves_the_others_to_the_bit(place, bad):
-    calm = [RunSettings(s, 1e-2, clip=1.0) for s in range(3)]
-    wild = [bad if i == place else run for i, run in enumerate(calm)]
-    good, mixed = (fit(TinyTask(), WAVE, runs, **RHYTHM) for runs in (calm, wild))
-    for i in {0, 1, 2} - {place}:
-        assert good[i].curve == mixed[i].curve and good[i].test_best == mixed[i].test_best and mixed[i].status == "done"
-        assert all(torch.equal(t, mixed[i].weights[k]) for k, t in good[i].weights.items())
-    r = mixed[place]
-    assert r.status == "diverged" and 1 < r.diverged_step <= RHYTHM["steps"]
-    assert all(t.isfinite().all() for t in r.weights.values())
-    assert max((row["step"] for row in r.curve), default=0) < r.diverged_step
-    assert len(r.curve) < len(mixed[(place + 1) % 3].curve)
-
-
 @pytest.mark.parametrize("step", [0, 1, 17])
 def test_frozen_at_the_last_finite_weights(step):
-    "A NaN in one run's batch: the step is recorded, the weights are those before it, the row before it keeps its mean."
+    """A NaN in one run's batch: the step is recorded, the weights are those before it, the row before it keeps its mean.
+    To the neighbour nothing happens, to the bit."""
     runs, rhythm = [RunSettings(0, 1e-2), RunSettings(1, 1e-2)], {**RHYTHM, "steps": 25}
-    r = fit(TinyTask(poison=(1, step)), WAVE, runs, **rhythm)[1]
+    neighbour, r = fit(TinyTask(poison=(1, step)), WAVE, runs, **rhythm)
+    calm = fit(TinyTask(), WAVE, runs, **rhythm)[0]
+    assert neighbour.curve == calm.curve and neighbour.test_final == calm.test_final and calm.status == "done"
+    assert all(torch.equal(t, neighbour.weights[k]) for k, t in calm.weights.items())
     assert (r.status, r.diverged_step) == ("diverged", step + 1)
     p, task = Population(TinyTask(), WAVE, runs, "cpu"), TinyTask()
     losses = []
