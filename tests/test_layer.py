@@ -21,6 +21,7 @@ import wave_rnns
 from wave_rnns import IdentityRNN, WaveRNN
 from wave_rnns.core import ConfigError
 from wave_rnns.layer import LocalRNN
+from wave_rnns.scan import rows
 
 LAYERS = {
     "wave": lambda **kw: WaveRNN(3, 8, c=2, **kw),
@@ -297,6 +298,8 @@ def test_tokens_are_one_hot_features(make):
     for options in ({}, dict(bidirectional=True, num_layers=2)):
         layer = make(**options)
         assert_close(layer(tokens), layer(floats))
+        if not isinstance(layer, LocalRNN):
+            assert_close(layer(rows(torch.eye(3), tokens)), layer(floats))
         assert_close(layer(tokens[:, 0]), layer(floats[:, 0]))
         packed = [pack_padded_sequence(t, [3, 7, 2, 7], enforce_sorted=False) for t in (tokens, floats)]
         assert_close(*[layer(p)[0].data for p in packed])
