@@ -1,28 +1,15 @@
 "The benchmark's parts where they can be tried without a GPU, and its command as a user meets it."
 
 import json
-from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
 import torch
 
 from wave_rnns.paper import bench
-from wave_rnns.paper.bench import OURS, RIVALS, SHAPES, Shape, Way
+from wave_rnns.paper.bench import OURS, RIVALS, Shape, Way
 
 CPU = torch.device("cpu")
-WAVE, DENSE = Shape(7, 5, 9, 2, 3), Shape(7, 5, 9, 0, 3)
-TOKENS = dict(tokens=True, last=False)
-
-
-@pytest.mark.parametrize("shape", [WAVE, replace(WAVE, **TOKENS), DENSE, replace(DENSE, **TOKENS)], ids=str)
-def test_every_way_is_equal_to_the_double_loop(shape):
-    checked = [way for way in (OURS, *RIVALS) if not way.dense or not shape.c]
-    assert len(checked) == (4 if shape.c else 5)
-    for way in checked:
-        found = bench.errors(way, shape, CPU)
-        assert found["equal"] and set(found["error"]) == {"y", "u" if shape.c else "U", "V", "b"}, (way.name, found)
-        assert max(found["error"].values()) < 1e-5
+WAVE = Shape(7, 5, 9, 2, 3)
 
 
 @pytest.mark.parametrize("wrong", ["y", "u", "V", "b", "not finite"])
@@ -39,12 +26,6 @@ def test_the_check_sees_each_of_the_results(wrong):
     assert wrong == "not finite" or found["error"][wrong] == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_work_that_is_timed_has_a_gradient_for_each_weight():
-    work, gy, leaves = bench.prepared(OURS, WAVE, CPU)
-    y, *grads = work()
-    assert y.shape == gy.shape and [g.shape for g in grads] == [v.shape for v in leaves.values()]
-
-
 def test_the_loop_keeps_its_own_bias():
     "Both layers of the authors' cell have one; that of the convolution is added once a ring."
     x, w = bench.problem(WAVE, CPU)
@@ -54,15 +35,6 @@ def test_the_loop_keeps_its_own_bias():
     assert (more[:, 0] > zero[:, 0]).any() and torch.equal(more[:, 1], zero[:, 1])
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_state_neither_dies_nor_explodes(name):
-    shape = replace(SHAPES[name], B=2)
-    x, w = bench.problem(shape, CPU)
-    leaves = {k: v.requires_grad_() for k, v in w.items()}
-    y = OURS.build(replace(shape, last=True), x, leaves)()
-    assert 1e-3 < y.abs().max() < 1e3
-
-
 def test_tf32_is_off_and_comes_back():
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [s.allow_tf32 for s in switches]
@@ -70,12 +42,6 @@ def test_tf32_is_off_and_comes_back():
         assert not any(s.allow_tf32 for s in switches)
         raise KeyError
     assert [s.allow_tf32 for s in switches] == before
-
-
-def test_rounds_take_turns():
-    order = []
-    ours, other = bench.in_rounds(lambda: order.append("a"), lambda: order.append("b"), seconds=0, least=4)
-    assert order == ["a", "b"] * 4 and len(ours) == len(other) == 4
 
 
 def test_on_a_gpu_ours_is_measured_once(monkeypatch):
@@ -105,8 +71,8 @@ def test_what_fails_or_is_wrong_is_a_row_too(monkeypatch):
     assert "NOT EQUAL: {'y': 0.5}" in bench.row_text(row | {"ratio": bench.spread([1.0])})
 
 
-def test_record_is_written_after_every_row(tmp_path, monkeypatch, capsys):
-    out, seen = tmp_path / "a" / "r.json", []
+def test_record_is_written_after_every_row(tmp_path, monkeypatch):
+    out, seen = tmp_path / "r.json", []
 
     def compare(name, shape, way, device, ours):
         seen.append(len(json.loads(out.read_text())["sections"]["cpu"]["rows"]) if out.exists() else 0)
@@ -117,21 +83,9 @@ def test_record_is_written_after_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "compare", compare)
     with pytest.raises(KeyboardInterrupt):
         bench.run_bench(CPU, out, dict.fromkeys("abcd", WAVE))
-    assert seen == [0, 1, 2, 3] and len(capsys.readouterr().out.splitlines()) == 4
-    (record,) = bench.read_speed(tmp_path / "a")
-    assert len(record["sections"]["cpu"]["rows"]) == 3 and record["environment"]["device"] == "cpu"
-    assert record["sections"]["cpu"]["rows"][0]["ours"]["equal"]
-
-
-def test_durations_and_names():
-    assert [bench.time_text(s) for s in (None, 0.3921, 17.54, 1883.4)] == ["–", "0.392 ms", "17.5 ms", "1,883 ms"]
-    day = datetime(2026, 11, 29, tzinfo=UTC)
-    assert bench.file_name("NVIDIA H100 80GB HBM3", day) == "nvidia-h100-80gb-hbm3-20261129.json"
-
-
-def test_command_refuses_in_one_line(call):
-    code, _, err = call("wrnn_bench", "--device", "quantum")
-    assert code == 1 and "unknown device 'quantum'" in err and len(err.strip().splitlines()) == 1, err
+    assert seen == [0, 1, 2, 3]
+    (record,) = bench.read_speed(tmp_path)
+    assert len(record["sections"]["cpu"]["rows"]) == 3 and record["sections"]["cpu"]["rows"][0]["ours"]["equal"]
 
 
 def test_command_writes_where_it_says(call, monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 "The demo's command and page, on a few steps: what was cut or did not work is said, mistakes are one line, no display is asked for."
 
-import json
 import os
 import signal
 import subprocess
@@ -26,21 +25,6 @@ def test_both_networks_get_the_same_steps_and_the_same_batches(digits, device):
         for name in ("task", "task_options", "steps", "eval_every", "seeds"):
             assert getattr(wave, name) == getattr(still, name)
         assert wave.steps == whole[title]["wRNN"].steps / 2
-
-
-MISTAKES = {
-    "--device foo": (1, "unknown device 'foo': use cpu, cuda"),
-    "--quick -1": (2, "--quick -1: expected a fraction of the steps, 0 to 1"),
-    "--quick nan": (2, "--quick nan: expected a fraction"),
-    "--quick 0.01 --out a_file/x --device cpu": (1, "a_file"),
-}
-
-
-@pytest.mark.parametrize("args", MISTAKES)
-def test_mistakes_are_one_line(call, tmp_path, args):
-    (tmp_path / "a_file").write_text("")
-    (code, says), (found, out, err) = MISTAKES[args], call("wrnn_demo", *args.split())
-    assert (found, out) == (code, "") and says in err and err.count("\n") == 1 and err.startswith("wrnn_demo: ")
 
 
 def test_a_glimpse_without_display_home_or_mnist(script, tmp_path):
@@ -78,25 +62,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wave", "still", "says"),
-    [
-        (0.999, 0.12, "Traveling waves remember: 99.9% recalled, 12.0% without waves"),
-        (0.999, 0.95, "Both networks learned to copy"),
-        (0.4, 0.12, "This time the wave network did not learn to copy: it recalls 40.0%"),
-        (None, 0.12, "did not learn to copy"),
-    ],
+    ("wave", "still", "says"), [(0.999, 0.95, "Both networks learned to copy"), (None, 0.12, "did not learn to copy")]
 )
 def test_the_headline_is_what_happened(wave, still, says):
+    "What notebook 19 does not see: an iRNN that learns, a wave that diverges."
     show = {m: demo.Trained(None, {}, [], None) for m in ("wRNN", "iRNN")}
     task = type("T", (), {"metric": "cross_entropy", "name": "copy"})()
     for t, score in zip(show.values(), (wave, still), strict=True):
-        t.task, t.record = task, {"test_best": {"accuracy": score}, "status": "diverged" if score is None else "done"}
-        t.record["diverged_step"] = 7
+        status = "diverged" if score is None else "done"
+        t.task, t.record = task, {"test_best": {"accuracy": score}, "status": status, "diverged_step": 7}
     assert says in demo.headline({"Copy": show})
     notes = demo.remarks({"Copy": show}, 1.0)
     assert ("Copy: the wRNN diverged at step 7." in notes) == (wave is None)
     assert not any("Cut short" in note for note in notes)
-    json.dumps(notes)
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch):

@@ -1,16 +1,12 @@
-"""What the scripts in tests/gpu do beside measuring: they lay out the plans users get, and keep the weights of the right step."""
+"The scripts in tests/gpu: they import what there is, and time the plans that users get."
 
-import importlib.util
-import json
-import sys
-from dataclasses import replace
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from wave_rnns.kernels import wave
-from wave_rnns.paper.checkpoints import load_weights
 
 GPU = Path(__file__).parent / "gpu"
 
@@ -19,14 +15,7 @@ GPU = Path(__file__).parent / "gpu"
 def script(monkeypatch):
     "A script of tests/gpu as a module."
     monkeypatch.syspath_prepend(str(GPU))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(GPU.glob("*.py"))])
@@ -51,35 +40,3 @@ def test_what_is_timed_is_what_users_get(script, monkeypatch):
     assert bench.wave_plan("copy", "faithful", 4, {}) == copy
     for (shape, precision), changes in bench.CHANGES.items():
         assert all(bench.wave_plan(shape, precision, 1, change) for change in changes)
-
-
-def test_the_inputs_of_rows_are_the_benchmarks(script, monkeypatch):
-    "Each of the first steps has a row of its own for each sample, later ones share theirs."
-    pytest.importorskip("triton")
-    bench = script("bench")
-    monkeypatch.setitem(bench.WAVE, "nscifar", dict(T=7, B=3, n=8, c=2, F=0, states=False, own=2))
-    plan = wave.Plan(8, 2, 0, emit=2)
-    x, _, table, _, extra, _ = bench.wave_inputs("nscifar", plan, 1, torch.device("cpu"))
-    assert x[0, :2].unique().numel() == 6 and (x[0, 2:] == x[0, 2:, :1]).all() and int(x.max()) < table.shape[1]
-    assert (extra["place"][0, :2] >= 0).all() and (extra["place"][0, 2:] < 0).all()
-
-
-def test_the_weights_before_an_overflow_are_kept(script, tmp_path, monkeypatch):
-    watch = script("watch_overflow")
-    sizes = {"T": 20, "batch_size": 4, "valid_size": 4, "test_size": 4}
-    short = replace(watch.EXPERIMENTS[watch.EXPERIMENT], lr=1e9, task_options=sizes)
-    monkeypatch.setattr(watch, "EXPERIMENTS", {watch.EXPERIMENT: short})
-    monkeypatch.setattr(watch, "GROUPS", ((0, 1), (1,)))
-    monkeypatch.setattr(sys, "argv", ["watch", "--out", str(tmp_path), "--device", "cpu", "--steps", "5"])
-    watch.main()
-    record = json.loads((tmp_path / "overflow.json").read_text())
-    pair, alone = record["rows"]
-    step = min(pair["diverged"])
-    assert pair["kept"] == {"experiment": watch.EXPERIMENT, "seed": 0, "steps": step - 1, "beside": [0, 1]}
-    assert pair["loss"][step - 1][0] is None and all(x is not None for x in pair["loss"][step - 2])
-    assert [losses[1] for losses in pair["loss"]][: len(alone["loss"])] == [losses[0] for losses in alone["loss"]]
-
-    kept = load_weights(tmp_path / "before_overflow")
-    task = watch.make_task(short.task, **short.task_options)
-    x, y = (t[0] for t in task.train_batch(torch.tensor([0]), torch.tensor(step - 1)))
-    assert not torch.isfinite(task.loss(kept(x), y))

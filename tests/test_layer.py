@@ -21,6 +21,7 @@ import wave_rnns
 from wave_rnns import IdentityRNN, WaveRNN
 from wave_rnns.core import ConfigError
 from wave_rnns.layer import LocalRNN
+from wave_rnns.scan import rows
 
 LAYERS = {
     "wave": lambda **kw: WaveRNN(3, 8, c=2, **kw),
@@ -42,102 +43,26 @@ def make_fast(request):
     return LAYERS[request.param]
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 3), (1, 1, 3)])
-def test_shapes_are_those_of_rnn(make, num_layers, batch_first, shape):
-    kw = dict(num_layers=num_layers, batch_first=batch_first)
-    layer, rnn, x = make(**kw), nn.RNN(3, 16, **kw), torch.randn(shape)
-    for name in ("hidden_size", "num_layers", "batch_first", "bidirectional"):
-        assert getattr(layer, name) == getattr(rnn, name)
-    layer.flatten_parameters()  # which foreign code calls
-    (y, h), (y_rnn, h_rnn) = layer(x), rnn(x)
-    assert (y.shape, h.shape) == (y_rnn.shape, h_rnn.shape)
-    h_0 = torch.rand_like(h)
-    assert_close(layer.final(x, h_0), layer(x, h_0)[1])
-    assert not torch.equal(layer(x, h_0)[0], y)
-
-
-def test_layers_on_top_of_each_other_are_the_cells_in_turn(make):
-    layer, x = make(num_layers=2), torch.randn(6, 4, 3)
-    h = [torch.zeros(4, *layer.state_shape) for _ in range(2)]
-    for x_t in x:
-        h[0] = layer.cells[0].step(x_t, h[0])
-        h[1] = layer.cells[1].step(layer.flat(h[0]), h[1])
-    assert_close(layer(x)[1], torch.stack([layer.flat(z) for z in h]))
-
-
-def alone_and_packed(layer, lengths, h_0, enforce_sorted, in_pieces):
-    "Outputs, last states and gradients of sequences fed one by one, and packed."
-    layer.double()
-    sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
-    ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
-    alone = [y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1)
-    y, h_n = layer(pack_sequence(sequences, enforce_sorted=enforce_sorted), h_0, in_pieces=in_pieces)
-    padded = pad_packed_sequence(y)[0]
-    packed = [padded[:t, b] for b, t in enumerate(lengths)], h_n
-    grads = []
-    for ys, h in (alone, packed):
-        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(ys)) + h.tanh().sum()
-        leaves = [*layer.parameters(), *sequences, *([] if h_0 is None else [h_0])]
-        grads.append(torch.autograd.grad(loss, leaves))
-    return (*alone, grads[0]), (*packed, grads[1])
-
-
 @pytest.mark.parametrize("lengths", [[9, 5, 2], [2, 9, 5], [4, 4, 4], [7, 1, 7, 3, 1]], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(num_layers=2, bidirectional=True)], ids=str)
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, lengths, options, in_pieces):
-    layer, falling = make(**options), lengths == sorted(lengths, reverse=True)
+    layer, falling = make(**options).double(), lengths == sorted(lengths, reverse=True)
+    sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
     start = torch.rand(len(layer.cells), len(lengths), 16, dtype=torch.float64, requires_grad=True)
+
+    def with_gradients(ys, h_n):
+        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(ys)) + h_n.tanh().sum()
+        grads = torch.autograd.grad(loss, [*layer.parameters(), *sequences, start], materialize_grads=True)
+        return [*ys, h_n, *grads]
+
     for h_0 in (None, start):
-        alone, packed = alone_and_packed(layer, lengths, h_0, falling, in_pieces)
+        ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
+        alone = with_gradients([y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1))
+        y, h_n = layer(pack_sequence(sequences, enforce_sorted=falling), h_0, in_pieces=in_pieces)
+        padded = pad_packed_sequence(y)[0]
+        packed = with_gradients([padded[:t, b] for b, t in enumerate(lengths)], h_n)
         assert_close(packed, alone, rtol=1e-10, atol=1e-10)
-
-
-def test_packed_output_has_the_form_that_rnn_gives(make):
-    x = torch.randn(3, 9, 3)
-    packed = pack_padded_sequence(x, [2, 9, 5], batch_first=True, enforce_sorted=False)
-    y, h_n = make(batch_first=True)(packed)
-    y_rnn, h_rnn = nn.RNN(3, 16, batch_first=True)(packed)
-    assert torch.equal(y.batch_sizes, y_rnn.batch_sizes) and y.data.shape == y_rnn.data.shape
-    assert torch.equal(y.unsorted_indices, y_rnn.unsorted_indices) and h_n.shape == h_rnn.shape
-    layer = make()
-    assert_close(layer.final(packed), layer(packed)[1])
-
-
-def test_a_state_that_would_overflow_behind_its_end_does_not(make):
-    "Alone, five loud steps and 400 silent ones are harmless at a growth of 1.5 a step; padded, the first would reach 1.5 ** 400."
-    layer = make(bias=False)
-    with torch.no_grad():
-        for p in (layer.cells[0].u,) if hasattr(layer.cells[0], "u") else (layer.cells[0].U,):
-            p.mul_(1.5)
-    loud, silent = torch.rand(5, 3), torch.zeros(400, 3)
-
-    def gradients(*losses):
-        return torch.autograd.grad(sum(losses), tuple(layer.parameters()))
-
-    alone = gradients(layer(loud)[1].sum(), layer(silent)[1].sum())
-    for order in ([loud, silent], [silent, loud]):
-        got = gradients(layer(pack_sequence(order, enforce_sorted=False))[1].sum())
-        assert all(g.isfinite().all() for g in got)
-        assert_close(got, alone)
-
-
-def rnn_and_twin(**options):
-    "nn.RNN, and an IdentityRNN with its weights: the same network."
-    rnn = nn.RNN(3, 6, nonlinearity="relu", **options)
-    twin = IdentityRNN(3, 6, recurrent_bias=True, **options)
-    names = {"V": "weight_ih", "U": "weight_hh", "b": "bias_ih", "U_bias": "bias_hh"}
-    directions = 2 if rnn.bidirectional else 1
-    pairs = []
-    for i, cell in enumerate(twin.cells):
-        suffix = f"_l{i // directions}" + ("_reverse" if i % directions else "")
-        pairs += [(getattr(cell, ours), getattr(rnn, theirs + suffix)) for ours, theirs in names.items()]
-    with torch.no_grad():
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
-    return rnn, twin, pairs
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -146,10 +71,21 @@ def rnn_and_twin(**options):
 def test_with_the_weights_of_rnn_it_is_rnn(num_layers, bidirectional, form):
     torch.manual_seed(0)
     options = dict(num_layers=num_layers, bidirectional=bidirectional, batch_first=form == "batch_first")
-    rnn, twin, pairs = rnn_and_twin(**options)
+    rnn = nn.RNN(3, 6, nonlinearity="relu", **options)
+    twin, pairs = IdentityRNN(3, 6, recurrent_bias=True, **options), []
+    names = {"V": "weight_ih", "U": "weight_hh", "b": "bias_ih", "U_bias": "bias_hh"}
+    for i, cell in enumerate(twin.cells):
+        level, reverse = divmod(i, 1 + bidirectional)
+        suffix = f"_l{level}" + ("_reverse" if reverse else "")
+        pairs += [(getattr(cell, ours), getattr(rnn, theirs + suffix)) for ours, theirs in names.items()]
+    with torch.no_grad():
+        for mine, its in pairs:
+            mine.copy_(its)
     x = torch.randn(7, 3) if form == "unbatched" else torch.randn(7, 4, 3)
     if form == "packed":
         x = pack_padded_sequence(x, [3, 7, 7, 1], enforce_sorted=False)
+    for name in ("hidden_size", "num_layers", "batch_first", "bidirectional"):
+        assert getattr(twin, name) == getattr(rnn, name)
     theirs, ours = rnn(x), twin(x)
     assert_close(ours, theirs)
     h_0 = torch.rand_like(theirs[1])
@@ -163,22 +99,13 @@ def test_with_the_weights_of_rnn_it_is_rnn(num_layers, bidirectional, form):
     assert twin.extra_repr().count("bidirectional") == 1
 
 
-def test_rings_of_both_directions():
-    layer = WaveRNN(3, 8, c=2, bidirectional=True, num_layers=2)
-    y, h_n = layer(torch.randn(5, 4, 3))
-    assert layer.rings(y).shape == (5, 4, 2, 2, 8) and layer.rings(h_n).shape == (4, 4, 2, 8)
-    assert torch.equal(layer.rings(y)[-1, :, 0].flatten(1), h_n[2])
-    assert torch.equal(layer.rings(y)[0, :, 1].flatten(1), h_n[3])
-
-
 BAD_CALLS = [
     (torch.randn(5, 4, 7), None, "input.size(-1) must be equal to input_size. Expected 3, got 7"),
     (torch.randn(5, 4, 3), torch.randn(1, 2, 16), r"Expected hidden size (1, 4, 16), got [1, 2, 16]"),
     (torch.randn(5, 4, 3), torch.randn(4, 16), r"Expected hidden size (1, 4, 16), got [4, 16]"),
     (torch.randn(5, 3), torch.randn(1, 1, 16), r"Expected hidden size (1, 16), got [1, 1, 16]"),
-    (torch.randn(3), None, "expected a 3D input"),
     (torch.randn(2, 5, 4, 3), None, "expected a 3D input"),
-    (torch.randn(0, 4, 3), None, "T"),
+    (torch.randn(0, 4, 3), None, "sequence length T of at least 1"),
     ([1.0, 2.0], None, "must be a Tensor"),
     (torch.randn(5, 4, 3, dtype=torch.float64), None, "float64"),
     (torch.randn(5, 4, 3, device="meta"), None, "on cpu like the weights, got one on meta"),
@@ -193,20 +120,20 @@ def test_bad_calls_say_what_was_expected(make, x, h_0, message):
 
 
 def test_hidden_state_given_as_rings_gets_the_remedy():
-    with pytest.raises(RuntimeError, match=r"flatten"):
+    with pytest.raises(RuntimeError, match="flatten"):
         WaveRNN(3, 8, c=2)(torch.randn(5, 4, 3), torch.zeros(1, 4, 2, 8))
 
 
-BAD_LAYERS = [
-    dict(u_init="shfit"), dict(V_init="dense"), dict(activation="gelu"), dict(kernel_size=4), dict(n=2), dict(c=0), dict(num_layers=0),
-    dict(num_layers=True), dict(dropout=1.5), dict(dropout=True), dict(dropout="0.1"), dict(freeze=("readout",)), dict(precision="half"),
+BAD_LAYERS = [  # what the cells refuse: test_cell.py
+    dict(u_init="shfit"), dict(num_layers=0), dict(num_layers=True), dict(precision="half"),
+    dict(dropout=1.5), dict(dropout=True), dict(dropout="0.1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", BAD_LAYERS, ids=str)
 def test_bad_options_are_named(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        WaveRNN(**(dict(input_size=3, n=8) | options))
+        WaveRNN(3, 8, **options)
 
 
 def test_compile_fullgraph_forward_and_backward(make_fast):
@@ -218,23 +145,6 @@ def test_compile_fullgraph_forward_and_backward(make_fast):
     got[0].square().sum().backward()
     for (name, p), q in zip(layer.named_parameters(), compiled.parameters(), strict=True):
         assert_close(q.grad, p.grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
-
-
-def test_population_of_layers_under_vmap(make):
-    layers, x = [make() for _ in range(3)], torch.randn(6, 4, 3)
-    for seed, layer in enumerate(layers):
-        torch.manual_seed(seed)
-        layer.reset_parameters()
-    params, buffers = torch.func.stack_module_state(layers)
-    run = lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,))[0]  # noqa: E731
-    ys = torch.func.vmap(run)(params, buffers)
-    ys.square().sum().backward()
-    for r, layer in enumerate(layers):
-        y = layer(x)[0]
-        assert_close(ys[r], y)
-        y.square().sum().backward()
-        for name, p in layer.named_parameters():
-            assert_close(params[name].grad[r], p.grad)
 
 
 def test_autocast_computes_the_recurrence_in_float32(make):
@@ -252,16 +162,13 @@ def test_double_and_dtype_argument(make):
     assert make().double()(torch.randn(6, 4, 3, dtype=torch.float64))[0].dtype == torch.float64
 
 
-def test_state_dict_deepcopy_and_pickle(make):
-    layer, other, x = make(num_layers=2), make(num_layers=2), torch.randn(6, 4, 3)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(torch.rand_like(p) * 0.1)
-    file = io.BytesIO()
+def test_pickle_and_a_state_dict_that_went_through_a_file(make):
+    layer, other, x, file = make(num_layers=2), make(num_layers=2), torch.randn(6, 4, 3), io.BytesIO()
+    torch.nn.init.normal_(layer.cells[1].V)
     torch.save(layer.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for twin in (other, pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x)[0], layer(x)[0])
 
 
@@ -297,20 +204,17 @@ HOOKS = {
 }
 
 
-def recurrent(layer):
-    return "U" if isinstance(layer, IdentityRNN) else "u"
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("hook", HOOKS, ids=str)
 @pytest.mark.parametrize("part", ["recurrent", "encoder"])
 def test_hooks_on_a_cell_run(make, hook, part):
-    "Weights changed behind a hook: the answer follows, also after loading them elsewhere and over several steps of training."
+    "Weights changed behind a hook: the answer follows, also after loading them elsewhere; gradients pass it."
     x, layer, other = torch.randn(6, 4, 3), make(), make()
     with torch.no_grad():
         for p in (*layer.parameters(), *other.parameters()):
             p.add_(0.1 * torch.rand_like(p))
-    name = recurrent(layer) if part == "recurrent" else "V"
+    recurrent = "U" if isinstance(layer, IdentityRNN) else "u"
+    name = recurrent if part == "recurrent" else "V"
     for each in (layer, other):
         HOOKS[hook](each.cells[0], name)
     layer(x)
@@ -324,17 +228,8 @@ def test_hooks_on_a_cell_run(make, hook, part):
         for key, p in plain.cells[0].named_parameters():
             p.copy_(getattr(layer.cells[0], key))
     assert_close(plain(x)[0], expected)
-
-    other.train()
-    optimizer = torch.optim.SGD(other.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = other(x)[0].square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > losses[1] > losses[2]
+    other(x)[0].square().sum().backward()
+    assert all(p.grad.any() for p in other.cells[0].parameters())
 
 
 def test_hooks_see_the_call(make):
@@ -348,17 +243,6 @@ def test_hooks_see_the_call(make):
 
 
 # --------------------------------------------------------------------------------- what nn.RNN takes, and what it refuses
-
-
-@pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(bidirectional=True)], ids=str)
-def test_an_empty_batch(make, options):
-    layer, rnn, x = make(**options), nn.RNN(3, 16, **options), torch.randn(5, 0, 3, requires_grad=True)
-    ours, theirs = layer(x), rnn(x)
-    assert [t.shape for t in ours] == [t.shape for t in theirs]
-    ours[0].sum().backward()
-    assert all(p.grad is None or p.grad.eq(0).all() for p in layer.parameters())
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(0, 0, 3))
 
 
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True)], ids=str)
@@ -388,7 +272,6 @@ def test_dropout_warns_and_refuses_as_rnn_does(make):
 
 
 BAD_OPTIONS = [
-    (lambda Layer: Layer(3, 8, 2), "num_layers=2"),
     (lambda Layer: Layer(3, 8, 2, 3), "go by name"),
     (lambda Layer: Layer(3, hidden_size=16), "hidden_size.*say n"),
     (lambda Layer: Layer(3, 8, nonlinearity="tanh"), "nonlinearity.*say activation"),
@@ -407,8 +290,6 @@ def test_options_that_mean_something_else_are_answered_by_name(Layer, build, mes
 def test_the_signature_is_the_one_that_is_documented():
     kinds = {name: p.kind for name, p in inspect.signature(WaveRNN).parameters.items()}
     assert [n for n, k in kinds.items() if k is not inspect.Parameter.KEYWORD_ONLY] == ["input_size", "n"]
-    with pytest.raises(TypeError, match=r", or c=2 rings\?"):
-        WaveRNN(3, 8, 2)
 
 
 def test_tokens_are_one_hot_features(make):
@@ -417,6 +298,8 @@ def test_tokens_are_one_hot_features(make):
     for options in ({}, dict(bidirectional=True, num_layers=2)):
         layer = make(**options)
         assert_close(layer(tokens), layer(floats))
+        if not isinstance(layer, LocalRNN):
+            assert_close(layer(rows(torch.eye(3), tokens)), layer(floats))
         assert_close(layer(tokens[:, 0]), layer(floats[:, 0]))
         packed = [pack_padded_sequence(t, [3, 7, 2, 7], enforce_sorted=False) for t in (tokens, floats)]
         assert_close(*[layer(p)[0].data for p in packed])
@@ -429,12 +312,6 @@ def test_tokens_are_one_hot_features(make):
 def test_layers_above_the_first_start_for_dense_inputs():
     assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=3).cells] == ["sparse", "uniform", "uniform"]
     assert [cell.V_init for cell in WaveRNN(3, 8, num_layers=2, V_init="sparse").cells] == ["sparse"] * 2
-    torch.manual_seed(0)
-    x = torch.randn(100, 16, 8)
-    with torch.no_grad():
-        stacked = WaveRNN(8, 32, c=4, num_layers=2).final(x)
-        sparse = WaveRNN(8, 32, c=4, num_layers=2, V_init="sparse").final(x)
-    assert stacked[1].std() < 10 * stacked[0].std() and sparse[1].std() > 30 * sparse[0].std()
 
 
 def test_gradients_of_two_biases_are_two_gradients(make):

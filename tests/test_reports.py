@@ -1,7 +1,6 @@
 "Statistics against scipy, outcomes, tables and curves against hand-made records."
 
 import functools
-import json
 import math
 from dataclasses import replace
 from statistics import fmean, geometric_mean, stdev
@@ -26,17 +25,11 @@ def made(experiment, seed, status="done", solved=None, recipe=ex.RECIPE, last=No
     diverged = status == "diverged"
     record = {
         "key": run_key(e, seed, recipe),
-        "experiment": e.name,
-        "config": to_config(e),
-        "seed": seed,
-        "recipe": recipe,
-        "status": status,
+        **{"experiment": e.name, "config": to_config(e), "seed": seed, "recipe": recipe, "status": status},
         "diverged_step": 8027 if diverged else None,
         "metric": next(iter(metrics), ""),
         "selection": "highest validation score",
-        "valid_best": metrics,
-        "valid_final": metrics,
-        "test_best": metrics,
+        **dict.fromkeys(("valid_best", "valid_final", "test_best"), metrics),
         "test_final": last or metrics,
         "best_step": None if diverged else 100,
         "steps": 100,
@@ -66,14 +59,6 @@ def shared(name, **values):
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
-
-
-def test_tails_and_quantiles_are_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for df in (1, 1.5, 2, 2.04, 3, 4.7, 8, 40, 1000):
-        for t in (-3.0, 0.0, 0.3, 1.0, 4.0, 30.0):
-            assert oc.t_tail(t, df) == pytest.approx(stats.t.sf(t, df), rel=1e-8)
-        assert oc.t_quantile(df, 0.99) == pytest.approx(stats.t.ppf(0.995, df), rel=1e-8)
 
 
 def test_welch_and_equivalence_are_scipys():
@@ -112,21 +97,18 @@ def test_few_values_are_printed_and_five_are_summarised():
     assert str(oc.Outcome("accuracy", values)) == f"{fmean(values):.2f} ± {stdev(values):.2f} [{low:.2f}, {high:.2f}]"
     assert str(oc.Outcome("accuracy", values[:4])) == "97.10, 97.90, 96.60, 97.40"
     losses = (1e-5, 2e-5, 1e-4, 3e-5, 5e-5)
-    logs = [math.log(v) for v in losses]
-    half = 2.776445 * stdev(logs) / math.sqrt(5)
+    half = 2.776445 * stdev(map(math.log, losses)) / math.sqrt(5)
     center, low, high = oc.Outcome("mse", losses).center_and_interval()
     assert (center, high / center) == pytest.approx((geometric_mean(losses), math.exp(half)), rel=1e-5)
 
 
-SHOWN = [
-    (97.4266, "accuracy", "97.43"), (-0.5, "valid_accuracy", "−0.50"), (-4.2e-6, "mse", "−4.2e-6"), (9.96e-12, "", "1.0e-11"), (0.0, "mse", "0"),
-    (1234.0, "solved_step", "1,234"), (1234.0, "", "1.2e3"), (math.inf, "mse", "–"), (None, "mse", "–"),
-]  # fmt: skip
+SHOWN = [(97.4266, "accuracy", "97.43"), (-0.5, "valid_accuracy", "−0.50"), (-4.2e-6, "mse", "−4.2e-6"),
+         (9.96e-12, "", "1.0e-11"), (1234.0, "solved_step", "1,234"), (1234.0, "", "1.2e3"), (math.inf, "mse", "–")]  # fmt: skip
 
 
-@pytest.mark.parametrize("value, measure, text", SHOWN)
-def test_numbers_as_shown(value, measure, text):
-    assert oc.show(value, measure) == text
+def test_numbers_as_shown():
+    for value, measure, text in SHOWN:
+        assert oc.show(value, measure) == text
 
 
 def test_records_belong_by_key_and_not_by_name():
@@ -172,9 +154,8 @@ def test_paper_json_is_complete_and_consistent():
         assert keys <= p.keys() <= keys | {"spread", "seeds"}, p
         assert p["origin"] in ("paper", "preprint", "cited", "rerun") and (p["value"] is None or p["value"] > 0)
         assert ("spread" in p) == (p["origin"] in ("preprint", "rerun"))
-        assert p["experiment"] is None or EXPERIMENTS[p["experiment"]].task == p["task"]
-        if p["experiment"] and "T" in p["setting"]:
-            assert EXPERIMENTS[p["experiment"]].task_options["T"] == p["setting"]["T"]
+        if e := p["experiment"] and EXPERIMENTS[p["experiment"]]:
+            assert e.task == p["task"] and e.task_options.get("T") == p["setting"].get("T", e.task_options.get("T"))
     named = [(p["experiment"], p["measure"], p["origin"]) for p in PAPER if p["experiment"]]
     assert len(named) == len(set(named))
 
@@ -203,24 +184,23 @@ TASKS = {"images": IMAGES, "images_2": IMAGES[:2], "copy": [f"copy{T}" for T in 
 TASKS["adding"] = [f"adding{T}" for T in (100, 200, 400, 700, 1000)]
 
 
-@pytest.mark.parametrize("row", PRINTED.strip().splitlines())
-def test_paper_json_against_the_papers_tables(row):
-    tasks, measure, model, origin, *printed = row.replace(":", "").split()
-    numbers = [oc.paper_number(f"{task}_{model}", measure, PAPER, origin) for task in TASKS[tasks]]
-    assert numbers == [None if text == "never" else float(text) for text in printed]
+def test_paper_json_against_the_papers_tables():
+    for row in PRINTED.strip().splitlines():
+        tasks, measure, model, origin, *printed = row.replace(":", "").split()
+        numbers = [oc.paper_number(f"{task}_{model}", measure, PAPER, origin) for task in TASKS[tasks]]
+        assert numbers == [None if text == "never" else float(text) for text in printed], row
 
 
 def test_more_of_the_papers_numbers():
-    sample = lambda name, measure: oc.paper_sample(name, measure, PAPER)  # noqa: E731
-    spreads = [[sample(f"{t}_{f}", "accuracy").sd for t in IMAGES] for f in ("irnn", "wrnn")]
+    sample = lambda name, measure="accuracy": oc.paper_sample(name, measure, PAPER)  # noqa: E731
+    spreads = [[sample(f"{task}_{family}").sd for task in IMAGES] for family in ("irnn", "wrnn")]
     assert spreads == [[0.32, 1.47, 0.54], [0.34, 0.10, 0.42]]
     assert sample("adding1000_wrnn", "mse") == oc.Sample(4.36e-5, 1.91e-5, 3)
     assert sample("adding1000_wrnn", "solved_step") == oc.Sample(1667, 577, 3)
     number = {(p["table"], p["model"], p["task"]): p["value"] for p in PAPER if p["measure"] == "accuracy"}
-    cited = [("Table 2", "LEM", "smnist"), ("Table 2", "FlexTCN", "psmnist"), ("Table 3", "LEM", "nscifar10")]
-    assert [number[c] for c in cited] == [99.5, 98.6, 60.5]
-    appendix = {key[:2]: value for key, value in number.items()}
-    assert appendix["Figure 11", "iRNN, U and V frozen"] == 44.3 and appendix["Figure 7", "wRNN n=36 c=4"] == 90.2
+    others = [("Table 2", "LEM", "smnist"), ("Table 2", "FlexTCN", "psmnist"), ("Table 3", "LEM", "nscifar10")]
+    others += [("Figure 11", "iRNN, U and V frozen", "smnist"), ("Figure 7", "wRNN n=36 c=4", "psmnist")]
+    assert [number[place] for place in others] == [99.5, 98.6, 60.5, 44.3, 90.2]
 
 
 def test_a_broken_paper_json_is_said(monkeypatch, tmp_path):
@@ -257,10 +237,17 @@ def test_welch_against_table_7_is_in_the_tables():
         row = line(text, start)
         assert row["p"] == f"{p:.2g}" and row["verdict"] == "no difference found"
     assert row["ours, mean ± sd (runs)"] == f"{fmean(values):.2f} ± {stdev(values):.2f} (5)"
+
+
+def test_verdicts_have_a_direction():
     worse = shared("psmnist_wrnn", accuracy=[0.9 + s / 1000 for s in range(5)])
-    assert line(tb.table_7(worse, PAPER), "psmnist wRNN †")["verdict"] == "worse"
-    late = [made("adding700_wrnn", s, mse=1e-5, solved=9000 + s) for s in range(5)]
-    assert line(tb.table_7(late, PAPER), "adding700 wRNN †", "steps to solve")["verdict"] == "later"
+    worse += [made("adding700_wrnn", s, mse=1e-5, solved=9000 + s) for s in range(5)]
+    text = tb.table_7(worse, PAPER)
+    assert line(text, "psmnist wRNN †")["verdict"] == "worse"
+    assert line(text, "adding700 wRNN †", "steps to solve")["verdict"] == "later"
+    pair = shared("psmnist_wrnn", accuracy=(0.96, 0.961, 0.962)) + shared("psmnist_irnn", accuracy=(0.91, 0.92, 0.93))
+    text = tb.table_7(pair, PAPER)
+    assert line(text, "psMNIST")["the wRNN is"] == "better" and "nsCIFAR10" not in text.split("one-sided")[1]
 
 
 def test_the_best_is_compared_where_the_paper_prints_only_a_best():
@@ -281,13 +268,6 @@ def test_table_4_chooses_by_validation_and_shows_all_seeds_of_the_choice():
     cells = [row[c] for c in ("tokens right %", "lr; clip", "settings tried", "seeds")]
     assert cells == ["75.00, 75.00", "0.01; 1", "2", "2"]
     assert "T=80 (" in tb.table_4(records, PAPER) and "T=0 (all rows)" in tb.table_4(records, PAPER)
-
-
-def test_one_sided_claims():
-    records = shared("psmnist_wrnn", accuracy=(0.96, 0.961, 0.962))
-    records += shared("psmnist_irnn", accuracy=(0.91, 0.92, 0.93))
-    text = tb.table_7(records, PAPER)
-    assert line(text, "psMNIST")["the wRNN is"] == "better" and "nsCIFAR10" not in text.split("one-sided")[1]
 
 
 def test_the_summary_falls_back_to_an_older_setting_and_says_so():
@@ -313,37 +293,6 @@ def test_the_committed_tables_are_those_of_the_committed_records():
         assert text == make(records, PAPER) and note.count("\n") == 1, f"{name}.md is stale: run wrnn_tables"
 
 
-def test_table_1_recomputed_from_the_files():
-    "The committed line for adding T = 1000, with nothing but json and arithmetic."
-    results = rc.shipped_results()
-    wanted = {"T": 1000, "lr": 1e-4, "clip": 10, "kind": "wrnn", "n": 100, "c": 27, "u_init": "shift"}
-    runs = [json.loads(p.read_text()) for p in (results / "runs/adding").glob("*.json")]
-    flat = lambda c: {**c["task_options"], **c["model"], **c}  # noqa: E731
-    runs = [r for r in runs if wanted.items() <= {k: v for k, v in flat(r["config"]).items() if k in wanted}.items()]
-    mse = [r["test_best"]["mse"] for r in sorted(runs, key=lambda r: r["seed"])]
-    assert len(mse) >= 5
-    short = lambda number: number.replace("e-0", "e-").replace("-", "−", number.startswith("-"))  # noqa: E731
-    row = line((results / "tables/table1.md").read_text(), "wRNN T=1000 †")
-    assert row["ours"].split(" [")[0] == short(f"{geometric_mean(mse):.1e}")
-    assert row["ours − paper's mean"].split(" [")[0] == short(f"{fmean(mse) - 4.36e-5:+.1e}")
-    solved = sum(r["solved"]["step"] is not None for r in runs)
-    assert row["runs"].startswith(f"{solved} of {len(mse)} solved")
-
-
-def test_early_accuracies_stand_beside_the_last(tmp_path):
-    "Two runs; one curve has no row after epoch 5."
-    for s in (0, 1):
-        epochs = [e for e in (1, 5, 10, 20) if s == 0 or e != 5]
-        rows = [{"step": 10 * e, "epoch": e, "valid_accuracy": 0.9 + s / 100 + e / 1e3} for e in epochs]
-        rc.write_record(tmp_path, made("smnist_wrnn", s, accuracy=0.97), rows)
-    records = tb.with_early(rc.read_records(tmp_path), tmp_path)
-    assert line(tb.table_2(records, PAPER), "wRNN")[tb.EARLY_HEADER] == "90.60 / 90.50 / 92.50"
-    assert line(tb.summary_table(records, PAPER), "sMNIST (%)", "wRNN")[tb.EARLY_HEADER] == "90.60 / 90.50 / 92.50"
-    assert tb.EARLY_HEADER not in tb.table_2([made("smnist_wrnn", 0, accuracy=0.97)], PAPER)  # no curves, no column
-    generated = tb.with_early([made("adding100_wrnn", 0, mse=1e-5)], tmp_path)
-    assert generated[0]["early"] == {}  # a task without epochs
-
-
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 
@@ -352,10 +301,8 @@ def curves(tmp_path):
     "Five runs to step 60, and one that diverged at step 20."
     records = [made("smnist_wrnn", s, "diverged" if s == 5 else "done", accuracy=0.97) for s in range(6)]
     for s, r in enumerate(records):
-        rows = [
-            {"step": 10 * i, "loss": (1 + s) / i, "valid_accuracy": None if i % 2 else 0.9 + s / 100}
-            for i in range(1, 7)
-        ]
+        valid = [None, 0.9 + s / 100] * 3
+        rows = [{"step": 10 * i, "loss": (1 + s) / i, "valid_accuracy": valid[i - 1]} for i in range(1, 7)]
         rc.write_record(tmp_path, r, rows[:2] if s == 5 else rows)
     return tmp_path, records
 
@@ -375,19 +322,20 @@ def test_curves_and_bands(curves):
     assert rp.band({}) == [] and rp.curves_of("smnist_irnn", "loss", records, results) == {}
 
 
-def test_figures_are_drawn_with_and_without_records(curves):
+def test_a_figure_shows_what_has_run_beside_the_papers_number(curves):
     results, records = curves
-    fig, axs = plt.subplots(1, 3 + len(tb.SUMMARY))
+    fig, ax = plt.subplots()
     families = {"wave": ("smnist_wrnn", "C0"), "bump": ("smnist_irnn", "C1")}
-    rp.draw_curves(axs[0], families, "valid_accuracy", records, results, PAPER, "accuracy")
-    rp.draw_curves(axs[1], {}, "loss", [], results, log=True)
-    printed = oc.Outcome("mse", (1.0, 2.0), paper=3.0), oc.Sample(1, 2, 3), "C1"
-    rp.draw_outcomes(axs[2], {"a": (oc.Outcome("accuracy"), None, "C0"), "b": printed})
-    rp.draw_results(axs[3:], records, PAPER, {"wRNN": "C0", "iRNN": "C1"})
-    dashed = [li.get_ydata()[0] for li in axs[0].lines if li.get_linestyle() == "--"]
+    rp.draw_curves(ax, families, "valid_accuracy", records, results, PAPER, "accuracy")
+    dashed = [li.get_ydata()[0] for li in ax.lines if li.get_linestyle() == "--"]
     assert dashed == [97.6]  # a model without runs is not drawn
-    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["wave (6 runs)"]
-    at = 3 + list(tb.SUMMARY).index("smnist")
-    dots = [list(li.get_xdata()) for li in axs[at].lines if li.get_marker() == "o"]
-    assert dots == [[97.0] * 6, []]  # sMNIST: six seeds of the wRNN, none of the iRNN
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["wave (6 runs)"]
+    plt.close(fig)
+
+
+def test_the_results_strip_has_a_dot_for_each_seed(curves):
+    fig, axs = plt.subplots(1, len(tb.SUMMARY))
+    rp.draw_results(axs, curves[1], PAPER, {"wRNN": "C0", "iRNN": "C1"})
+    at = list(tb.SUMMARY).index("smnist")
+    assert [list(li.get_xdata()) for li in axs[at].lines if li.get_marker() == "o"] == [[97.0] * 6, []]
     plt.close(fig)

@@ -42,6 +42,7 @@ def test_what_ran_is_stored_sharp_and_tidy(tmp_path, monkeypatch, checkout):
     before = path.read_bytes()
     seconds, bars = run(path, time_only=True)
     assert 0 < seconds < 60 and bars and path.read_bytes() == before
+    assert not run(notebook(tmp_path / "b.ipynb", "print(1)"))[1]
     run(path)
     _, _, answer, quiet, figure = nbformat.read(path, as_version=4).cells
     assert answer.outputs[0].text == "42\n" and answer.execution_count is None
@@ -68,11 +69,6 @@ def test_what_fails_or_warns_is_refused(tmp_path, source, says):
     with pytest.raises(rerun.Refused, match=says):
         run(path)
     assert path.read_bytes() == before
-
-
-def test_without_a_bar(tmp_path):
-    _, bars = run(notebook(tmp_path / "a.ipynb", "print(1)"))
-    assert not bars
 
 
 def test_seconds_are_noted_one_by_one(tmp_path):

@@ -4,7 +4,6 @@ import inspect
 import itertools
 import math
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from wave_rnns.scan import Rows, ScanError, dense_scan, reference_loop, rows, wa
 from wave_rnns.scan_cpu import TorchBackend
 
 SCANS = {"wave": wave_scan, "dense": dense_scan}
+both_scans = pytest.mark.parametrize("kind", SCANS)
 ACT = {"relu": lambda z: z.clamp(min=0), "tanh": torch.tanh, "identity": lambda z: z}
 NEEDS_2_13 = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile cannot do it before torch 2.13")
 FORMS = ("float", "tokens", "rows", "table")  # a short table, and one too long to be multiplied by one-hot columns
@@ -45,7 +45,7 @@ def inputs(kind, T=7, B=3, c=2, n=5, k=3, F=2, form="float", dtype=torch.float64
     return dict(x=x) | a
 
 
-def reference(a, activation, last):
+def reference(a, activation="relu", last=False):
     "The recurrence written with indices only; every tensor of shape [B, c, n] (dense: [B, m])."
     V, b, kernel = a["V"], a["b"], a.get("u", a.get("U"))
     if "table" in a:
@@ -65,36 +65,43 @@ def reference(a, activation, last):
     return h if last else torch.stack(states)
 
 
-def call(function, a, **options):
-    "Call a scan or a loop; a table becomes Rows."
+def call(kind, a, **options):
+    "A scan; a table becomes Rows."
     a = dict(a)
     if "table" in a:
         a["x"] = rows(a.pop("table"), a.pop("index"))
-    return function(**a, **options)
+    return SCANS[kind](**a, **options)
 
 
-def trainable(a):
+def trainable(a, but=()):
     "Copies that ask for a gradient, where one exists."
-    return {
-        k: v.detach().clone().requires_grad_() if v is not None and v.is_floating_point() else v for k, v in a.items()
-    }
+    learns = {k: v is not None and v.is_floating_point() and k not in but for k, v in a.items()}
+    return {k: v.detach().clone().requires_grad_() if learns[k] else v for k, v in a.items()}
 
 
-def same_gradients(got, want, **tolerance):
+def value_and_gradients(function, a, but=()):
+    "By name: the value, and gradients with a random weight for each number of it."
+    t = trainable(a, but)
+    y = function(t)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype))
+    grads = {name: v.grad for name, v in t.items() if v is not None and (v.requires_grad or name in but)}
+    return {"value": y.detach()} | grads
+
+
+def same(function, other, a, **tolerance):
+    "Value and every gradient of two functions of the same arguments."
+    got, want = value_and_gradients(function, a), value_and_gradients(other, a)
     for name, t in want.items():
-        if t is not None and t.is_floating_point():
-            assert_close(got[name].grad, t.grad, msg=lambda m, name=name: f"d{name}: {m}", **tolerance)
+        assert_close(got[name], t, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
-def compare(function, a, activation, last):
-    "Value and every named gradient of `function` against the reference."
-    want, got = trainable(a), trainable(a)
-    y, z = reference(want, activation, last), call(function, got, activation=activation, last=last)
-    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-    y.backward(gy)
-    z.backward(gy)
-    assert_close(z, y, msg=lambda m: f"value: {m}")
-    same_gradients(got, want)
+def stacked(each):
+    "The arguments of several calls, one behind the other in a new first dimension."
+    return {k: torch.stack([a[k] for a in each]) for k in each[0]}
+
+
+def one(a, r):
+    return {k: v[r] for k, v in a.items()}
 
 
 def covering(count, **values):
@@ -112,144 +119,89 @@ def covering(count, **values):
 
 ALL = dict(form=FORMS, last=(False, True), h_0=(False, True), activation=tuple(ACT))
 SIZES = dict(T=(1, 2, 15, 63, 300), B=(1, 3, 128), n=(1, 2, 3, 100, 256))
-WAVES = covering(32, **SIZES, k=(1, 3, 5, 7), c=(1, 6, 16, 27), **ALL)
-WAVES += [
-    dict(T=40, B=128, n=100, k=3, c=6, form="tokens", last=False, h_0=False, activation="relu"),  # copy
-    dict(T=15, B=128, n=100, k=3, c=27, form="float", last=True, h_0=False, activation="relu"),  # adding
-    dict(T=15, B=128, n=256, k=3, c=16, form="float", last=True, h_0=False, activation="relu"),  # sMNIST
+CASES = covering(32, kind=("wave",), **SIZES, k=(1, 3, 5, 7), c=(1, 6, 16, 27), **ALL)
+CASES += covering(16, kind=("dense",), **SIZES, **ALL)
+PAPER = dict(kind="wave", B=128, k=3, h_0=False, activation="relu")
+CASES += [
+    dict(T=40, n=100, c=6, form="tokens", last=False, **PAPER),  # copy
+    dict(T=15, n=100, c=27, form="float", last=True, **PAPER),  # adding
+    dict(T=15, n=256, c=16, form="float", last=True, **PAPER),  # sMNIST
 ]
-DENSES = covering(16, **SIZES, **ALL)
 
 
-def check(kind, form, last, h_0, activation, **sizes):
-    a = inputs(kind, form=form, **sizes)
-    compare(SCANS[kind], a if h_0 else a | dict(h_0=None), activation, last)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_a_scan_is_the_loop_in_value_and_gradients(case):
+    options, sizes = {k: case[k] for k in ("activation", "last")}, {k: case[k] for k in case if k not in ALL}
+    a = inputs(form=case["form"], **sizes)
+    a = a if case["h_0"] else a | dict(h_0=None)
+    same(lambda a: call(case["kind"], a, **options), lambda a: reference(a, **options), a)
 
 
-@pytest.mark.parametrize("case", WAVES, ids=lambda case: "-".join(map(str, case.values())))
-def test_wave_scan_is_the_loop_in_value_and_gradients(case):
-    check("wave", **case)
-
-
-@pytest.mark.parametrize("case", DENSES, ids=lambda case: "-".join(map(str, case.values())))
-def test_dense_scan_is_the_loop_in_value_and_gradients(case):
-    check("dense", **case)
-
-
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 @pytest.mark.parametrize("T, B", [(300, 3), (63, 128)])
 def test_float32_keeps_float32_precision(kind, T, B):
     a = inputs(kind, T, B, c=6, n=100, dtype=torch.float32)
-    exact = {k: v.double() for k, v in a.items()}
-    got, want = trainable(a), trainable(exact)  # tanh: a flipped ReLU mask would be the reference's noise, not ours
-    z, y = call(SCANS[kind], got, activation="tanh"), reference(want, "tanh", False)
-    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-    y.backward(gy)
-    z.backward(gy.float())
-    off = lambda p, q: ((p.double() - q).norm() / q.norm()).item()  # noqa: E731
-    assert z.dtype == torch.float32 and off(z, y) < 1e-6
-    assert {name: off(t.grad, want[name].grad) < 1e-5 for name, t in got.items()} == dict.fromkeys(got, True)
+    exact = {k: v.double() for k, v in a.items()}  # tanh: a flipped ReLU mask would be the reference's noise, not ours
+    got = value_and_gradients(lambda a: call(kind, a, activation="tanh"), a)
+    want = value_and_gradients(lambda a: reference(a, "tanh"), exact)
+    off = {k: ((got[k].double() - t).norm() / t.norm()).item() for k, t in want.items()}
+    assert got["value"].dtype == torch.float32 and off.pop("value") < 1e-6
+    assert max(off.values()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", SCANS)
+# vmap and compile: what a population and a compiler ask of an operator. A gradient for each sample: notebook 03_scan
+
+
+@both_scans
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("form", ["float", "tokens"])
 def test_vmap_is_one_run_after_the_other(kind, last, runs, form):
-    each = [inputs(kind, form=form, seed=seed) for seed in range(runs)]
-    stacked = trainable({k: torch.stack([a[k] for a in each]) for k in each[0]})
-    y = torch.func.vmap(lambda a: call(SCANS[kind], a, last=last))(stacked)
-    gy = torch.randn_like(y)
-    y.backward(gy)
-    for r, a in enumerate(each):
-        alone = trainable(a)
-        y_r = call(SCANS[kind], alone, last=last)
-        y_r.backward(gy[r])
-        assert_close(y[r], y_r)
-        for name, t in alone.items():
-            if t.is_floating_point():
-                assert_close(stacked[name].grad[r], t.grad, msg=lambda m, name=name: f"d{name}: {m}")
+    run = partial(call, kind, last=last)
+    a = stacked([inputs(kind, form=form, seed=seed) for seed in range(runs)])
+    same(torch.func.vmap(run), lambda a: torch.stack([run(one(a, r)) for r in range(runs)]), a)
 
 
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_vmap_inside_vmap(kind):
-    grid = [[inputs(kind, seed=3 * i + j) for j in range(3)] for i in range(2)]
-    a = {k: torch.stack([torch.stack([one[k] for one in row]) for row in grid]) for k in grid[0][0]}
-    a = trainable(a)
-    function = lambda a: SCANS[kind](**a, last=True)  # noqa: E731
-    y = torch.func.vmap(torch.func.vmap(function, in_dims=1 if kind == "wave" else 0, out_dims=1))(
-        {k: v if kind == "dense" else v.transpose(1, 1 + min(1, v.dim() - 2)) for k, v in a.items()}
-    )
-    y.sum().backward()
-    for i in range(2):
-        for j in range(3):
-            alone = trainable({k: v.detach()[i, j] for k, v in a.items()})
-            y_ij = function(alone)
-            y_ij.sum().backward()
-            assert_close(y[i, :, j], y_ij)
-            for name, t in alone.items():
-                assert_close(a[name].grad[i, j], t.grad, msg=lambda m, name=name: f"d{name}: {m}")
+    "The inner one over the second dimension, in front and behind."
+    run = partial(call, kind, last=True)
+    a = stacked([stacked([inputs(kind, seed=3 * i + j) for j in range(3)]) for i in range(2)])
+    inner = torch.func.vmap(run, in_dims=1, out_dims=1)
+    mapped = lambda a: torch.func.vmap(inner)({k: v.transpose(1, 2) for k, v in a.items()})  # noqa: E731
+    row = lambda a: torch.stack([run(one(a, j)) for j in range(3)], 1)  # noqa: E731
+    same(mapped, lambda a: torch.stack([row(one(a, i)) for i in range(2)]), a)
 
 
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 @pytest.mark.parametrize("shared", ["x", "weights", "h_0"])
 def test_vmap_with_something_shared_sums_its_gradient(kind, shared):
-    each = [inputs(kind, seed=s) for s in range(3)]
     common = {"x": ("x",), "weights": ("u", "U", "V", "b"), "h_0": ("h_0",)}[shared]
-    a = trainable({k: each[0][k] if k in common else torch.stack([e[k] for e in each]) for k in each[0]})
-    dims = ({k: None if k in common else 0 for k in a},)
-    torch.func.vmap(lambda a: SCANS[kind](**a), in_dims=dims)(a).square().sum().backward()
-    b = trainable({k: v.detach() for k, v in a.items()})
-    for r in range(3):
-        SCANS[kind](**{k: v if k in common else v[r] for k, v in b.items()}).square().sum().backward()
-    same_gradients(a, b)
+    first, each = inputs(kind), stacked([inputs(kind, seed=s) for s in range(3)])
+    a = {k: first[k] if k in common else each[k] for k in each}
+    run, dims = partial(call, kind), {k: None if k in common else 0 for k in a}
+    own = lambda a, r: {k: v if k in common else v[r] for k, v in a.items()}  # noqa: E731
+    same(torch.func.vmap(run, in_dims=(dims,)), lambda a: torch.stack([run(own(a, r)) for r in range(3)]), a)
 
 
 def test_vmap_of_rows_with_a_shared_index():
-    index = torch.randint(0, 5, (6, 4), generator=torch.Generator().manual_seed(0))
-    each = [inputs("wave", 6, 4, form="rows", seed=s) | dict(index=index) for s in range(3)]
-    a = {k: torch.stack([e[k] for e in each]) for k in each[0] if k != "index"}
-    shared = rows(a["table"][0], index)
-    x, dims = Rows(a.pop("table"), *shared[1:]), Rows(0, None, None, None)
+    each = [inputs("wave", 6, 4, form="rows", seed=s) for s in range(3)]
+    index = each[0]["index"]
+    a = stacked([{k: v for k, v in e.items() if k != "index"} for e in each])
+    x, dims = rows(each[0]["table"], index)._replace(table=a.pop("table")), Rows(0, None, None, None)
     y = torch.func.vmap(lambda x, a: wave_scan(x, **a), in_dims=(dims, 0))(x, a)
     for r, e in enumerate(each):
-        assert_close(y[r], call(wave_scan, e))
+        assert_close(y[r], call("wave", e | dict(index=index)))
 
 
-@pytest.mark.parametrize("kind", SCANS)
-@pytest.mark.parametrize("last", [False, True])
-def test_func_grad_and_a_gradient_for_each_sample(kind, last):
-    a = inputs(kind)
-    x, h_0 = a.pop("x"), a.pop("h_0")
-    loss = lambda a, x, h_0: SCANS[kind](x, **a, h_0=h_0, last=last).square().sum()  # noqa: E731
-    whole = torch.func.grad(loss)(a, x, h_0)
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1, 0))(a, x.unsqueeze(2), h_0.unsqueeze(1))
-    t = trainable(a)
-    loss(t, x, h_0).backward()
-    for name in a:
-        assert_close(whole[name], t[name].grad)
-        assert_close(each[name].sum(0), t[name].grad, msg=lambda m, name=name: f"d{name}: {m}")
-
-
-@pytest.mark.parametrize("kind", SCANS)
-def test_a_whole_jacobian(kind):
-    a = inputs(kind, T=4, B=2)
-    function = lambda f: lambda x: f(a | dict(x=x))  # noqa: E731
-    got = torch.func.jacrev(function(lambda a: SCANS[kind](**a, last=True)))(a["x"])
-    assert_close(got, torch.func.jacrev(function(lambda a: reference(a, "relu", True)))(a["x"]))
-
-
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_activation_checkpointing_and_inference_mode(kind):
-    a, b = trainable(inputs(kind)), trainable(inputs(kind))
-    y = SCANS[kind](**a)
-    z = checkpoint(lambda *t: SCANS[kind](*t), *b.values(), use_reentrant=False)
-    y.sum().backward()
-    z.sum().backward()
-    for name in a:
-        assert torch.equal(a[name].grad, b[name].grad)
+    a, run = inputs(kind), partial(call, kind)
+    again = lambda a: checkpoint(lambda *t: SCANS[kind](*t), *a.values(), use_reentrant=False)  # noqa: E731
+    same(again, run, a, rtol=0, atol=0)
     with torch.inference_mode():
-        assert torch.equal(SCANS[kind](**a), y)
+        inferred = run(a)
+    assert torch.equal(inferred, run(trainable(a)))
 
 
 def op_arguments(kind, keep, R=2, T=4, B=3, c=2, n=5, dtype=torch.float32):
@@ -287,55 +239,42 @@ def test_opcheck_of_the_gradient(kind):
 )
 def test_compile_fullgraph_of_any_length(kind, form, last):
     torch._dynamo.reset()
-    compiled = torch.compile(partial(call, SCANS[kind], last=last), fullgraph=True, dynamic=True)
+    run = partial(call, kind, last=last)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
     for T, B in [(6, 4), (11, 3)]:
-        a = inputs(kind, T, B, form=form, dtype=torch.float32)
-        got, want = trainable(a), trainable(a)
-        y, z = call(SCANS[kind], want, last=last), compiled(got)
-        assert_close(z, y)
-        y.square().sum().backward()
-        z.square().sum().backward()
-        same_gradients(got, want)
+        same(compiled, run, inputs(kind, T, B, form=form, dtype=torch.float32))
 
 
 @NEEDS_2_13
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_compile_of_a_population(kind):
     torch._dynamo.reset()
-    each = [inputs(kind, seed=s, dtype=torch.float32) for s in range(3)]
-    got = trainable({k: torch.stack([a[k] for a in each]) for k in each[0]})
-    want = trainable(got)
-    runs = torch.func.vmap(lambda a: SCANS[kind](**a, last=True))
-    y, z = runs(want), torch.compile(runs, fullgraph=True)(got)
-    assert_close(z, y)
-    y.square().sum().backward()
-    z.square().sum().backward()
-    same_gradients(got, want)
+    runs = torch.func.vmap(partial(call, kind, last=True))
+    a = stacked([inputs(kind, seed=s, dtype=torch.float32) for s in range(3)])
+    same(torch.compile(runs, fullgraph=True), runs, a)
 
 
-@pytest.mark.parametrize("kind", SCANS)
+# Precision, streaming, strides, what is trained
+
+
+@both_scans
 def test_autocast_computes_in_float32_and_backward_inside_it_too(kind):
-    a = inputs(kind, dtype=torch.float32)
-    got, want = trainable(a), trainable(a)
-    y = SCANS[kind](**want)
-    y.sum().backward()
+    a, run = inputs(kind, dtype=torch.float32), partial(call, kind)
+    want, rounded = value_and_gradients(run, a), {k: a[k].bfloat16() for k in ("x", "h_0")}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = SCANS[kind](**got)
-        half = SCANS[kind](**got | dict(x=got["x"].bfloat16(), h_0=got["h_0"].bfloat16()))
-        z.sum().backward()
-    assert z.dtype == half.dtype == torch.float32
-    assert torch.equal(z, y)
-    recurrent = "u" if kind == "wave" else "U"
-    assert torch.equal(got[recurrent].grad, want[recurrent].grad)
-    assert_close(half, SCANS[kind](**a | dict(x=a["x"].bfloat16().float(), h_0=a["h_0"].bfloat16().float())))
+        got, half = value_and_gradients(run, a), run(a | rounded)
+    assert got["value"].dtype == half.dtype == torch.float32
+    for name in ("value", "u" if kind == "wave" else "U"):
+        assert torch.equal(got[name], want[name])
+    assert_close(half, run(a | {k: v.float() for k, v in rounded.items()}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_half_precision_weights_are_computed_in_float32(kind, dtype):
     a = {k: v.to(dtype) for k, v in inputs(kind).items()}
-    y = SCANS[kind](**a)
-    assert y.dtype == dtype and torch.equal(y, SCANS[kind](**{k: v.float() for k, v in a.items()}).to(dtype))
+    y = call(kind, a)
+    assert y.dtype == dtype and torch.equal(y, call(kind, {k: v.float() for k, v in a.items()}).to(dtype))
 
 
 def test_what_the_user_allows_elsewhere_does_not_reach_the_recurrence():
@@ -352,46 +291,65 @@ def test_what_the_user_allows_elsewhere_does_not_reach_the_recurrence():
     assert torch.equal(y, z)
 
 
-@pytest.mark.parametrize("kind", SCANS)
+def test_scans_in_many_threads_never_see_tf32(monkeypatch):
+    "The first in switches it off, the last out restores it, also when an error leads out. One thread alone: 03_scan_operator."
+    seen, forward, switch = set(), TorchBackend.dense_forward, torch.backends.cuda.matmul
+
+    def look(self, *args):
+        seen.add(switch.fp32_precision)
+        y = forward(self, *args)
+        seen.add(switch.fp32_precision)
+        return y
+
+    monkeypatch.setattr(TorchBackend, "dense_forward", look)
+    before, a = switch.fp32_precision, inputs("dense", T=2)
+    try:
+        switch.fp32_precision = "tf32"
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: dense_scan(**a), range(200)))
+        assert switch.fp32_precision == "tf32"
+        with pytest.raises(KeyError), scan.full_precision():
+            raise KeyError
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before
+    assert seen == {"ieee"}
+
+
+@both_scans
 def test_streaming_in_pieces_gives_value_and_gradients_of_the_whole(kind):
-    a, b = trainable(inputs(kind, T=23)), trainable(inputs(kind, T=23))
-    whole = SCANS[kind](**a)
-    h, parts = b["h_0"], []
-    for piece in b["x"].split([1, 2, 7, 13]):
-        parts.append(SCANS[kind](**b | dict(x=piece, h_0=h)))
-        h = parts[-1][-1]
-    assert_close(torch.cat(parts), whole)
-    whole.square().sum().backward()
-    torch.cat(parts).square().sum().backward()
-    same_gradients(b, a)
+    def in_pieces(a):
+        h, parts = a["h_0"], []
+        for piece in a["x"].split([1, 2, 7, 13]):
+            parts.append(call(kind, a | dict(x=piece, h_0=h)))
+            h = parts[-1][-1]
+        return torch.cat(parts)
+
+    same(in_pieces, partial(call, kind), inputs(kind, T=23))
 
 
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_strides_do_not_matter(kind):
     a = inputs(kind)
     turned = {k: v.movedim(0, -1).contiguous().movedim(-1, 0) for k, v in a.items()}
-    assert not any(v.is_contiguous() for v in turned.values() if v.dim() > 1)
-    compare(SCANS[kind], turned, "relu", False)
     wide = {k: torch.stack([v, v], -1)[..., 0] for k, v in a.items()}
-    compare(SCANS[kind], wide, "tanh", True)
-    y = SCANS[kind](**trainable(a))
-    y.sum().backward()  # an expanded gradient: all strides zero
-
-
-@pytest.mark.parametrize("kind", SCANS)
-@pytest.mark.parametrize("frozen", ["x", "recurrent", "encoder", "all but h_0"])
-def test_only_what_is_trained_gets_a_gradient(kind, frozen):
-    off = {"x": {"x"}, "recurrent": {"u", "U"}, "encoder": {"V", "b"}, "all but h_0": {"x", "u", "U", "V", "b"}}[frozen]
-    a = inputs(kind)
-    got = {k: v.clone().requires_grad_(k not in off) for k, v in a.items()}
-    want = trainable(a)
-    SCANS[kind](**got).square().sum().backward()
-    reference(want, "relu", False).square().sum().backward()
+    for strange in (turned, wide):
+        assert not any(v.is_contiguous() for v in strange.values() if v.dim() > 1)
+        same(partial(call, kind, activation="tanh"), lambda a: reference(a, "tanh"), strange)
+    t = trainable(a)
+    call(kind, t).sum().backward()  # an expanded gradient: all strides zero
+    grads = torch.func.grad(lambda a: reference(a).sum())(a)
     for name in a:
-        if name in off:
-            assert got[name].grad is None
-        else:
-            assert_close(got[name].grad, want[name].grad)
+        assert_close(t[name].grad, grads[name])
+
+
+@both_scans
+@pytest.mark.parametrize("frozen", [("x",), ("u", "U"), ("V", "b"), ("x", "u", "U", "V", "b")])
+def test_only_what_is_trained_gets_a_gradient(kind, frozen):
+    a = inputs(kind)
+    got, want = value_and_gradients(partial(call, kind), a, frozen), value_and_gradients(reference, a)
+    assert all(got[name] is None for name in frozen if name in a)
+    assert_close({k: t for k, t in got.items() if k not in frozen}, {k: t for k, t in want.items() if k not in frozen})
 
 
 # Memory that one call keeps must never be another call's.
@@ -401,16 +359,13 @@ BIG = dict(T=40, B=32, c=4, n=64)
 
 def test_several_forwards_may_live_at_once():
     kinds = [("wave", s) for s in range(3)] + [("dense", s) for s in range(2)]
-    alone = [trainable(inputs(kind, **BIG, seed=s)) for kind, s in kinds]
+    loss = lambda kind, a: call(kind, a, last=kind == "wave").square().mean()  # noqa: E731
+    alone, together = ([trainable(inputs(kind, **BIG, seed=s)) for kind, s in kinds] for _ in range(2))
     for (kind, _), a in zip(kinds, alone, strict=True):
-        SCANS[kind](**a, last=kind == "wave").square().mean().backward()
-    together = [trainable(inputs(kind, **BIG, seed=s)) for kind, s in kinds]
-    ys = [SCANS[kind](**a, last=kind == "wave") for (kind, _), a in zip(kinds, together, strict=True)]
-    kept = [y.detach().clone() for y in ys]
+        loss(kind, a).backward()
+    losses = [loss(kind, a) for (kind, _), a in zip(kinds, together, strict=True)]
     for i in (2, 0, 4, 3, 1):  # not in the order of the forwards
-        ys[i].square().mean().backward()
-    for y, z in zip(ys, kept, strict=True):
-        assert torch.equal(y, z)
+        losses[i].backward()
     for a, b in zip(alone, together, strict=True):
         for name in a:
             assert torch.equal(a[name].grad, b[name].grad), name
@@ -424,74 +379,32 @@ def test_a_backward_may_be_asked_for_twice():
     assert torch.equal(torch.autograd.grad(y.square().sum(), a["u"])[0], first)
 
 
-def test_threads_do_not_disturb_each_other():
-    def gradient(seed):
-        torch.set_num_threads(1)
-        start.wait()
-        grads = []
-        for i in range(4):
-            a = trainable(inputs("wave", **BIG, seed=4 * seed + i))
-            wave_scan(**a, last=True).sum().backward()
-            grads.append(a["u"].grad)
-        return grads
-
-    start = threading.Barrier(3)
-    with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(gradient, range(3)))
-    start = threading.Barrier(1)
-    for seed, grads in enumerate(together):
-        for g, h in zip(grads, gradient(seed), strict=True):
-            assert torch.equal(g, h)
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    "What the CPU's backend was asked to keep, call by call."
-    asked = []
+@pytest.mark.parametrize("form", FORMS)
+@both_scans
+def test_states_are_kept_only_if_somebody_may_ask_for_a_gradient(kind, form, monkeypatch):
+    kept = []  # what the CPU's backend was asked to keep, call by call
     for name in ("wave", "rows", "dense"):
         forward = getattr(TorchBackend, f"{name}_forward")
 
         def spy(self, *args, forward=forward):
-            asked.append(args[-2])
+            kept.append(args[-2])
             return forward(self, *args)
 
         monkeypatch.setattr(TorchBackend, f"{name}_forward", spy)
-    return asked
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", SCANS)
-def test_states_are_kept_only_if_somebody_may_ask_for_a_gradient(kind, form, kept):
-    a = inputs(kind, form=form)
-    call(SCANS[kind], a)
+    a, run = inputs(kind, form=form), partial(call, kind)
+    two = stacked([a, a])
+    run(a)
     with torch.no_grad():
-        call(SCANS[kind], trainable(a))
-    stacked = {k: torch.stack([v, v]) for k, v in a.items()}
-    torch.func.vmap(lambda a: call(SCANS[kind], a))(stacked)
+        run(trainable(a))
+    torch.func.vmap(run)(two)
     assert kept == [False, False, False]
-    call(SCANS[kind], trainable(a))
-    torch.func.vmap(lambda a: call(SCANS[kind], a))(trainable(stacked))
-    torch.func.grad(lambda b: call(SCANS[kind], a | dict(b=b)).sum())(a["b"])
+    run(trainable(a))
+    torch.func.vmap(run)(trainable(two))
+    torch.func.grad(lambda b: run(a | dict(b=b)).sum())(a["b"])
     assert kept[3:] == [True, True, True]
 
 
 # One step, one home
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    "Every call of the two steps by name, in the one place where cells and loops find them."
-    calls = []
-    for name in ("wave_step", "dense_step"):
-        step = getattr(cells, name)
-
-        def recorder(h, drive, weights, activation, name=name, step=step):
-            calls.append((name, tuple(h.shape), tuple(weights.shape), activation))
-            return step(h, drive, weights, activation)
-
-        monkeypatch.setattr(cells, name, recorder)
-    return calls
-
 
 LAYERS = {
     "wave": (lambda: WaveRNN(2, 5, c=3), ("wave_step", (4, 3, 5), (3, 3, 3), "relu")),
@@ -501,7 +414,16 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("make, expected", LAYERS.values(), ids=LAYERS)
-def test_cells_loops_and_layers_on_the_reference_path_share_one_step(make, expected, steps):
+def test_cells_loops_and_layers_on_the_reference_path_share_one_step(make, expected, monkeypatch):
+    steps = []  # every call of the two steps, in the one place where cells and loops find them
+    for name in ("wave_step", "dense_step"):
+        step = getattr(cells, name)
+
+        def recorder(h, drive, weights, activation, name=name, step=step):
+            steps.append((name, tuple(h.shape), tuple(weights.shape), activation))
+            return step(h, drive, weights, activation)
+
+        monkeypatch.setattr(cells, name, recorder)
     layer, x = make(), torch.randn(6, 4, 2)
     with reference_loop():
         output, _ = layer(x)
@@ -516,24 +438,19 @@ def test_cells_loops_and_layers_on_the_reference_path_share_one_step(make, expec
         assert len(steps) == 12  # the operator has its own
 
 
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 @pytest.mark.parametrize("form", FORMS)
 def test_the_reference_loop_has_all_derivatives_and_the_same_checks(kind, form):
-    a = inputs(kind, form=form)
+    a, run = inputs(kind, form=form), partial(call, kind, activation="tanh")
     with reference_loop():
-        compare(SCANS[kind], a, "tanh", True)
+        same(partial(run, last=True), lambda a: reference(a, "tanh", True), a)
         t = trainable(a)
-        (first,) = torch.autograd.grad(
-            call(SCANS[kind], t, activation="tanh").square().sum(), t["b"], create_graph=True
-        )
+        (first,) = torch.autograd.grad(run(t).square().sum(), t["b"], create_graph=True)
         first.square().sum().backward()
         with pytest.raises(ScanError, match="Expected hidden size"):
-            call(SCANS[kind], a | dict(h_0=a["h_0"][:1]))
+            run(a | dict(h_0=a["h_0"][:1]))
     assert t["b"].grad.abs().sum() > 0
-    assert call(SCANS[kind], trainable(a)).grad_fn is not None
-
-
-# How far it is from a layer to a backend
+    assert "Backward" in str(run(trainable(a)).grad_fn)
 
 
 @pytest.mark.parametrize("make", [lambda: WaveRNN(2, 5, c=3), lambda: IdentityRNN(2, 5)], ids=SCANS)
@@ -558,67 +475,12 @@ def test_few_functions_of_ours_stand_between_a_layer_and_its_backend(make, monke
     assert [len(stack) <= limit for stack, limit in zip(stacks, (4, 6, 6), strict=True)] == [True] * 3, stacks
 
 
-# Precision
-
-
-def test_full_precision_is_counted_across_threads():
-    "The first in remembers the switch, the last out restores it, whatever happens in between."
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    inside, leave = threading.Event(), threading.Event()
-
-    def stay():
-        with scan.full_precision():
-            inside.set()
-            assert leave.wait(30)
-
-    try:
-        switch.fp32_precision = "tf32"
-        with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(stay)
-            assert inside.wait(30)
-            with pytest.raises(KeyError), scan.full_precision():
-                raise KeyError
-            assert switch.fp32_precision == "ieee"  # the other one still computes
-            switch.fp32_precision = "tf32"  # who changes it now waits for the last one to leave
-            with scan.full_precision():
-                assert switch.fp32_precision == "ieee"
-            assert switch.fp32_precision == "ieee"
-            leave.set()
-            other.result()
-        assert switch.fp32_precision == "tf32"
-    finally:
-        switch.fp32_precision = before
-
-
-def test_scans_in_many_threads_never_see_tf32(monkeypatch):
-    seen, forward = set(), TorchBackend.dense_forward
-
-    def look(self, *args):
-        seen.add(torch.backends.cuda.matmul.fp32_precision)
-        y = forward(self, *args)
-        seen.add(torch.backends.cuda.matmul.fp32_precision)
-        return y
-
-    monkeypatch.setattr(TorchBackend, "dense_forward", look)
-    before = torch.backends.cuda.matmul.fp32_precision
-    a = inputs("dense", T=2)
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: dense_scan(**a), range(200)))
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert seen == {"ieee"}
-
-
-# Integers out of range
+# Bad calls
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_2_13)])
 @pytest.mark.parametrize("form", ["tokens", "rows"])
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_an_integer_out_of_range_is_an_error_in_both_scans_compiled_or_not(kind, form, compiled):
     torch._dynamo.reset()
     function, a = SCANS[kind], inputs(kind, form=form)
@@ -635,85 +497,60 @@ def test_an_integer_out_of_range_is_an_error_in_both_scans_compiled_or_not(kind,
             function(**bad)
 
 
-@pytest.mark.parametrize("kind", SCANS)
+@both_scans
 def test_an_integer_out_of_range_is_an_error_in_a_population(kind):
-    each = [inputs(kind, form="tokens", seed=s) for s in range(2)]
-    stacked = {k: torch.stack([a[k] for a in each]) for k in each[0]}
-    stacked["x"][1, 2, 0] = 4
+    a = stacked([inputs(kind, form="tokens", seed=s) for s in range(2)])
+    a["x"][1, 2, 0] = 4
     with pytest.raises(ScanError, match="from 0 to 3, got 0 to 4"):
-        torch.func.vmap(lambda a: SCANS[kind](**a))(stacked)
+        torch.func.vmap(partial(call, kind))(a)
 
 
-GOOD = inputs("wave")
-TOKENS = torch.zeros(7, 3, dtype=torch.int64)
-BAD = {
-    "no step": (dict(x=torch.zeros(0, 3, 2).double()), "sequence length T of at least 1, got 0"),
-    "no sample": (dict(x=torch.zeros(7, 0, 2).double(), h_0=None), "batch size B of at least 1, got 0"),
-    "features": (
-        dict(x=torch.zeros(7, 3, 5).double()),
-        "x: expected shape [T, B, F] with T = 7, B = 3, F = 2, got [7, 3, 5]",
-    ),
-    "dimensions": (dict(x=torch.zeros(7, 2).double()), "x: expected shape [T, B, F]"),
-    "not a tensor": (dict(x=[1.0, 2.0]), "x: expected a Tensor, got list"),
-    "float64 input": (dict(u=GOOD["u"].float(), V=GOOD["V"].float(), b=GOOD["b"].float()), "x: expected torch.float32"),
-    "float32 state": (dict(h_0=GOOD["h_0"].float()), "h_0: expected torch.float64 like the weights, got torch.float32"),
-    "half input": (dict(x=GOOD["x"].half()), "x: expected torch.float64 like the weights, got torch.float16"),
-    "device": (dict(b=GOOD["b"].to("meta")), "b: expected a tensor on cpu like the weights, got one on meta"),
-    "rings in and out": (
-        dict(u=torch.zeros(2, 3, 3).double()),
-        "u: expected shape [c, c, k] with c = 2, got [2, 3, 3]",
-    ),
-    "even kernel": (dict(u=torch.zeros(2, 2, 2).double()), "odd number k of taps, at most n = 5, got k = 2"),
-    "small ring": (dict(u=torch.zeros(2, 2, 7).double()), "at most n = 5, got k = 7"),
-    "encoder": (dict(V=torch.zeros(10, 2).double()), "V: expected shape [c, n, F]"),
-    "bias": (dict(b=torch.zeros(5).double()), "b: expected shape [c, n] with c = 2, n = 5, got [5]"),
-    "flat state": (dict(h_0=torch.zeros(3, 10).double()), "Expected hidden size (3, 2, 5), got [3, 10]"),
-    "batch of state": (dict(h_0=torch.zeros(1, 2, 5).double()), "Expected hidden size (3, 2, 5), got [1, 2, 5]"),
-    "activation": (dict(activation="gelu"), "activation: expected one of 'relu', 'tanh', 'identity', got 'gelu'"),
-    "precision": (dict(precision="half"), "precision: expected one of 'faithful', 'fast', got 'half'"),
-    "token too large": (dict(x=TOKENS + 2), "x: expected integers from 0 to 1, got 2 to 2"),
-    "token negative": (dict(x=TOKENS - 1), "x: expected integers from 0 to 1, got -1 to -1"),
-    "token dtype": (dict(x=TOKENS.int()), "x (tokens): expected torch.int64, got torch.int32"),
-    "token shape": (dict(x=TOKENS[0]), "x (tokens): expected shape [T, B]"),
-    "table": (dict(x=rows(torch.zeros(4, 7).double(), TOKENS)), "x.table: expected shape [rows, F]"),
-    "table dtype": (dict(x=rows(torch.zeros(4, 2), TOKENS)), "x.table: expected torch.float64"),
-    "order alone": (dict(x=rows(torch.zeros(4, 2).double(), TOKENS)._replace(offsets=None)), "both order and offsets"),
-}
+def zeros(*shape, dtype=torch.float64):
+    return torch.zeros(shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
-def test_a_bad_call_says_what_was_expected(change, message):
+GOOD = {kind: inputs(kind) for kind in SCANS}
+TOKENS = zeros(7, 3, dtype=torch.int64)
+BAD = [  # more of them: notebook 03_scan
+    ("wave", dict(x=zeros(0, 3, 2)), "sequence length T of at least 1, got 0"),
+    ("wave", dict(x=zeros(7, 0, 2), h_0=None), "batch size B of at least 1, got 0"),
+    ("wave", dict(x=zeros(7, 2)), "x: expected shape [T, B, F]"),
+    ("wave", dict(x=[1.0, 2.0]), "x: expected a Tensor, got list"),
+    ("wave", dict(h_0=GOOD["wave"]["h_0"].float()), "h_0: expected torch.float64 like the weights, got torch.float32"),
+    ("wave", dict(x=zeros(7, 3, 2).half()), "x: expected torch.float64 like the weights, got torch.float16"),
+    ("wave", dict(b=zeros(2, 5).to("meta")), "b: expected a tensor on cpu like the weights, got one on meta"),
+    ("wave", dict(u=zeros(2, 3, 3)), "u: expected shape [c, c, k] with c = 2, got [2, 3, 3]"),
+    ("wave", dict(u=zeros(2, 2, 2)), "odd number k of taps, at most n = 5, got k = 2"),
+    ("wave", dict(V=zeros(10, 2)), "V: expected shape [c, n, F]"),
+    ("wave", dict(b=zeros(5)), "b: expected shape [c, n] with c = 2, n = 5, got [5]"),
+    ("wave", dict(h_0=zeros(1, 2, 5)), "Expected hidden size (3, 2, 5), got [1, 2, 5]"),
+    ("wave", dict(precision="half"), "precision: expected one of 'faithful', 'fast', got 'half'"),
+    ("wave", dict(x=TOKENS + 2), "x: expected integers from 0 to 1, got 2 to 2"),
+    ("wave", dict(x=TOKENS.int()), "x (tokens): expected torch.int64, got torch.int32"),
+    ("wave", dict(x=TOKENS[0]), "x (tokens): expected shape [T, B]"),
+    ("wave", dict(x=rows(zeros(4, 7), TOKENS)), "x.table: expected shape [rows, F]"),
+    ("wave", dict(x=rows(zeros(4, 2).float(), TOKENS)), "x.table: expected torch.float64"),
+    ("wave", dict(x=rows(zeros(4, 2), TOKENS)._replace(offsets=None)), "both order and offsets"),
+    ("dense", dict(U=zeros(5, 3)), "U: expected shape [m, m]"),
+    ("dense", dict(V=zeros(3, 2)), "V: expected shape [m, F] with m = 5"),
+    ("dense", dict(h_0=zeros(1, 5)), "Expected hidden size (3, 5), got [1, 5]"),
+    ("dense", dict(x=zeros(7, 3, 2).float()), "x: expected torch.float64"),
+    ("dense", dict(x=zeros(0, 3, 2)), "sequence length T"),
+]
+
+
+@pytest.mark.parametrize("kind, change, message", BAD, ids=[message for *_, message in BAD])
+def test_a_bad_call_says_what_was_expected(kind, change, message):
     with pytest.raises((ScanError, ConfigError, TypeError)) as error:
-        wave_scan(**GOOD | change)
+        SCANS[kind](**GOOD[kind] | change)
     assert message in str(error.value)
-
-
-def test_a_bad_dense_call_says_what_was_expected():
-    good = inputs("dense")
-    x, U, V, h_0 = good["x"], good["U"], good["V"], good["h_0"]
-    for change, message in [
-        (dict(U=U[:, :3]), "U: expected shape [m, m]"),
-        (dict(V=V[:3]), "V: expected shape [m, F] with m = 5"),
-        (dict(h_0=h_0[:1]), "Expected hidden size (3, 5), got [1, 5]"),
-        (dict(x=x.float()), "x: expected torch.float64"),
-        (dict(x=x[:0]), "sequence length T"),
-    ]:
-        with pytest.raises(ScanError) as error:
-            dense_scan(**good | change)
-        assert message in str(error.value)
 
 
 @pytest.mark.parametrize("T", [1, 7, 100, 128])
 def test_a_product_in_pieces_of_time_is_the_product(T):
     "What a GPU does for encoders and readouts, in value and gradients, for several runs too."
     g = torch.Generator().manual_seed(T)
-    runs = [torch.randn(3, *s, generator=g, dtype=torch.float64) for s in ((T, 4, 5), (6, 5), (6,))]
-
-    def grads(product):
-        loss = lambda *one: product(*one).square().sum()  # noqa: E731
-        return torch.vmap(torch.func.grad_and_value(loss, argnums=(0, 1, 2)))(*runs)
-
-    (pieces, value), (whole, expected) = grads(scan._in_pieces), grads(torch.nn.functional.linear)
-    torch.testing.assert_close(value, expected)
-    for a, b in zip(pieces, whole, strict=True):
-        torch.testing.assert_close(a, b)
+    draw = lambda *shape: torch.randn(3, *shape, generator=g, dtype=torch.float64)  # noqa: E731
+    a = dict(x=draw(T, 4, 5), W=draw(6, 5), b=draw(6))
+    runs = lambda product: lambda a: torch.vmap(product)(*a.values())  # noqa: E731
+    same(runs(scan._in_pieces), runs(torch.nn.functional.linear), a)

@@ -19,13 +19,11 @@ CARDS = shipped_weights()
 
 def evaluate(name: str, metric: str, task=None) -> float:
     "A metric on the test sequences of the card's task, or of another."
-    card, model, total, seen = CARDS[name], load(name), 0.0, 0
+    card, model = CARDS[name], load(name)
     task = task or make_task(card["task"], **card["task_options"])
     with torch.no_grad():
-        for x, y in task.eval_batches("test", batch=500):
-            sums = task.measure(model(x), y)
-            total, seen = total + float(sums[metric]), seen + int(sums["count"])
-    return total / seen
+        sums = [task.measure(model(x), y) for x, y in task.eval_batches("test", batch=500)]
+    return sum(float(s[metric]) for s in sums) / sum(float(s["count"]) for s in sums)
 
 
 RECORDED = [name for name, card in CARDS.items() if card.get("record", True)]
@@ -48,15 +46,14 @@ def test_the_recorded_accuracy_on_real_test_images():
     assert abs(found - recorded) < 3 * math.sqrt(recorded * (1 - recorded) / 500)
 
 
-@pytest.mark.parametrize("name", ["adding100-wrnn", "adding200-irnn"])
-def test_the_recorded_error_on_the_whole_test_set(name):
+MEASURED = [("adding100-wrnn", "mse", dict(rel=0.05)), ("adding200-irnn", "mse", dict(rel=0.05))]
+MEASURED += [(name, "accuracy", dict(abs=2e-3)) for name in SMALL]
+
+
+@pytest.mark.parametrize("name, metric, tolerance", MEASURED)
+def test_the_recorded_number_on_the_whole_test_set(name, metric, tolerance):
     "The wRNN was trained in the kernels' fast precision, whose rounding is a few per cent of an error of 5e-6."
-    assert evaluate(name, "mse") == pytest.approx(CARDS[name]["test_best"]["mse"], rel=0.05)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_the_small_networks_recall_what_their_cards_say(name):
-    assert evaluate(name, "accuracy") == pytest.approx(CARDS[name]["test_best"]["accuracy"], abs=2e-3)
+    assert evaluate(name, metric) == pytest.approx(CARDS[name]["test_best"][metric], **tolerance)
 
 
 def test_half_of_the_seeds_are_better_and_half_are_worse():
