@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 
 from wave_rnns import core
-from wave_rnns.core import atomic_write, data_root, environment, plot_style, progress, sha256, to_json
+from wave_rnns.core import atomic_write, data_root, environment, plot_style, progress, to_json
 from wave_rnns.paper.random import counter_bits, counter_integers, counter_permutation, counter_uniform
 
 M64 = 2**64
@@ -203,12 +203,6 @@ def test_kill_at_any_moment(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- hashes, JSON, the rest
-
-
-def test_sha256_of_a_large_file(tmp_path):
-    content = os.urandom(3_000_000)
-    (tmp_path / "a").write_bytes(content)
-    assert sha256(tmp_path / "a") == sha256(content)
 
 
 @dataclass(frozen=True)

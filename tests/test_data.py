@@ -371,13 +371,7 @@ def test_the_next_address_may_do_and_so_does_an_archive_of_ones_own(small, monke
     assert nothing_half(done=True) == 4 + 7  # six batches, and the archive: it is the user's
 
 
-ADDRESSES = {
-    NOBODY: "refused",
-    "http://no-such-host.invalid/": "no-such-host.invalid",
-    "not an address": "unknown url type",
-    "http://127.0.0.1:notaport/": "nonnumeric port",
-    "file:///no/such/folder": "No such file",
-}
+ADDRESSES = {NOBODY: "refused", "http://no-such-host.invalid/": "no-such-host", "not an address": "unknown url type"}
 
 
 @pytest.mark.parametrize("name, address", [*(("mnist", address) for address in ADDRESSES), ("cifar10", NOBODY)])

@@ -1,31 +1,23 @@
 """Nothing that is read can run code, nothing that is named can leave its folder, no name becomes a word of a shell.
 
-Ruff follows names through imports and aliases. Then a process lives the package's whole life under Python's audit hooks, which see what
-the source does not show."""
+Ruff follows names through imports and aliases. That a pickle in the place of a checkpoint does not run: test_checkpoints.py."""
 
 import contextlib
 import json
 import os
-import pickle
 import re
 import shlex
 import subprocess
 import sys
-import traceback
-import warnings
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny_task
 from conftest import ROOT
 
 from wave_rnns.core import ConfigError, RecordError, WaveRNNError, environment
-from wave_rnns.paper import checkpoints, cli, data, grids, ranking, records, reports, sweeps, workers
+from wave_rnns.paper import cli, data, grids, records, sweeps, workers
 from wave_rnns.paper import experiments as ex
-from wave_rnns.paper.models import build_model
-from wave_rnns.paper.training import Interrupted
 
 SOURCES = sorted([*ROOT.glob("wave_rnns/**/*.py"), *ROOT.glob("nbs/_web/*.py")])
 
@@ -102,53 +94,6 @@ def test_disguises_are_seen_through_and_the_harmless_left_alone(tmp_path):
 MODEL = tiny_task.ModelConfig("wrnn", 10, 10, n=12, c=2, every_step=True)
 SIZES = {"T": 1, "batch_size": 4, "valid_size": 5, "test_size": 5}
 TINY = ex.Experiment("tiny", "copy", SIZES, MODEL, lr=1e-2, steps=4, eval_every=2, log_every=1)
-
-# ------------------------------------------------------------------------------------------------- under audit hooks
-
-
-def live(folder: str) -> int:
-    "The package's whole life: train, stop, go on, records, tables, a sweep's overview, weights, raw data; what was forbidden is written down."
-    watched, seen, folder = "pickle.find_class marshal.load marshal.loads os.system os.exec".split(), [], Path(folder)
-
-    def hook(event, arguments):
-        if event not in watched:
-            return
-        names = [f"{f.f_code.co_filename} {f.f_code.co_name}" for f, _ in traceback.walk_stack(sys._getframe(1))]
-        if any("importlib" in name for name in names):
-            return  # Python loads its own compiled modules by marshal: that is importing, not reading
-        if any("read_cifar10" in name for name in names):  # torchvision unpickles batches whose every byte was compared
-            assert arguments[0].startswith("numpy"), arguments
-        else:
-            seen.append(f"{event} {arguments!r:.100} {names[:8]}")
-
-    sys.addaudithook(hook)
-    e = replace(TINY, steps=6)
-    asked = iter([False, False, True] + [False] * 100)
-    runs = [ex.Run(e, seed) for seed in (0, 1)]
-    warnings.simplefilter("ignore")
-    with contextlib.suppress(Interrupted):
-        sweeps.train(runs, folder, "cpu", progress=False, interrupt=lambda: next(asked))
-    done = sweeps.train(runs, folder, "cpu", progress=False)
-    assert len(done) == len(records.read_records(folder)) == 2
-    records.read_curve(runs[0].path(folder, ".csv"))
-    reports.write_tables(folder)
-    ranking.ranking(grids.Grid("g", (e,), seeds=(0, 1)), folder)
-    checkpoints.save_weights(folder / "w", build_model(MODEL, 0).state_dict(), MODEL)
-    checkpoints.load_weights(folder / "w")
-    data.load_digits()
-    for name in filter(data.have_data, data.FOLDERS):
-        data.load_raw(name)
-    pickle.loads(pickle.dumps(SimpleNamespace(a=1)))
-    (folder / "seen.json").write_text(json.dumps(seen))
-    return 0
-
-
-def test_a_whole_life_without_a_pickle(nursery, tmp_path):
-    "The one unpickling that the hook sees is the one that the test itself makes, to prove that the hook is awake."
-    assert nursery("test_security:live", str(tmp_path)).end() == 0
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert len(seen) == 1 and "SimpleNamespace" in seen[0], seen
-
 
 # ---------------------------------------------------------------------------------------- configurations: unknown keys
 
