@@ -104,10 +104,10 @@ ATTACKS = {  # of the bytes of a file; nothing else comes of any others: test_fu
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_damage_is_named_and_the_one_before_is_used(two, attack, monkeypatch):
+    "Nothing is deleted, nothing executed, also where an attacker could choose the name too."
     monkeypatch.chdir(two.parent)
     bad, cause = attack(newest(two).read_bytes())
     newest(two).write_bytes(bad)
-    before = files(two.parent)
     with pytest.warns(UserWarning, match=r"run\.2\..*" + cause):
         tensors, meta = load_checkpoint(two)
     assert meta == {"step": 10} and int(tensors["step"]) == 10
@@ -115,21 +115,13 @@ def test_damage_is_named_and_the_one_before_is_used(two, attack, monkeypatch):
     spoiled = files(two.parent)
     with pytest.raises(CheckpointError, match=rf"(?s)run\.2\..*{cause}.*run\.1\."):
         load_checkpoint(two)
-    assert files(two.parent) == spoiled and before.keys() == spoiled.keys()  # nothing deleted, nothing executed
-
-
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_even_a_listed_hash_opens_no_pickle_and_no_nonsense(two, attack, monkeypatch):
-    "Whoever can choose the name too still gets nothing executed."
-    monkeypatch.chdir(two.parent)
-    bad, _ = attack(newest(two).read_bytes())
-    for path, _ in checkpoints_of(two):
-        path.unlink()
-    two.with_name(f"run.7.{sha256(bad)[:DIGITS]}.safetensors").write_bytes(bad)
-    try:
-        load_checkpoint(two)
-    except CheckpointError as e:
-        assert "run.7." in str(e)
+    assert files(two.parent) == spoiled and len(spoiled) == 2
+    two.with_name(f"other.7.{sha256(bad)[:DIGITS]}.safetensors").write_bytes(bad)
+    if cause == "changed bytes":  # now they are what the name says
+        assert load_checkpoint(two.with_name("other.safetensors"))
+    else:
+        with pytest.raises(CheckpointError, match=rf"other\.7\..*{cause}"):
+            load_checkpoint(two.with_name("other.safetensors"))
     assert not (two.parent / "OPENED").exists()
 
 
@@ -299,17 +291,18 @@ def half(tmp_path):
 
 CALL = dict(task=TinyTask(), model=WAVE, runs=RUNS, about={"recipe": 1}, **RHYTHM)
 CHANGES = {
-    "a run": (dict(runs=[RunSettings(0, 1e-3), *RUNS[1:]]), r"runs.0.lr: 0.01 then, 0.001 now"),
-    "the model": (dict(model=ModelConfig("wrnn", 1, 1, n=12, c=3)), r"model.c: 2 then, 3 now"),
-    "the task": (dict(task=TinyTask(batch_size=4)), r"task.batch_size: 8 then, 4 now"),
-    "the length": (dict(steps=50), r"steps: 43 then, 50 now"),
-    "the recipe": (dict(about={"recipe": 2}), r"about.recipe: 1 then, 2 now"),
-    "the precision": (dict(dtype=torch.float64), r"dtype: 'torch.float32' then, 'torch.float64' now"),
+    "runs.0.lr: 0.01 then, 0.001 now": dict(runs=[RunSettings(0, 1e-3), *RUNS[1:]]),
+    "model.c: 2 then, 3 now": dict(model=ModelConfig("wrnn", 1, 1, n=12, c=3)),
+    "task.batch_size: 8 then, 4 now": dict(task=TinyTask(batch_size=4)),
+    "steps: 43 then, 50 now": dict(steps=50),
+    "about.recipe: 1 then, 2 now": dict(about={"recipe": 2}),
+    "dtype: 'torch.float32' then, 'torch.float64' now": dict(dtype=torch.float64),
+    "halving.0.0: absent then, 10 now": dict(halving=[(10, 1)]),
 }
 
 
-@pytest.mark.parametrize("change, said", CHANGES.values(), ids=CHANGES)
-def test_a_changed_configuration_is_refused(half, change, said):
+@pytest.mark.parametrize("said, change", CHANGES.items(), ids=CHANGES)
+def test_a_changed_configuration_is_refused(half, said, change):
     before = files(half.path.parent)
     with pytest.raises(ResumeRefused, match=said):
         fit(**{**CALL, **change}, checkpoint=half)
@@ -383,37 +376,29 @@ SEARCH = [RunSettings(k, lr) for k, lr in enumerate([1e-2, 1e12, 1e-3, 3e-2, 1e-
 HALVED = dict(RHYTHM, halving=[(10, 3), (22, 1)])
 
 
-def test_halving_keeps_the_best_by_validation():
-    task = TinyTask()
-    results = fit(task, WAVE, SEARCH, **HALVED)
-    plain = fit(TinyTask(), WAVE, SEARCH, **RHYTHM)
-    assert [r.status for r in results].count("done") == 1 and results[1].status == "diverged"
-    ends = [r.pruned for r in results]
-    assert {(e["rung"], e["step"], e["of"], e["kept"]) for e in ends if e} == {(1, 10, 5, 3), (2, 22, 3, 1)}
-    (winner,) = (r for r in results if r.status == "done")
-    for rung, step in ((1, 10), (2, 22)):
-        out = [r for r in results if r.pruned and r.pruned["rung"] == rung]
-        assert all(r.stopped_step == step == r.curve[-1]["step"] for r in out)
-        seen = [row["valid_mse"] for row in winner.curve if "valid_mse" in row and row["step"] <= step]
-        assert all(min(seen) <= r.valid_best["mse"] for r in out)
-    # The rows that go on make the steps that they would have made anyway.
-    (same,) = (b for a, b in zip(results, plain, strict=True) if a is winner)
-    assert winner.curve[-1]["step"] == same.curve[-1]["step"]
-    assert winner.curve[-1]["loss"] == pytest.approx(same.curve[-1]["loss"], rel=1e-4)
-    assert all(r.test_best is not None for r in results if r.status != "diverged")
-
-
 @pytest.fixture(scope="module")
 def searched():
     return fit(TinyTask(), WAVE, SEARCH, **HALVED)
+
+
+def test_halving_keeps_the_best_by_validation(searched):
+    "And those that go on make the steps that they would have made anyway."
+    plain = fit(TinyTask(), WAVE, SEARCH, **RHYTHM)
+    (number,) = (k for k, r in enumerate(searched) if r.status == "done")
+    winner = searched[number]
+    for step, count in ((10, 1), (22, 2)):  # the fifth diverges
+        out = [r for r in searched if r.pruned and r.pruned["step"] == step]
+        assert len(out) == count and all(r.stopped_step == step == r.curve[-1]["step"] for r in out)
+        seen = [row["valid_mse"] for row in winner.curve if "valid_mse" in row and row["step"] <= step]
+        assert all(min(seen) <= r.valid_best["mse"] and r.test_best is not None for r in out)
+    assert winner.curve[-1]["step"] == plain[number].curve[-1]["step"]
+    assert winner.curve[-1]["loss"] == pytest.approx(plain[number].curve[-1]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("saves", [9, 10, 11, 22, 43])
 def test_halving_resumed_equals_uninterrupted(tmp_path, searched, saves):
     "Broken before, at and after each rung."
     place = broken(tmp_path / "x.safetensors", saves, TinyTask(), WAVE, SEARCH, **HALVED)
-    with pytest.raises(ResumeRefused, match="halving.1.0: 22 then, 30 now"):
-        fit(TinyTask(), WAVE, SEARCH, checkpoint=place, **{**HALVED, "halving": [(10, 3), (30, 1)]})
     again = fit(TinyTask(), WAVE, SEARCH, checkpoint=place, checkpoint_every=9, **HALVED)
     for a, b in zip(again, searched, strict=True):
         assert tiny_task.summary(a) == tiny_task.summary(b)
@@ -421,11 +406,10 @@ def test_halving_resumed_equals_uninterrupted(tmp_path, searched, saves):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [*({name: 0.5} for name in ("steps", "eval_every", "log_every", "checkpoint_every")), {"steps": 0}, {"checkpoint_every": -1}]
-    + [{"max_seconds": s} for s in (0, -1, float("nan"), "1", True)],
+    "name, value",
+    [*((name, 0.5) for name in ("steps", "eval_every", "log_every", "checkpoint_every")), ("steps", 0), ("checkpoint_every", -1)]
+    + [("max_seconds", s) for s in (0, -1, float("nan"), "1", True)],
 )  # fmt: skip
-def test_lengths_and_limits_that_cannot_be_meant(wrong):
-    (name,) = wrong
+def test_lengths_and_limits_that_cannot_be_meant(name, value):
     with pytest.raises(ConfigError, match=f"{name} must be a (whole number of steps|number of seconds above 0)"):
-        fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, **wrong})
+        fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, name: value})

@@ -246,6 +246,8 @@ def test_commit_is_ours_or_none(tmp_path, monkeypatch):
     package = tmp_path / ".venv" / "wave_rnns"
     package.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    author = ["-c", "user.name=A", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     monkeypatch.setattr(core.wave_rnns, "__file__", str(package / "__init__.py"))
     assert core.git_commit.__wrapped__() is None
 

@@ -131,6 +131,8 @@ def test_the_partition_depends_on_the_grid_alone():
 
 
 def test_only_what_is_missing_is_trained_and_that_once(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted, match="between two populations"):
+        work(RUNS, tmp_path, "cpu", 2, interrupt=lambda: True, **QUIET)
     (before,) = train(RUNS[1:2], tmp_path, "cpu", **QUIET)
     assert work(RUNS, tmp_path, "cpu", 2, **QUIET) == {} and trained(tmp_path) == RUNS
     assert [record_of(tmp_path, run)["together"] for run in RUNS] == [1, 1, 2, 2, 2, 2]
