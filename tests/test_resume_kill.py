@@ -130,28 +130,3 @@ def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, t
     assert start(nursery, tmp_path, 1000).end() == 0
     assert begun_at(tmp_path) == steps[-1] and end(tmp_path) == untouched
     tally("SIGTERM", signals=3, saved_with_exit_code_75=3, ends_bit_equal=1)
-
-
-@pytest.mark.filterwarnings("ignore:.*The checkpoint before it")
-def test_killed_and_then_spoiled(nursery, untouched, tally, tmp_path):
-    "The newest checkpoint is no good: the run goes on from the one before, to the same end; nothing is deleted behind anybody's back."
-    folder, copy = tmp_path / "run", tmp_path / "copy"
-    folder.mkdir()
-    life = start(nursery, folder, 4, 0.0, 0.01)
-    while life.alive() and step_on_disk(folder) < 12:
-        time.sleep(0.005)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
-    for spoil in ("truncated", "renamed"):  # more ways of damage: test_checkpoints.py
-        shutil.copytree(folder, copy)
-        step, (newest, _) = step_on_disk(copy), checkpoints_of(copy / "x.safetensors")[0]
-        if spoil == "truncated":
-            os.truncate(newest, newest.stat().st_size // 2)
-        else:
-            newest.rename(copy / "something_else.safetensors")
-        assert step_on_disk(copy) == step - 4
-        assert start(nursery, copy, 4).end() == 0
-        assert begun_at(copy) == step - 4 and end(copy) == untouched, spoil
-        assert (copy / "something_else.safetensors").exists() == (spoil == "renamed")
-        shutil.rmtree(copy)
-    tally("killed, and the newest checkpoint spoiled", resumed_from_the_one_before_bit_equal=2)

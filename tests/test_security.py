@@ -181,19 +181,12 @@ def test_links_out_of_the_results_folder(link, folder):
     assert not (outside / "copy").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*(set aside|its file is now|has not the name)")
-def test_records_that_name_another_place_and_strangers_among_them(folder):
-    "A record is found by where it lies; what it says of itself does not lead anywhere. Other files stop nothing."
+@pytest.mark.filterwarnings("ignore:.*has not the name of a record")
+def test_strangers_among_the_records_stop_nothing(folder):
     record, path = sweeps.train([ex.Run(TINY, 0)], folder, "cpu", progress=False), ex.Run(TINY, 0).path(folder)
     for name in ("notes.json", "0123.json", "x" * 200 + ".json", "copy of a record.json"):
         (path.parent / name).write_text("{}")
     assert records.read_records(folder) == record
-    for change in ({"key": "../../outside/x"}, {"config": {**record[0]["config"], "task": "../../outside"}}):
-        evil = {**record[0], **change}
-        path.write_text(json.dumps({**evil, "sha256": records.content_hash(evil)}))
-        for r in records.read_records(folder):
-            with pytest.raises(WaveRNNError):
-                records.write_record(folder, r, [])
 
 
 @pytest.mark.parametrize("resume", [True, False])
