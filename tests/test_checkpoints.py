@@ -72,11 +72,11 @@ def test_two_generations_and_nothing_else(two):
     for path, known in checkpoints_of(two):
         assert sha256(path)[:DIGITS] == known
     assert load_checkpoint(two)[1] == {"step": 30}
-    newest(two).unlink()
+    newest(two).rename(two.with_name("renamed.safetensors"))
     assert load_checkpoint(two)[1] == {"step": 20}
     (two.parent / ".other.3.abcd.safetensors.123-abcd.tmp").write_bytes(b"not ours")
     CheckpointFile(two).remove()
-    assert list(files(two.parent)) == [".other.3.abcd.safetensors.123-abcd.tmp"]
+    assert sorted(files(two.parent)) == [".other.3.abcd.safetensors.123-abcd.tmp", "renamed.safetensors"]
 
 
 class Innocent:
