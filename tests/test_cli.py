@@ -66,7 +66,7 @@ SWEEP = "--workers --seeds --results --show --slurm --finals 75"
         ("wrnn_tables --help", ["from the records of all runs", "--results"]),
         ("wrnn_sweep --help", [*SWEEP.split(), "no run is lost, none is counted twice"]),
         ("wrnn_train --list", list(EXPERIMENTS)),
-        ("wrnn_todo copy80_*", ["copy80_wrnn", "runs to do"]),
+        ("wrnn_todo copy80_* --results none", ["copy80_wrnn", "runs to do"]),
         ("wrnn_sweep --list", ["paper 421 runs", "smnist_wrnn 60 runs: 1 experiments x 3 lr x 5 clip"]),
     ],
 )

@@ -130,6 +130,53 @@ def test_pulses_that_jump_over_half_of_the_ring(T, n, speed):
         assert abs(m.lag_speed / speed - 1) < 0.05, m
 
 
+@pytest.mark.parametrize(
+    "T, n, length, speed",
+    [
+        (200, 64, 20, 0.5),
+        (200, 64, 12, -1.25),
+        (200, 17, 16, 2.0),
+        (200, 31, 16, 1.7),
+        (400, 100, 30, -0.75),
+        (100, 31, 7.3, 0.37),
+    ],
+)
+def test_sinusoids_of_any_wavelength(T, n, length, speed):
+    "One that does not close on its ring, or nearly closes, is neither read as the next that does nor called no wave."
+    t, x, rng = np.arange(T)[:, None], np.arange(n), np.random.default_rng(0)
+    ms = [
+        wave_speed(with_noise(np.cos(2 * np.pi * (x - speed * t) / length + phase), 10, rng), draws=19)
+        for phase in np.linspace(0, 6, 8)
+    ]
+    assert all(m.is_wave and abs(m.lag_speed / speed - 1) < 0.03 for m in ms)
+    assert max(abs(m.speed / speed - 1) for m in ms) < 0.01
+    assert sum(m.interval[0] <= speed <= m.interval[1] for m in ms) >= 6
+
+
+def test_smooth_input_to_a_small_open_ring():
+    "The neighbours' lags leave out the seam, where the pattern breaks."
+    bell = np.exp(-(np.arange(-12, 13) ** 2) / 18)
+    for speed, n in ((-0.5, 12), (0.37, 10), (1.25, 31)):
+        ms = []
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            steps = int(400 + n / abs(speed)) + 30
+            smooth = np.convolve(rng.normal(size=steps), bell, "same")
+            arrival = np.arange(400)[:, None] - np.arange(n) / speed
+            h = np.interp(arrival - arrival.min(), np.arange(steps), smooth)
+            ms.append(wave_speed(with_noise(h, 10, rng), draws=19))
+        assert all(m.is_wave for m in ms)
+        assert abs(np.mean([m.speed for m in ms]) / speed - 1) < 0.01
+        assert abs(np.mean([m.lag_speed for m in ms]) / speed - 1) < 0.02
+
+
+@pytest.mark.parametrize("T, n, speed", [(200, 100, 0.05), (100, 100, -0.15), (784, 256, 0.05)])
+def test_slow_trains_on_long_rings(T, n, speed):
+    "A pulse passes a tenth of the ring in the record; still nearly all of it travels."
+    m = wave_speed(with_noise(train(T, n, speed, np.random.default_rng(0)), 10, np.random.default_rng(1)), draws=19)
+    assert m.is_wave and abs(m.speed / speed - 1) < 0.01 and m.travelling > 0.4, m
+
+
 def test_no_speed_beyond_the_search():
     "Nor from the picture laid on its side, where pixels that blink look infinitely fast."
     for seed in range(20):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'ring_states', 'draw_space_time', 'WaveSpectrum', 'wave_spectrum', 'draw_spectrum', 'FirstLook',
            'LineScan', 'slowest_peak', 'RigidFit', 'vertex', 'student', 'LineSpeed', 'line_speed', 'refine',
-           'neighbour_correlations', 'peak_near', 'lag_speed', 'WaveSpeed', 'wave_speed']
+           'neighbour_correlations', 'peak_near', 'lag_speed', 'WaveSpeed', 'wave_speed', 'off_grid']
 
 # %% ../nbs/06_waves.ipynb #8941c927
 import math
@@ -198,7 +198,8 @@ class LineScan:
     def first_look(self, by_neuron: np.ndarray) -> "FirstLook":
         shares = self.shares(by_neuron)
         best = slowest_peak(shares, self.speeds, 0.9)
-        on_line = self.power(by_neuron).ravel()[self.at[best]]
+        power = self.power(by_neuron)
+        on_line = np.maximum(power.ravel()[self.at[best]] - power[:, 1:].mean(), 1e-300)
         k = math.sqrt((on_line * self.k**2).sum() / on_line.sum())
         return FirstLook(float(self.speeds[best]), float(shares[best]), max(k, 1.0))
 
@@ -236,11 +237,14 @@ class RigidFit:
         self,
         h: np.ndarray,  # [T, n]
         whole: bool = False,  # one window only
+        twist: float = 0.0,  # added to each wavenumber, for a wave that does not close
     ):
         self.T, self.n = h.shape
         self.blocks = next(b for b in (16, 8, 4) if b <= self.T)
-        self.k = np.arange(1, (self.n - 1) // 2 + 1)
-        self.F = np.fft.fft(h, axis=1)[:, self.k]
+        k = np.arange(1, (self.n - 1) // 2 + 1)
+        self.k = k + twist
+        turn = np.exp(-2j * np.pi * twist * np.arange(self.n) / self.n)
+        self.F = np.fft.fft(h * turn, axis=1)[:, k]
         self.starts = np.arange(self.blocks) * self.T // self.blocks
         self.steps = np.diff(np.r_[self.starts, self.T])[:, None].astype(float)
         self.sum_F = np.add.reduceat(self.F, self.starts)
@@ -332,6 +336,7 @@ class LineSpeed:
     half: float  # of the 95 % interval
     travelling: float  # R2(speed) - R2(-speed), in the window where that is largest
     explained: float  # share of all variance, in the window where that is largest
+    in_one: float  # the same in one window, all T steps
     rigid: bool  # whether the pattern keeps its shape over all T steps
 
     def turned(self) -> "LineSpeed":
@@ -342,11 +347,16 @@ class LineSpeed:
 def line_speed(
     h: np.ndarray,  # [T, n], each neuron's and each step's mean removed
     look: FirstLook,  # where to start
-    whole: bool = False,  # as one window: an open chain of neurons is short enough
+    twist: float | None = None,  # with axes exchanged: `off_grid`, added to each wavenumber
+    whole: bool = False,  # as one window
 ) -> LineSpeed:
     "Refine a speed by the rigid fit of equation (5), with a jackknife interval."
-    fit, start, k = RigidFit(h, whole), look.speed, look.k
+    chain = twist is not None
+    fit, start, k = RigidFit(h, whole, twist or 0.0), look.speed, look.k
     resolution = fit.n / (k * fit.T)  # a change of speed that moves the line at k by one bin
+    if chain:  # with few neurons the first look is coarse
+        near = start + resolution * np.arange(-2, 2.1, 0.5)
+        start = near[fit.explained(*fit.sums(near), fit.blocks).sum((1, 2)).argmax()]
     reach = min(1.5 * fit.blocks * resolution, 0.2 * fit.n / k)  # an alias lies at n / k
     steps = math.ceil(3 * reach / resolution)
     speeds = start + np.arange(-steps, steps + 1) * reach / steps
@@ -362,7 +372,13 @@ def line_speed(
     rigid = bool(first[fit.blocks][0] >= 0.9 * best)
     found = []
     for r, (R2, speed) in first.items():
-        if R2 >= 0.5 * best and (rigid or r <= 4):
+        if chain and rigid:
+            fits = (
+                r == fit.blocks
+            )  # all neurons: shorter windows cannot tell frequencies apart
+        else:
+            fits = R2 >= 0.5 * best and (rigid or r <= 4)
+        if fits:
             half, speed = refine(fit, speed, r, min(resolution * fit.blocks / r, reach))
             found.append((half, speed))
     half, speed = min(found) if found else (math.inf, max(first.values())[1])
@@ -372,8 +388,8 @@ def line_speed(
         R2[v] = np.array([fit.R2(fit.explained(A, E, r).sum(), r) for r in fit.windows])
     travelling = float(np.clip(R2[speed] - R2[-speed], 0, 1).max())
     share = fit.sum_F2.sum() / (fit.n / 2 * (h**2).sum())  # what has a direction (Parseval)
-    explained = float(R2[speed].max() * share)
-    return LineSpeed(float(speed), float(half), travelling, explained, rigid)
+    explained, in_one = float(R2[speed].max() * share), float(R2[speed][-1] * share)
+    return LineSpeed(float(speed), float(half), travelling, explained, in_one, rigid)
 
 
 def refine(
@@ -416,29 +432,31 @@ def neighbour_correlations(
     distances: list[int],
     fine: int,  # lags between whole ones are interpolated (zero padding), so many to a step
 ) -> np.ndarray:  # [distances, 2 * (T // 2) * fine + 1], lags from -T // 2 to T // 2
-    "Correlation of h[t, x] and h[t + lag, x + d] over the overlap, neurons pooled."
+    "Correlation of h[t, x] and h[t + lag, x + d], pairs pooled, none across the ring's seam."
     T, n = h.shape
     M, size = T // 2, 1 << (2 * T - 1).bit_length()
     whole, lags = np.arange(-M, M + 1), np.arange(-M * fine, M * fine + 1)
     overlap = T - np.arange(M + 1)
     zero = np.zeros((1, n))
     sums = np.concatenate([zero, h.cumsum(0)])
-    squares = np.r_[0, (h * h).sum(1).cumsum()]
+    squares = np.concatenate([zero, (h * h).cumsum(0)])
     head, tail = sums[overlap], sums[-1] - sums[T - overlap]  # of the first and last steps
-    spread_head = squares[overlap] - (head**2).sum(1) / overlap
-    spread_tail = squares[-1] - squares[T - overlap] - (tail**2).sum(1) / overlap
-    scale = np.sqrt(np.maximum(spread_head * spread_tail, 0))
-    scale = np.interp(lags / fine, whole, np.r_[scale[:0:-1], scale])
-    scale[scale == 0] = np.inf
+    spread_head = squares[overlap] - head**2 / overlap[:, None]
+    spread_tail = squares[-1] - squares[T - overlap] - tail**2 / overlap[:, None]
     f, result = np.fft.rfft(h, size, axis=0), []
     for d in distances:
-        cross = (f.conj() * np.roll(f, -d, axis=1)).sum(1)
+        cross = (f[:, :-d].conj() * f[:, d:]).sum(1)
         raw = (
             np.fft.irfft(np.pad(cross, (0, (fine - 1) * size // 2)), fine * size)[lags] * fine
         )
-        later = (np.roll(tail, -d, 1) * head).sum(1) / overlap
-        earlier = (np.roll(head, -d, 1) * tail).sum(1) / overlap
+        later = (head[:, :-d] * tail[:, d:]).sum(1) / overlap
+        earlier = (tail[:, :-d] * head[:, d:]).sum(1) / overlap
         mean = np.interp(lags / fine, whole, np.r_[earlier[:0:-1], later])
+        later = spread_head[:, :-d].sum(1) * spread_tail[:, d:].sum(1)
+        earlier = spread_tail[:, :-d].sum(1) * spread_head[:, d:].sum(1)
+        scale = np.sqrt(np.maximum(np.r_[earlier[:0:-1], later], 0))
+        scale = np.interp(lags / fine, whole, scale)
+        scale[scale == 0] = np.inf
         result.append((raw - mean) / scale)
     return np.array(result)
 
@@ -557,6 +575,16 @@ def wave_speed(
     return found[0] if len(np.shape(states)) == 2 else found
 
 
+def off_grid(
+    h: np.ndarray,  # [T, n]
+) -> float:  # between -1/2 and 1/2
+    "How many periods of its strongest frequency a record holds beyond a whole number."
+    window = np.hanning(len(h))[:, None]  # keeps the strongest frequency clear of its mirror
+    height = (np.abs(np.fft.rfft(h * window, 4 * len(h), axis=0)) ** 2).sum(1)
+    periods = vertex(height, np.arange(len(height)) / 4)
+    return periods - round(periods)
+
+
 def _measure(
     h: np.ndarray,
     scan: LineScan,
@@ -580,17 +608,23 @@ def _measure(
     found = scan.first_look(by_neuron)
     line = line_speed(h, found)
     look = lying.first_look(np.fft.rfft(h.T, lying.T, axis=0))
-    side = line_speed(h.T, look, whole=True).turned()
+    side = line_speed(h.T, look, off_grid(h), whole=True).turned()
+    if h.shape[1] >= 64 and max(side.explained, line.explained) < 0.3:  # too long for a pulse
+        side = line_speed(h.T, look, off_grid(h)).turned()
     inside = abs(side.speed) <= 1.1 * min(max_speed, h.shape[1] / 2)
     alias = side.speed / line.speed < 0.5 and side.travelling < 1.25 * line.travelling
-    if side.explained > 1.02 * line.explained and inside and not alias:
+    better = side.explained > max(1.002 * line.in_one, 0.99 * line.explained)
+    long = False
+    if better and inside and not alias:
         found, line = look, side
+        long = look.k * h.shape[1] < 0.8 * abs(side.speed) * len(h)  # no wavelength fits
     lag = lag_speed(h)
     p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
     # where the pattern is not rigid, what the estimators differ by is an error of the model
     half = line.half if line.rigid else math.hypot(line.half, line.speed - lag)
     half = max(half, 1e-6 * size)
-    agree = bool(abs(line.speed - lag) <= 0.1 * size + min(half, 0.1 * size))
+    slack = 0.05 * size if long else 0.1 * size + min(half, 0.1 * size)
+    agree = bool(abs(line.speed - lag) <= slack)
     why = ""
     if p_value > 0.05:
         why = f"no line in the spectrum stands out from chance (p = {p_value:.2f})"

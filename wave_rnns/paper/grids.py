@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'CLIPS', 'IRNN_AXES', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES', 'WAVES', 'FINALS', 'BUMPS',
-           'TABLE_2', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied', 'point_name', 'declare_grid',
-           'grid_from', 'grid_config', 'find_grid', 'beginning', 'populations', 'h200_seconds', 'seconds_left',
-           'duration', 'standing']
+           'TABLE_2', 'FIGURES', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied', 'point_name',
+           'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'beginning', 'populations', 'h200_seconds',
+           'seconds_left', 'duration', 'standing']
 
 # %% ../../nbs/17_grids.ipynb #b7100004
 import itertools
@@ -241,6 +241,9 @@ declare_grid(
     "the final rows of Tables 1 to 4 and 7",
     seeds=(),
 )
+FIGURES = ["smnist_wrnn_random", "smnist_wrnn_identity", "smnist_*_frozen", "smnist_*_n64_c4"]
+FIGURES += ["smnist_linear", "psmnist_*_n[0-9]*"]
+declare_grid("appendix", FIGURES, {}, "Figures 7, 10, 11, 12 and 14", seeds=())
 
 
 def beginning(name: str, seeds: int) -> dict:
