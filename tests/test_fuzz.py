@@ -144,7 +144,7 @@ def spoiled_sealed(corpus: list[bytes]) -> st.SearchStrategy:
             record["sha256"] = records.content_hash(record)
         return text_of(record)
 
-    return spoiled_tree(corpus).map(seal) | spoiled_json(corpus)
+    return spoiled_tree(corpus).map(seal) | spoiled(corpus)
 
 
 # ------------------------------------------------------------------------------------------- loaders: checkpoints (14)
