@@ -6,7 +6,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
 
 import configparser
-import functools
 import json
 import runpy
 import shutil
@@ -42,12 +41,10 @@ def pytest_xdist_make_scheduler(config, log):
     "Several processes (`-n`) take units from one queue."
     from xdist.scheduler import LoadScopeScheduling
 
-    class Units(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return unit(nodeid)
-
     config.option.loadscopereorder = False
-    return Units(config, log)
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = unit
+    return scheduler
 
 
 @pytest.fixture(scope="session")
@@ -140,54 +137,35 @@ def call(script, tmp_path, monkeypatch, capfd):
 
 # ---------------------------------------------------------------------------------------------- what was counted
 
-COUNTS = pytest.StashKey[dict[str, dict[str, int | float | str]]]()
 
-
-@pytest.fixture(scope="session")
-def tally(pytestconfig):
+@pytest.fixture
+def tally(record_property):
     """A function that puts numbers into the table at the end of pytest's output, which shows also when everything passes:
 
         tally("kill -9 while computing", kills=10, resumed_bit_equal=10)
 
-    is the row "kill -9 while computing   10 kills, 10 resumed bit equal". Called again with the same row, whole numbers are
-    added, of other numbers the largest stays, of words the last. Call it before the assertion on a count: a failure shows it too."""
-    return functools.partial(count, pytestconfig.stash.setdefault(COUNTS, {}))
+    is the row "kill -9 while computing   10 kills, 10 resumed bit equal". In the same row whole numbers are added, of other
+    numbers the largest stays, of words the last. Call it before the assertion on a count: a failure shows it too."""
+    return lambda row, **counts: record_property("tally", (row, counts))
 
 
-def count(table: dict, row: str, **counts: int | float | str) -> None:
-    kept = table.setdefault(row, {})
-    for name, value in counts.items():
-        before = kept.get(name)
-        if before is not None and not isinstance(value, str):
-            value = before + value if isinstance(value, int) else max(before, value)
-        kept[name] = value
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # xdist's worker: its counts go to the process that prints them
-        session.config.workeroutput["counts"] = session.config.stash.get(COUNTS, {})
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    for row, counts in getattr(node, "workeroutput", {}).get("counts", {}).items():
-        count(node.config.stash.setdefault(COUNTS, {}), row, **counts)
-
-
-def in_words(counts: dict) -> str:
-    shown = {k.replace("_", " "): v for k, v in counts.items()}
-    return ", ".join(
-        f"{k} {v}" if isinstance(v, str) else f"{v:,} {k}" if isinstance(v, int) else f"{v:.3g} {k}"
-        for k, v in shown.items()
-    )
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if table := config.stash.get(COUNTS, {}):
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ())]
+    table: dict[str, dict] = {}
+    for name, value in (pair for report in reports for pair in report.user_properties):
+        row, counts = value if name == "tally" else ("", {})
+        for what, number in counts.items():
+            kept = table.setdefault(row, {})
+            combine = {int: int.__add__, float: max}.get(type(number), lambda before, new: new)
+            kept[what] = combine(kept[what], number) if what in kept else number
+    if table:
         terminalreporter.section("what was counted")
-        width = max(map(len, table))
-        for row in table:
-            terminalreporter.write_line(f"{row:{width}}   {in_words(table[row])}")
+    for row, counts in table.items():
+        words = (
+            f"{v} {k}" if isinstance(v, int) else f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in counts.items()
+        )
+        terminalreporter.write_line(f"{row:{max(map(len, table))}}   {', '.join(words)}".replace("_", " "))
 
 
 # ----------------------------------------------------------------------------------- processes that may be killed

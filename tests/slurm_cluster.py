@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 DEBIAN = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
-DAEMONS, COMMANDS = ("munged", "slurmctld", "slurmd"), ("sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel")
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel")
+PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"  # daemons are not on everybody's
 LONGEST_SOCKET = 100  # the kernel's limit for the path of a Unix socket is 108
 
 # select/linear would give a job the whole machine; config_overrides lets one machine of 2 CPUs claim more.
@@ -55,13 +55,9 @@ PartitionName=high Nodes={host} MaxTime=60 PriorityTier=9 PreemptMode=OFF
 """
 
 
-def path_with_daemons() -> str:
-    return f"{os.environ.get('PATH', '')}:{SBIN}"
-
-
 def what_is_missing() -> str | None:
     "Why no Slurm can be started here, with the remedy; None where it can."
-    if missing := [c for c in DAEMONS + COMMANDS if not shutil.which(c, path=path_with_daemons())]:
+    if missing := [c for c in NEEDED if not shutil.which(c, path=PATH)]:
         return f"no {', '.join(missing)} here: {DEBIAN}"
     try:
         socket.getaddrinfo(None, 1, socket.AF_INET, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG)
@@ -76,12 +72,10 @@ class SlurmOnOneMachine:
     def __init__(self, folder, cpus: int = 4, kill_wait: int = 60, grace_time: int = 20):
         self.folder, self.daemons = Path(folder).resolve(), {}
         self.conf = self.folder / "slurm.conf"
-        self.environ = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": path_with_daemons()}
+        self.environ = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
         self.settings = dict(cpus=cpus, kill_wait=kill_wait, grace_time=grace_time)
 
     def __enter__(self):
-        if reason := what_is_missing():
-            raise FileNotFoundError(reason)
         if len(str(self.folder / "munge.socket")) > LONGEST_SOCKET:
             raise ValueError(f"{self.folder}: the path is too long for a socket, take a folder directly under /tmp")
         try:
@@ -96,7 +90,6 @@ class SlurmOnOneMachine:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.write_configuration()
         key = self.folder / "munge.key"
-        key.unlink(missing_ok=True)
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         files = {"key-file": key, "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munged.seed"}
@@ -105,7 +98,8 @@ class SlurmOnOneMachine:
         self.wait_until(lambda: (self.folder / "munge.socket").exists(), "munged opens its socket")
         self.launch("slurmctld", "-D", "-i", "-f", self.conf)
         self.launch("slurmd", "-D", "-f", self.conf)
-        self.wait_until(lambda: "idle" in self.sinfo(), "the node is idle")
+        asked = ("sinfo", "--noheader", "--partition=low", "--format=%t")
+        self.wait_until(lambda: "idle" in self.run(*asked, check=False), "the node is idle")
 
     def write_configuration(self) -> None:
         host = socket.gethostname().split(".")[0]
@@ -115,61 +109,38 @@ class SlurmOnOneMachine:
             ports = dict(control_port=a.getsockname()[1], node_port=b.getsockname()[1])
         text = SLURM_CONF.format(host=host, user=getpass.getuser(), folder=self.folder, **ports, **self.settings)
         self.conf.write_text(text)
-        if self.version() >= (24, 5):  # older ones do not know the word
+        version = re.search(r"(\d+)\.(\d+)", self.run("slurmctld", "-V"))
+        if (int(version[1]), int(version[2])) >= (24, 5):  # older ones do not know the word
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
-    def version(self) -> tuple[int, int]:
-        done = subprocess.run(["slurmctld", "-V"], env=self.environ, capture_output=True, text=True, check=True)
-        return tuple(int(n) for n in re.search(r"(\d+)\.(\d+)", done.stdout).groups())
-
     def launch(self, name: str, *arguments) -> None:
-        command = [shutil.which(name, path=path_with_daemons()), *map(str, arguments)]
+        command = [shutil.which(name, path=PATH), *map(str, arguments)]
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
-            process = subprocess.Popen(
-                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=die_with_parent,
-            )  # fmt: skip
-        self.daemons[name] = process
+            options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.daemons[name] = subprocess.Popen(command, env=self.environ, preexec_fn=die_with_parent, **options)
 
     def wait_until(self, condition, what: str, seconds: float = 30) -> None:
         "Poll; raises RuntimeError with the end of every log when a daemon dies or time is up."
-
-        def dead() -> list[str]:
-            return [name for name, process in self.daemons.items() if process.poll() is not None]
-
-        if not self.wait(lambda: dead() or condition(), seconds) or dead():
-            reason = " and ".join(dead()) + " died" if dead() else f"not within {seconds:.0f} s"
-            raise RuntimeError(f"waiting until {what}: {reason}\n{self.logs()}")
-
-    def wait(self, condition, seconds: float) -> bool:
         end = time.monotonic() + seconds
-        while not (met := condition()) and time.monotonic() < end:
+        while not condition():
+            dead = [name for name, process in self.daemons.items() if process.poll() is not None]
+            if dead or time.monotonic() > end:
+                logs = "\n".join(p.read_text(errors="replace")[-3000:] for p in sorted(self.folder.glob("log/*")))
+                raise RuntimeError(f"waited in vain until {what}; dead daemons: {dead}\n{logs}")
             time.sleep(0.1)
-        return bool(met)
 
-    def logs(self, characters: int = 3000) -> str:
-        parts = [
-            f"== {p.name}\n{p.read_text(errors='replace')[-characters:]}" for p in sorted(self.folder.glob("log/*"))
-        ]
-        return "\n".join(parts)
-
-    def run(self, *command, check: bool = True, timeout: float = 30, **options) -> str:
+    def run(self, *command, check: bool = True) -> str:
         "What a Slurm command prints; raises RuntimeError with what it complained about."
-        done = subprocess.run(
-            [str(c) for c in command], env=self.environ, capture_output=True, text=True, timeout=timeout, **options
-        )
+        words = [str(c) for c in command]
+        done = subprocess.run(words, env=self.environ, capture_output=True, text=True, timeout=30)
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))} exits with {done.returncode}: {done.stderr.strip()}")
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
         return done.stdout.strip()
-
-    def sinfo(self) -> str:
-        return self.run("sinfo", "--noheader", "--format=%T", check=False)
 
     def show(self, job: str) -> dict[str, str]:
         "What the controller knows about a job: JobState, Restarts, ExitCode, BatchHost ..."
-        return dict(
-            field.split("=", 1) for field in self.run("scontrol", "-o", "show", "job", job).split() if "=" in field
-        )
+        told = self.run("scontrol", "-o", "show", "job", job).split()
+        return dict(field.split("=", 1) for field in told if "=" in field)
 
     def jobs(self) -> list[str]:
         return self.run("squeue", "--noheader", "--format=%i", check=False).split()
@@ -186,24 +157,16 @@ class SlurmOnOneMachine:
     def __exit__(self, *_) -> None:
         "End jobs, daemons and what is left of either. Nothing runs afterwards; the folder is the caller's."
         # The controller goes first, or it would start what waits; scancel would take KillWait for a job that is deaf.
-        self.end_daemon("slurmctld")
-        self.kill_all_but({process.pid for process in self.daemons.values()})
-        for name in ("slurmd", "munged"):
-            self.end_daemon(name)
-        self.kill_all_but(set())
-
-    def end_daemon(self, name: str) -> None:
-        "SIGTERM, and after ten seconds SIGKILL."
-        if process := self.daemons.get(name):
-            process.terminate()
-            self.wait(lambda: process.poll() is not None, 10)
-            process.kill()
-            process.wait()
-
-    def kill_all_but(self, spared: set[int]) -> None:
-        for pid in set(self.processes()) - spared:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for name in ("slurmctld", "slurmd", "munged"):
+            if process := self.daemons.get(name):
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                process.kill()
+                process.wait()
+            for pid in set(self.processes()) - {process.pid for process in self.daemons.values()}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def die_with_parent() -> None:

@@ -2,14 +2,14 @@
 
 Small files of the published names and formats take the place of the real ones; a server on this machine has them, and misbehaves."""
 
+import contextlib
 import gzip
-import hashlib
 import http.server
 import io
-import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import tarfile
 import threading
@@ -23,17 +23,13 @@ import torch
 import torchvision.datasets  # noqa: F401 - what a download loads late is in the nursery before it forks
 
 from wave_rnns.paper import data
-from wave_rnns.core import DataError, data_root
+from wave_rnns.core import DataError, data_root, sha256
 from wave_rnns.paper.data import ARCHIVE, CIFAR_PARTS, FILES, FOLDERS, MNIST_PARTS, fetch, have_data, load_raw
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
 NOBODY = "http://127.0.0.1:9/"  # a port where nobody answers
 NAMES = {"mnist": [f"{part}.gz" for part in MNIST_PARTS], "cifar10": [ARCHIVE]}
 WHOLE = {"mnist": 4, "cifar10": 6}  # files of a data set
-
-
-def digest(content) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- what travels with the package
@@ -47,13 +43,9 @@ def test_the_shipped_files_name_their_sources_and_licences():
         assert word in words
 
 
-def test_the_shipped_digits_are_of_their_split(tmp_path):
+def test_the_shipped_digits_are_of_their_split():
     "That they can be made again from MNIST: notebook 12."
     shipped = np.load(data.DIGITS_FILE)
-    if have_data("mnist"):
-        data.write_digits(tmp_path / "digits.npz")
-        again = np.load(tmp_path / "digits.npz")
-        assert all(np.array_equal(again[k], shipped[k]) for k in shipped.files)
     orders = dict(zip(("train", "valid"), data.split_indices(60_000), strict=True), test=np.arange(10_000))
     for split, order in orders.items():
         place = {number: k for k, number in enumerate(order.tolist())}
@@ -77,8 +69,6 @@ class Mirror:
     stalls: bool = False  # it accepts, and is silent
     spoils: bool = False  # the last bit is another
     asked: list = field(default_factory=list)  # (file, first byte)
-    sent: int = 0  # bytes of files
-    address: str = ""
 
     def reply(self, handler):
         name = handler.path.lstrip("/")
@@ -103,24 +93,21 @@ class Mirror:
         for i in range(start, end, 4096):
             time.sleep(self.pace)
             handler.wfile.write(content[i : min(i + 4096, end)])
-            self.sent += min(i + 4096, end) - i
 
 
-def idx(values: np.ndarray | bytes) -> bytes:
+def idx(values: np.ndarray) -> bytes:
     "MNIST's raw format, of images [N, 28, 28] or labels [N]."
-    values = np.frombuffer(values, "u1").reshape(-1, 28, 28) if isinstance(values, bytes) else values
     return np.array([2051 if values.ndim == 3 else 2049, *values.shape], ">i4").tobytes() + values.tobytes()
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     "Small files take the place of the published ones, known to the manifest; returns their `Mirror`."
-    noise, archive, labels = np.random.RandomState(7), io.BytesIO(), np.arange(50, dtype="u1") % 10
-    plain = {p: idx(noise.bytes(39_200) if "images" in p else labels) for p in MNIST_PARTS}
-    parts = {}
-    for part in CIFAR_PARTS:
-        pixels = np.frombuffer(noise.bytes(6 * 3072), "u1").reshape(6, 3072)
-        parts[part] = pickle.dumps({"data": pixels, "labels": list(range(6))})
+    noise, archive = np.random.RandomState(7), io.BytesIO()
+    images, labels = noise.randint(0, 256, (50, 28, 28), "u1"), np.arange(50, dtype="u1") % 10
+    plain = {p: idx(images + k if "images" in p else labels + k) for k, p in enumerate(MNIST_PARTS)}
+    batch = lambda: {"data": noise.randint(0, 256, (6, 3072), "u1"), "labels": list(range(6))}  # noqa: E731
+    parts = {part: pickle.dumps(batch()) for part in CIFAR_PARTS}
     # torchvision compares its own sums of the published batches
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     files = {f"{part}.gz": gzip.compress(content, mtime=0) for part, content in plain.items()}
@@ -131,15 +118,13 @@ def small(tmp_path, monkeypatch):
             tar.addfile(member, io.BytesIO(content))
     files[ARCHIVE] = archive.getvalue()
     for name, content in {**files, **plain, **parts}.items():
-        monkeypatch.setitem(FILES, name, (len(content), digest(content)))
+        monkeypatch.setitem(FILES, name, (len(content), sha256(content)))
     mirror = Mirror(files)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            try:
+            with contextlib.suppress(ConnectionError):  # the other side was killed
                 mirror.reply(self)
-            except ConnectionError:
-                pass  # the other side was killed
 
         def log_message(self, *args):
             pass
@@ -147,43 +132,32 @@ def small(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.block_on_close = True, False
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    mirror.address = f"http://127.0.0.1:{server.server_port}/"
     monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "root"))
     for variable in data.ADDRESSES.values():
-        monkeypatch.setenv(variable, mirror.address)
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{server.server_port}/")
     yield mirror
     mirror.stalls = False
     server.shutdown()
     server.server_close()
 
 
-def lying_there() -> dict[str, int]:
-    "File -> size in the data folder, locks aside."
-    paths = [p for p in data_root().rglob("*") if p.is_file() and p.suffix != ".lock"]
-    return {str(p.relative_to(data_root())): p.stat().st_size for p in paths}
-
-
 def nothing_half(done: bool = False) -> int:
     "Every file under a real name is whole; returns how many there are. When done, nothing else is there."
-    real = {n: s for n, s in lying_there().items() if Path(n).name in FILES}
-    for name in real:
-        assert digest((data_root() / name).read_bytes()) == FILES[Path(name).name][1], f"{name} is not whole"
-    if done:
-        assert lying_there() == real
+    found = [p for p in data_root().rglob("*") if p.is_file() and p.suffix != ".lock"]
+    real = [p for p in found if p.name in FILES]
+    for path in real:
+        assert sha256(path) == FILES[path.name][1], f"{path} is not whole"
+    assert not done or found == real
     return len(real)
 
 
-def live(name: str, files: dict, environment: dict, slow_disk: float = 0.0) -> int:
+def live(name: str, files: dict, environment: dict, slow_disk: float) -> int:
     "A process that fetches (see the fixture `nursery`)."
     FILES.update({file: tuple(facts) for file, facts in files.items()})
     os.environ.update(environment)
     real = os.fsync
     os.fsync = lambda fd: (real(fd), time.sleep(slow_disk))
-    try:
-        fetch(name)
-    except DataError as error:
-        Path(environment["WAVE_RNNS_DATA"], "error.lock").write_text(str(error))
-        return 1
+    fetch(name)
     return 0
 
 
@@ -191,16 +165,7 @@ def live(name: str, files: dict, environment: dict, slow_disk: float = 0.0) -> i
 def start(nursery, small):
     "A function that starts a process which fetches a data set of the small world."
     variables = {k: os.environ[k] for k in ("WAVE_RNNS_DATA", *data.ADDRESSES.values())}
-    plain = json.loads(json.dumps(FILES))
-    return lambda name, slow_disk=0.0: nursery("test_data:live", name, plain, variables, slow_disk)
-
-
-def left_there(small, n: int, content: bytes | None = None) -> Path:
-    "What an earlier attempt left of the archive."
-    data_root().mkdir(exist_ok=True)
-    part = data_root() / f"{ARCHIVE}.part"
-    part.write_bytes((small.files[ARCHIVE] if content is None else content)[:n])
-    return part
+    return lambda name, slow_disk=0.0: nursery("test_data:live", name, FILES, variables, slow_disk)
 
 
 # ---------------------------------------------------------------------------------------------- reading what is there
@@ -211,51 +176,44 @@ def test_what_is_read_is_what_lies_there(small):
         fetch(name)
     mnist, cifar = load_raw("mnist", download=False), load_raw("cifar10", download=False)
     for part, tensor in zip(MNIST_PARTS, mnist, strict=True):
-        assert digest(idx(tensor.squeeze(1).numpy() if "images" in part else tensor.numpy())) == FILES[part][1]
+        values = tensor[:, 0] if "images" in part else tensor
+        assert sha256(idx(values.numpy())) == FILES[part][1]
     assert cifar.train_images.dtype == cifar.test_labels.dtype == torch.uint8
     assert cifar.train_images.shape == (30, 3, 32, 32) and cifar.test_labels.tolist() == [0, 1, 2, 3, 4, 5]
     batch = pickle.loads((data_root() / FOLDERS["cifar10"] / "data_batch_2").read_bytes())
     assert np.array_equal(cifar.train_images[6:12].flatten(1), batch["data"])
 
 
-def damage(path, how):
-    content = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        bit = random.Random(path.name).randrange(8 * len(content))
-        content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes({"truncated": content[:-1], "empty": b"", "junk behind": content + b"x"}.get(how, content))
+DAMAGES = {
+    "flipped bit": lambda content: bytes([content[0] ^ 4]) + content[1:],
+    "truncated": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "junk behind": lambda content: content + b"x",
+}
 
 
-@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "junk behind"])
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["mnist", "mnist unpacked", "cifar10"])
 def test_damaged_files_are_named_with_both_sums_and_the_remedy(name, how, small):
     "The last one first: the error is about the first that is damaged."
+    name, _, unpacked = name.partition(" ")
     fetch(name)
+    folder = data_root() / FOLDERS[name]
+    for packed in folder.iterdir() if unpacked else ():
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    assert len(load_raw(name, download=False).test_labels)
     for part in reversed(MNIST_PARTS if name == "mnist" else CIFAR_PARTS):
-        (path,) = (data_root() / FOLDERS[name]).glob(f"{part}*")
-        damage(path, how)
+        (path,) = folder.glob(f"{part}*")
+        path.write_bytes(DAMAGES[how](path.read_bytes()))
         with pytest.raises(DataError) as caught:
             load_raw(name)
-        found = "none, it is longer" if how == "junk behind" else digest(path.read_bytes())
-        message = str(caught.value)
+        found, message = "none, it is longer" if how == "junk behind" else sha256(path), str(caught.value)
         assert all(word in message for word in (str(path), FILES[path.name][1], found, "delete it"))
-        assert "\n" not in message
-        assert path.exists()  # nothing is deleted behind the user's back
-    for path in (data_root() / FOLDERS[name]).iterdir():
+        assert "\n" not in message and path.exists()  # nothing is deleted behind the user's back
+    for path in folder.iterdir():
         path.unlink()
     assert len(load_raw(name).test_labels)  # the remedy works
-
-
-def test_an_unpacked_copy_is_read_and_compared_too(small):
-    fetch("mnist")
-    packed = data_root() / FOLDERS["mnist"] / "t10k-labels-idx1-ubyte.gz"
-    expected, plain = load_raw("mnist").test_labels, packed.with_suffix("")
-    plain.write_bytes(gzip.decompress(packed.read_bytes()))
-    packed.unlink()
-    assert torch.equal(load_raw("mnist", download=False).test_labels, expected)
-    damage(plain, "flipped bit")
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte: expected sha256"):
-        load_raw("mnist")
 
 
 def test_nothing_is_unpickled_before_it_was_compared(small, tmp_path):
@@ -307,9 +265,9 @@ def test_fetch_once_and_never_again(small, name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_kill_9_in_the_middle_of_a_download(start, small, name, tally):
-    chance, kills, first, began = random.Random(name), 0, 0, []
-    small.pace, wanted = 0.005, KILLS - KILLS // 2 if name == "mnist" else KILLS // 2
-    while kills < wanted:
+    chance, kills, completed = random.Random(name), 0, 1
+    small.pace = 0.005
+    while kills < KILLS // 2:
         asked = len(small.asked)
         life = start(name, slow_disk=0.02)
         while life.alive() and len(small.asked) == asked:
@@ -317,19 +275,15 @@ def test_kill_9_in_the_middle_of_a_download(start, small, name, tally):
         time.sleep(chance.uniform(0, 0.12))
         life.send(signal.SIGKILL)
         code = life.end()
-        began += [begin for _, begin in small.asked[asked:]]
-        nothing_half()
+        assert nothing_half(done=code == 0) <= WHOLE[name]
         if code == 0:  # it was faster: begin anew
-            first += 1
-            assert nothing_half(done=True)
-            for path in sorted(data_root().rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            continue
-        kills += 1
+            completed += 1
+            shutil.rmtree(data_root())
+        kills += code != 0
     assert start(name).end() == 0
     assert nothing_half(done=True) == WHOLE[name]
-    went_on = sum(begin > 0 for begin in began)
-    tally(f"kill -9 while {name} is fetched", kills=kills, requests_that_went_on=went_on, data_sets_completed=first + 1)
+    went_on = sum(begin > 0 for _, begin in small.asked)
+    tally(f"kill -9 while {name} is fetched", kills=kills, requests_that_went_on=went_on, data_sets_completed=completed)
 
 
 def test_one_is_killed_while_two_wait(start, small):
@@ -349,7 +303,7 @@ def test_one_is_killed_while_two_wait(start, small):
 def test_a_server_that_hangs_up(small):
     small.most = 30_000
     fetch("cifar10")
-    assert nothing_half(done=True) == 6 and small.sent == len(small.files[ARCHIVE])  # not one byte came twice
+    assert nothing_half(done=True) == 6  # and not one byte came twice:
     assert [begin for _, begin in small.asked] == list(range(0, len(small.files[ARCHIVE]), 30_000))
 
 
@@ -368,7 +322,9 @@ MISBEHAVIOUR = {  # of the server, what is said of it, and how much of 5,000 byt
 @pytest.mark.parametrize("wrong, says, left", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR)
 def test_a_server_that_misbehaves_is_named_and_costs_nothing(small, monkeypatch, wrong, says, left):
     "A wrong beginning is of no use to anybody; everything else is kept, and the next attempt goes on from there."
-    part = left_there(small, 5000)
+    data_root().mkdir()
+    part = data_root() / f"{ARCHIVE}.part"
+    part.write_bytes(small.files[ARCHIVE][:5000])
     with monkeypatch.context() as patched:
         for name, value in wrong.items():
             patched.setattr(small, name, value)
@@ -376,27 +332,34 @@ def test_a_server_that_misbehaves_is_named_and_costs_nothing(small, monkeypatch,
             patched.setattr(data, "PATIENCE", 0.2)
         with pytest.raises(DataError, match=says) as caught:
             load_raw("cifar10")
-    message = str(caught.value)
-    assert "WAVE_RNNS_CIFAR10_URL" in message and small.address in message and not have_data("cifar10")
+    assert all(word in str(caught.value) for word in ("WAVE_RNNS_CIFAR10_URL", os.environ["WAVE_RNNS_CIFAR10_URL"]))
+    assert not have_data("cifar10")
     assert (part.stat().st_size if part.exists() else 0) == left
     fetch("cifar10")
     assert nothing_half(done=True) == 6 and small.asked[-1] == (ARCHIVE, left)
 
 
-@pytest.mark.parametrize("left", ["right", "wrong", "whole", "whole but wrong", "too long", "nothing"])
-def test_whatever_an_earlier_attempt_left(small, left):
-    content = small.files[ARCHIVE]
-    choices = {"right": content[:9000], "wrong": bytes(9000), "whole": content, "nothing": b""}
-    choices |= {"whole but wrong": bytes(len(content)), "too long": content + b"x"}
-    left_there(small, 10**9, choices[left])
+@pytest.mark.parametrize(
+    "left, begins",
+    [
+        (lambda whole: whole[:9000], [9000]),
+        (lambda whole: bytes(9000), [9000, 0]),
+        (lambda whole: whole, []),
+        (lambda whole: bytes(len(whole)), [0]),
+        (lambda whole: whole + b"x", [0]),
+        (lambda whole: b"", [0]),
+    ],
+    ids=["right", "wrong", "whole", "whole but wrong", "too long", "nothing"],
+)
+def test_whatever_an_earlier_attempt_left(small, left, begins):
+    data_root().mkdir()
+    (data_root() / f"{ARCHIVE}.part").write_bytes(left(small.files[ARCHIVE]))
     fetch("cifar10")
-    assert nothing_half(done=True) == 6
-    begins = {"right": [9000], "wrong": [9000, 0], "whole": []}.get(left, [0])
-    assert [begin for _, begin in small.asked] == begins
+    assert nothing_half(done=True) == 6 and [begin for _, begin in small.asked] == begins
 
 
 def test_the_next_address_may_do_and_so_does_an_archive_of_ones_own(small, monkeypatch):
-    monkeypatch.setenv("WAVE_RNNS_MNIST_URL", f"{NOBODY} {small.address}empty {small.address}")
+    monkeypatch.setenv("WAVE_RNNS_MNIST_URL", f"{NOBODY} {os.environ['WAVE_RNNS_MNIST_URL']}")
     fetch("mnist")
     assert nothing_half(done=True) == 4
     monkeypatch.setenv("WAVE_RNNS_CIFAR10_URL", NOBODY)
@@ -408,14 +371,7 @@ def test_the_next_address_may_do_and_so_does_an_archive_of_ones_own(small, monke
     assert nothing_half(done=True) == 4 + 7  # six batches, and the archive: it is the user's
 
 
-ADDRESSES = {
-    NOBODY: "refused",
-    "http://no-such-host.invalid/": "no-such-host.invalid",
-    "not an address": "unknown url type",
-    "http://[/": "Invalid",
-    "http://127.0.0.1:notaport/": "nonnumeric port",
-    "file:///no/such/folder": "No such file",
-}
+ADDRESSES = {NOBODY: "refused", "http://no-such-host.invalid/": "no-such-host", "not an address": "unknown url type"}
 
 
 @pytest.mark.parametrize("name, address", [*(("mnist", address) for address in ADDRESSES), ("cifar10", NOBODY)])
@@ -430,7 +386,7 @@ def test_no_network_and_no_address(name, address, tmp_path, monkeypatch):
     message, place = str(caught.value), str(tmp_path / "new" / FOLDERS[name])
     for word in (place, "could not be downloaded", "WAVE_RNNS_DATA", f"WAVE_RNNS_{name.upper()}_URL"):
         assert word in message
-    assert "\n" not in message and lying_there() == {}
+    assert "\n" not in message and not nothing_half(done=True)
 
 
 def test_a_full_disk(small, small_disk, monkeypatch):
@@ -443,14 +399,10 @@ def test_a_full_disk(small, small_disk, monkeypatch):
     assert nothing_half(done=True) == 6 and small.asked[-1][1] > 0
 
 
-def test_a_folder_that_cannot_be_made_and_one_in_the_way(small, tmp_path, monkeypatch):
+def test_a_folder_in_the_way(small):
     (data_root() / f"{ARCHIVE}.part").mkdir(parents=True)
     with pytest.raises(DataError, match="Is a directory"):
         fetch("cifar10")
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("WAVE_RNNS_DATA", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="could not be downloaded"):
-        load_raw("mnist")
 
 
 def test_no_home_directory(monkeypatch):

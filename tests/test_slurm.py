@@ -59,9 +59,9 @@ class Sweep:
         command = self.folder / "wrnn_sweep"
         command.write_text(SCRIPT.format(module="wave_rnns.paper.cli", name="wrnn_sweep"))
         environ = {**self.slurm.environ, "PYTHONPATH": str(ROOT)}
-        words = [sys.executable, command, self.grid, "--results", self.results, "--device", "cpu"]
-        words += ["--slurm", "--workers", workers, "--minutes", 10]
-        script = subprocess.run([*map(str, words)], env=environ, capture_output=True, text=True, check=True).stdout
+        options = f"--device cpu --slurm --workers {workers} --minutes 10".split()
+        words = [sys.executable, command, self.grid, "--results", self.results, *options]
+        script = subprocess.check_output(words, env=environ, text=True)
         (self.folder / "sweep.sh").write_text(script)
         sbatch = ["sbatch", "--parsable", f"--partition={partition}", "sweep.sh"]
         job = subprocess.check_output(sbatch, env=environ, text=True, cwd=self.folder).strip()

@@ -3,11 +3,9 @@ that each row of the table in tests/README.md still names a test that exists.
 
 `python tests/test_survival.py` stores weights and answers of the present release in `tests/releases/VERSION`, once; they are never changed."""
 
-import ast
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 
 import wave_rnns
 from wave_rnns.paper import grids, sweeps
-from wave_rnns.paper.checkpoints import CheckpointFile, load_checkpoint, load_weights, save_weights
+from wave_rnns.paper.checkpoints import CheckpointFile, load_weights, save_weights
 from wave_rnns.paper.experiments import Experiment
 from wave_rnns.paper.models import ModelConfig, build_model
 from wave_rnns.paper.records import read_records
@@ -40,8 +38,7 @@ def question(config: ModelConfig) -> torch.Tensor:
     "An input that no generator of random numbers has a hand in: [T=6, B=4, F], or tokens."
     if config.every_step:
         return torch.arange(24).reshape(6, 4) * 7 % 10
-    features = 2
-    return ((torch.arange(6 * 4 * features) * 5 % 17) - 8).reshape(6, 4, features) / 8
+    return ((torch.arange(48) * 5 % 17) - 8).reshape(6, 4, 2) / 8
 
 
 @pytest.mark.parametrize("folder", sorted(RELEASES.glob("*/*")), ids=lambda p: f"{p.parent.name} {p.name}")
@@ -77,55 +74,42 @@ def store(folder: Path) -> None:
 
 
 def test_a_sweep_goes_on_when_runs_explode(tmp_path, monkeypatch, tally):
-    "Those with a hopeless learning rate are recorded as diverged, with their step, and their last finite weights were kept; the others are done."
+    "A hopeless learning rate is recorded as diverged, with its step; every checkpoint held finite weights; the others are done."
     model = ModelConfig("wrnn", 10, 10, n=8, c=2, every_step=True)
     sizes = {"T": 1, "batch_size": 8, "valid_size": 20, "test_size": 20}
     e = Experiment("tiny", "copy", sizes, model, lr=1e-2, steps=24, eval_every=8, log_every=4)
     grid = grids.Grid("g", (e,), {"lr": [1e-2, 1e18], "clip": [0, 1]}, seeds=(0, 1), together=8)
-    kept, real = {}, CheckpointFile.save
+    finite, real = [], CheckpointFile.save
 
     def save(self, tensors, meta):
         real(self, tensors, meta)
-        tensors, meta = load_checkpoint(self.path)
-        kept[meta["history"]["step"]] = all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+        finite.append(all(t.isfinite().all() for t in tensors.values()))
 
     monkeypatch.setattr(CheckpointFile, "save", save)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sweeps.work(grid.runs(), tmp_path, "cpu", 8, checkpoint_seconds=0)
-    assert len(kept) > 2 and all(kept.values()), "every checkpoint holds finite weights only"
+    sweeps.work(grid.runs(), tmp_path, "cpu", 8, checkpoint_seconds=0)
+    assert len(finite) > 2 and all(finite)
     records = read_records(tmp_path)
-    status = {(r["config"]["lr"], r["config"]["clip"], r["seed"]): r for r in records}
-    assert len(records) == 8
-    for (lr, _, _), r in status.items():
-        assert r["status"] == ("diverged" if lr == 1e18 else "done")
-        assert r["diverged_step"] is None if lr == 1e-2 else 0 < r["diverged_step"] <= 4  # long before the first log
-        assert lr == 1e18 or r["test_best"]["cross_entropy"] > 0
-    tally("a sweep in which runs explode", runs=8, diverged=4, done=4)
+    lost = [r for r in records if r["config"]["lr"] == 1e18]
+    assert all(r["status"] == "diverged" and 0 < r["diverged_step"] <= 4 for r in lost)  # long before the first log
+    good = [r for r in records if r["config"]["lr"] == 1e-2]
+    assert all(r["status"] == "done" and r["test_best"]["cross_entropy"] > 0 for r in good)
+    tally("a sweep in which runs explode", runs=8, diverged=len(lost), done=len(good))
+    assert len(lost) == len(good) == 4
 
 
 # --------------------------------------------------------------------------------- the table that says which test shows what
 
 
-def named_tests() -> list[tuple[str, str]]:
-    return re.findall(r"`?(test_\w+\.py)::(test_\w+)", PROMISES.read_text())
-
-
-def test_every_test_that_the_table_names_exists():
-    assert len(named_tests()) >= 20
-    for file, name in named_tests():
-        functions = {n.name for n in ast.walk(ast.parse((HERE / file).read_text())) if isinstance(n, ast.FunctionDef)}
-        assert name in functions, f"tests/README.md names {file}::{name}, which is not there"
-
-
-def test_every_row_of_the_table_names_a_test():
+def test_every_row_of_the_table_names_tests_that_exist():
     section = PROMISES.read_text().partition("## What must survive")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
-    assert len(rows) >= 15
+    assert len(rows) >= 20
     for row in rows:
-        assert re.search(r"test_\w+\.py::test_\w+|tests/gpu/check_\w+\.py", row), row
-    for script in re.findall(r"tests/gpu/(check_\w+\.py)", section):
-        assert (HERE / "gpu" / script).exists()
+        named = re.findall(r"(test_\w+\.py)::(test_\w+)|tests/(gpu/check_\w+\.py)", row)
+        assert named, f"no test shows this: {row}"
+        for file, name, script in named:
+            code = (HERE / (file or script)).read_text()
+            assert script or f"\ndef {name}(" in code, f"tests/README.md names {file}::{name}, which is not there"
 
 
 if __name__ == "__main__":

@@ -33,11 +33,6 @@ RUNS = GRID.runs()
 QUIET = dict(progress=False, checkpoint_seconds=0.0)
 
 
-def tiny(**changes) -> dict:
-    axes = {**TINY["axes"], **changes.pop("axes", {})}
-    return {**TINY, **changes, "axes": axes}
-
-
 def trained(results, runs=RUNS):
     return [run for run in runs if run.path(results).exists()]
 
@@ -62,28 +57,14 @@ PAPER = {  # experiments x axes of the search, from the authors' sweep files; co
 def test_a_declared_grid_is_its_plain_data(name):
     grid = find_grid(name)
     assert len(grid.runs()) == PAPER[name]
-    again = grid_from(json.loads(json.dumps(grid_config(grid))))
-    assert [r.key for r in again.runs()] == [r.key for r in grid.runs()]
-    assert (again.name, again.seeds, again.together, again.axes) == (grid.name, grid.seeds, grid.together, grid.axes)
+    assert grid_from(json.loads(json.dumps(grid_config(grid)))) == grid
     names = [point.name for *_, point in grid.points()]
     assert len({*names}) == len(names), "two points of one name cannot be told apart"
-    assert all(re.fullmatch(r"\w{1,64}", n) for n in names)
-
-
-@pytest.mark.parametrize("setting, value", [("lr", 0.5), ("model.u_init", "random"), ("task_options.new_option", 7)])
-def test_a_setting_of_any_kind_can_be_an_axis(setting, value):
-    base, head = EXPERIMENTS["adding100_wrnn"], setting.partition(".")[0]
-    grid = Grid("g", (base,), {setting: [value]})
-    ((*_, point),) = grid.points()
-    before, after = to_config(base), to_config(point)
-    assert {k for k in before if before[k] != after[k]} == {"name", head} and grid.runs()[0].key != Run(base, 0).key
-    assert grid_from(json.loads(json.dumps(grid_config(grid)))).runs() == grid.runs()
 
 
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"experiments": "copy80_wrnn"}, "experiments must be"),
         ({"experiments": []}, "experiments must name at least one"),
         ({"experiments": [3]}, "experiments must be a list"),
         ({"experiments": ["grid:no_such_grid"]}, "grid:no_such_grid"),
@@ -91,7 +72,7 @@ def test_a_setting_of_any_kind_can_be_an_axis(setting, value):
         ({"name": "../x"}, "name must be letters"),
         ({"axes": {"lr": 1e-3}}, "axes must be lists of values"),
         ({"axes": {"lr": []}}, "axes must be lists of values"),
-        ({"axes": {"lrr": [1]}}, "unknown key 'lrr'; did you mean 'lr'"),
+        ({"axes": {"lr": [2**63]}}, "axes must hold finite numbers"),
         ({"axes": {"lr.x": [1]}}, "has no setting 'lr.x'"),
         ({"axes": {"seeds": [[0], [1]]}}, "seeds"),
         ({"axes": {"lr": list(range(1, 1000)), "clip": list(range(1000))}}, "are a slip"),
@@ -118,12 +99,14 @@ def test_experiments_by_pattern_by_file_and_inline(tmp_path, monkeypatch):
     grid = find_grid("elsewhere/both.json")
     assert grid.name == "both" and [e.name for e in grid.experiments] == ["copy10_wrnn", "mine", "whole"]
     assert len(grid.runs()) == 6
-    with pytest.raises(OSError, match="nowhere.json"):
-        find_grid("nowhere.json")
     declared = {Run(e, s).key for n, e in EXPERIMENTS.items() if n.startswith("smnist_") for s in e.seeds}
     assert {r.key for r in find_grid("smnist_*").runs()} == declared
-    with pytest.raises(ConfigError, match="grids are copy_wrnn"):
-        find_grid("no_such_thing")
+    for missing, error, says in (
+        ("nowhere.json", OSError, "nowhere.json"),
+        ("no_such_thing", ConfigError, "grids are copy_wrnn"),
+    ):
+        with pytest.raises(error, match=says):
+            find_grid(missing)
 
 
 def test_a_run_is_there_once():
@@ -148,6 +131,8 @@ def test_the_partition_depends_on_the_grid_alone():
 
 
 def test_only_what_is_missing_is_trained_and_that_once(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted, match="between two populations"):
+        work(RUNS, tmp_path, "cpu", 2, interrupt=lambda: True, **QUIET)
     (before,) = train(RUNS[1:2], tmp_path, "cpu", **QUIET)
     assert work(RUNS, tmp_path, "cpu", 2, **QUIET) == {} and trained(tmp_path) == RUNS
     assert [record_of(tmp_path, run)["together"] for run in RUNS] == [1, 1, 2, 2, 2, 2]
@@ -166,32 +151,16 @@ def interrupted_after(runs, results, steps, **options):
         train(runs, results, "cpu", interrupt=lambda: next(count, None) is None, **QUIET, **options)
 
 
-def same(a, b):
-    return all(a[k] == b[k] for k in ("test_best", "test_final", "valid_best", "best_step", "status"))
-
-
-@pytest.mark.parametrize("steps", [0, 3, 8])
-def test_interrupted_anywhere_nothing_is_lost(tmp_path, steps):
-    whole = train(RUNS, tmp_path / "whole", "cpu", together=3, **QUIET)
-    interrupted_after(RUNS, tmp_path / "cut", steps, together=3)
-    resumed = train(RUNS, tmp_path / "cut", "cpu", together=3, **QUIET)
-    assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
-    for run in RUNS:
-        assert run.path(tmp_path / "cut", ".csv").read_bytes() == run.path(tmp_path / "whole", ".csv").read_bytes()
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_killed_between_two_records_of_a_population(tmp_path, monkeypatch):
     "The first record is kept as it is, the second comes from the checkpoint, and no step is made again."
     runs, write = RUNS[:2], sw.write_record
-
-    def write_one(results, record, curve):
-        write(results, record, curve)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sw, "write_record", write_one)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sw, "write_record", lambda *record: killed(write(*record)))
         train(runs, tmp_path, "cpu", **QUIET)
-    monkeypatch.setattr(sw, "write_record", write)
     first = runs[0].path(tmp_path).read_bytes()
     step = "wave_rnns.paper.training.Population.train_step"
     monkeypatch.setattr(step, lambda self: pytest.fail("a step was made again"))
@@ -201,20 +170,12 @@ def test_killed_between_two_records_of_a_population(tmp_path, monkeypatch):
 
 def test_killed_before_the_files_were_removed(tmp_path, monkeypatch):
     "All records are there: the next worker trains nothing and clears up, whatever state the checkpoint is in."
-    from wave_rnns.paper.checkpoints import CheckpointFile
-
-    def killed(self):
-        raise KeyboardInterrupt
-
-    remove = CheckpointFile.remove
-    monkeypatch.setattr(CheckpointFile, "remove", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("wave_rnns.paper.checkpoints.CheckpointFile.remove", killed)
         train(RUNS[:2], tmp_path, "cpu", **QUIET)
-    monkeypatch.setattr(CheckpointFile, "remove", remove)
     monkeypatch.setattr(sw, "fit_population", lambda *_, **__: pytest.fail("trained twice"))
     files = list(tmp_path.glob("checkpoints/*.safetensors"))
     files[0].write_bytes(b"junk")
-    (tmp_path / "checkpoints" / f".{files[0].name}.1-ab.tmp").write_text("half a checkpoint")
     assert trained(tmp_path) == RUNS[:2] and work(RUNS[:2], tmp_path, "cpu", **QUIET) == {}
     assert not list(tmp_path.glob("checkpoints/*"))
 
@@ -254,28 +215,25 @@ def test_a_failure_is_written_down_and_the_next_start_tries_again(tmp_path, monk
             raise MemoryError("so large")
         return fit(runs, *args, **kwargs)
 
-    monkeypatch.setattr(sw, "fit_population", fails)
-    failed = work(RUNS, tmp_path, "cpu", 2, **QUIET)
-    assert list(failed.values()) == ["so large"] and trained(tmp_path) == RUNS[2:] and tried == [2, 2, 2]
+    with monkeypatch.context() as patched:
+        patched.setattr(sw, "fit_population", fails)
+        failed = work(RUNS, tmp_path, "cpu", 2, **QUIET)
+        with pytest.raises(MemoryError, match="so large"):  # for a caller who wants to see it
+            train(RUNS[:2], tmp_path, "cpu", **QUIET)
+    assert list(failed.values()) == ["so large"] and trained(tmp_path) == RUNS[2:] and tried == [2, 2, 2, 2]
     (note,) = tmp_path.glob("checkpoints/*.failed")
     assert note.read_text().startswith("2 x tiny") and "MemoryError: so large" in note.read_text()
     assert sw.failures(GRID, tmp_path) == failed
-    with pytest.raises(MemoryError, match="so large"):  # for a caller who wants to see it
-        train(RUNS[:2], tmp_path, "cpu", **QUIET)
-    monkeypatch.setattr(sw, "fit_population", fit)
     assert work(RUNS, tmp_path, "cpu", 2, **QUIET) == {} and trained(tmp_path) == RUNS
     assert sw.failures(GRID, tmp_path) == {} and not list(tmp_path.glob("checkpoints/*"))
     with pytest.raises(ConfigError, match="no runs"):
         train([], tmp_path, "cpu")
 
 
-class AcceleratorError(RuntimeError):
-    "As torch's."
+BAD_GPU = type("AcceleratorError", (RuntimeError,), {})  # as torch's
 
 
-@pytest.mark.parametrize(
-    "error", [AcceleratorError("an illegal memory access"), OSError(errno.ENOSPC, "no space left")]
-)
+@pytest.mark.parametrize("error", [BAD_GPU("an illegal memory access"), OSError(errno.ENOSPC, "no space left")])
 def test_what_the_next_population_would_meet_too_ends_the_worker(tmp_path, monkeypatch, error):
     tried = []
 
@@ -287,15 +245,16 @@ def test_what_the_next_population_would_meet_too_ends_the_worker(tmp_path, monke
     with pytest.raises((WaveRNNError, OSError), match=str(error.args[-1])) as e:
         work(RUNS, tmp_path, "cpu", 2, **QUIET)
     assert len(tried) == 1
-    if isinstance(error, AcceleratorError):
+    if isinstance(error, BAD_GPU):
         assert e.value.exit_code == sw.BROKEN and len(list(tmp_path.glob("checkpoints/*.failed"))) == 1
 
 
 # Halving --------------------------------------------------------------------------------------------------------------
 
-WILD = {"clip": [0], "model.activation": ["identity"]}  # with which a learning rate of 1e12 diverges
-RATES = {"lr": [1e-1, 1e-2, 1e-3, 1e-4, 1e12], **WILD}
-SEARCH = grid_from(tiny(name="search", seeds=[0], together=64, axes=RATES, halving=[[2, 3], [4, 1]]))
+# of which 1e12 diverges
+RATES = {"lr": [1e-1, 1e-2, 1e-3, 1e-4, 1e12], "clip": [0], "model.activation": ["identity"]}
+SEARCH = {"name": "search", "axes": {**SIZES, **RATES}, "seeds": [0], "together": 64, "halving": [[2, 3], [4, 1]]}
+SEARCH = grid_from({**TINY, **SEARCH})
 
 
 def test_a_search_is_halved_and_its_records_say_so(tmp_path):
