@@ -192,8 +192,7 @@ def _(folder):
     return stored_weights(folder, "model.safetensors", files=spoiled_tensors, seal=seal)
 
 
-# ValueError: for results whose number is no number, which `resume` does not call a CheckpointError
-@loader("what a checkpoint holds, on resuming", CheckpointError, ValueError)
+@loader("what a checkpoint holds, on resuming", CheckpointError)
 def _(folder):
     rhythm = {k: tiny_task.RHYTHM[k] for k in ("steps", "eval_every", "log_every")}
     population = training.Population(

@@ -272,6 +272,14 @@ def test_a_search_is_halved_and_its_records_say_so(tmp_path):
     assert [row["rung"] for row in rows] == [None, 2, 2, 1, None] and rows[-1]["diverged"] == 1
     (best,) = winners(SEARCH, tmp_path)
     assert best.halving == () and best.lr == rows[0]["settings"]["lr"]  # to be trained without a search
+    for run, r in zip(SEARCH.runs(), records, strict=True):
+        if "pruned" in r:  # however good it was when it was stopped
+            better = {**r, "valid_best": {**r["valid_best"], "cross_entropy": 1e-9}}
+            run.path(tmp_path).write_text(json.dumps({**better, "sha256": content_hash(better)}))
+    assert [row["rung"] for row in ranking(SEARCH, tmp_path)] == [None, 2, 2, 1, None]
+    assert winners(SEARCH, tmp_path) == [best]
+    Run(rows[0]["point"], 0).path(tmp_path).unlink()
+    assert winners(SEARCH, tmp_path) == []
 
 
 def test_a_search_of_which_a_record_was_lost_is_ranked_anew(tmp_path):

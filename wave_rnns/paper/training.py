@@ -382,7 +382,7 @@ class Training(TrainingLoop):
             if self.ended:
                 self.population = self.population.select(history.runs)
             fixed = {k: tensors.pop(f"fixed.{k}") for k in self.population.fixed}
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             problem = f"{type(e).__name__} {e}"
             raise CheckpointError(f"a checkpoint of something else: {problem}") from e
         self.population.load_state(tensors)
