@@ -293,7 +293,7 @@ def test_quick_is_the_beginning_of_the_full_run(tmp_path, monkeypatch):
     "To the last digit; its table says so, and no table of the paper takes it."
     whole = grid_from({"name": "g", "experiments": ["copy0_wrnn"], "axes": {**SMALL, "steps": [400]}})
     full = replace(whole.points()[0][2], name="tiny_full")
-    monkeypatch.setitem(EXPERIMENTS.declared, "tiny_full", (None, json.loads(json.dumps(to_config(full)))))
+    monkeypatch.setitem(EXPERIMENTS, "tiny_full", full)
     train([Run(full, 0)], tmp_path / "full", "cpu", progress=False)
     short = beginning("tiny_full", 1) | {"steps": 200}
     grid = grid_from({"name": "quick", "experiments": [short], "seeds": [0]})

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from wave_rnns.core import ConfigError
-from wave_rnns.paper.experiments import EXPERIMENTS, from_config, run_key
+from wave_rnns.paper.experiments import EXPERIMENTS, from_config, run_key, to_config
 from wave_rnns.paper.models import ModelConfig, build_model, count_parameters
 from wave_rnns.scan import rows
 
@@ -139,7 +139,7 @@ def test_no_gpu_generator_is_seeded(config, monkeypatch):
 
 
 def test_two_biases_are_another_run():
-    plain = EXPERIMENTS.config("smnist_wrnn")
+    plain = to_config(EXPERIMENTS["smnist_wrnn"])
     model = {**plain["model"], "kind": "irnn", "c": 1}
     options = ({}, {"recurrent_bias": False}, {"recurrent_bias": True})
     one, off, two = (run_key(from_config({**plain, "model": model | o}), 0) for o in options)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'CLIPS', 'IRNN_AXES', 'AS_THEIRS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES', 'WAVES',
-           'FINALS', 'BUMPS', 'TABLE_2', 'FIGURES', 'SEEDS', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied',
+           'FINALS', 'BUMPS', 'TABLE_2', 'FIGURES', 'MLPS', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied',
            'point_name', 'declare_grid', 'grid_from', 'grid_config', 'find_grid', 'beginning', 'populations',
            'h200_seconds', 'seconds_left', 'duration', 'standing']
 
@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import ConfigError
@@ -256,19 +256,29 @@ declare_grid("appendix", FIGURES, {}, "Figures 7, 10, 11, 12 and 14", seeds=())
 
 def beginning(name: str, seeds: int) -> dict:
     "The first epochs or steps of a declared experiment, for a few seeds."
-    config = EXPERIMENTS.config(name)
-    short = {"copy": {"steps": 6000}, "adding": {"steps": 5000}}
-    length = short.get(config["task"], {"epochs": 10 if name == "nscifar10_irnn" else 20})
+    e = EXPERIMENTS[name]
+    epochs = 10 if name == "nscifar10_irnn" else 20
+    length = {"copy": {"steps": 6000}, "adding": {"steps": 5000}}.get(
+        e.task, {"epochs": epochs}
+    )
     about = {"name": f"quick_{name}", "source": f"the beginning of {name}"}
-    return {"model": {}, **config, **about, "seeds": list(range(seeds)), **length}
+    return to_config(replace(e, **about, **length, seeds=range(seeds)))
 
 
-SEEDS = {"smnist_wrnn_mlp": 2, "psmnist_wrnn_mlp": 2, "nscifar10_wrnn": 2}
-SEEDS |= dict.fromkeys(BUMPS, 5)  # five identity networks together cost little more than one
-QUICK = [beginning(name, SEEDS.get(name, 3)) for name in (*TABLE_2, *WAVES, *FINALS, *BUMPS)]
-QUICK += [beginning(f"copy80_{row}", 1) for row in ABLATIONS]
-QUICK += [beginning("nscifar10_irnn", 1)]
-declare_grid("quick", QUICK, {}, "the beginning of the final rows", seeds=())
+MLPS = ["smnist_wrnn_mlp", "psmnist_wrnn_mlp"]
+QUICK = {  # seeds: of what; five identity networks together cost little more than one
+    3: ["smnist_wrnn_fast", "psmnist_wrnn", *WAVES[:-1], *FINALS],
+    2: [*MLPS, "nscifar10_wrnn"],
+    5: BUMPS,
+    1: [*(f"copy80_{row}" for row in ABLATIONS), "nscifar10_irnn"],
+}
+declare_grid(
+    "quick",
+    [beginning(name, seeds) for seeds, names in QUICK.items() for name in names],
+    {},
+    "the beginning of the final rows",
+    seeds=(),
+)
 
 # %% ../../nbs/17_grids.ipynb #fc8e5af4
 OWN_SETTINGS = ("lr", "clip", "drop_factor", "drop_every")  # a run's own inside a population
