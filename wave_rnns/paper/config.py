@@ -35,7 +35,7 @@ def check_rules(
     "Raise ConfigError for the first rule that does not hold; each may rely on those before."
     for name, holds, rule in rules:
         if not holds:
-            raise ConfigError(f"{what}: {name} {rule}, got {getattr(thing, name)!r}")
+            raise ConfigError(f"{what}: {name} {rule}, got {getattr(thing, name)!r:.200}")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import wave_rnns
-from ..core import ConfigError, WaveRNNError, progress
+from ..core import ConfigError, WaveRNNError, plain, progress
 from .experiments import Run, checked_device, record_of
 from wave_rnns.paper.grids import (
     Grid,
     duration,
-    grid_config,
     grid_from,
     h200_seconds,
     populations,
@@ -188,7 +187,7 @@ def sweep(
             options = {"interrupt": asked, "checkpoint_seconds": checkpoint_seconds}
             return work(runs, results, device, grid.together, **options)
         order = {
-            "grid": grid_config(grid),
+            "grid": plain(grid),
             "results": str(results),
             "workers": workers,
             "checkpoint_seconds": checkpoint_seconds,
