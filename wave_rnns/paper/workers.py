@@ -103,7 +103,7 @@ def run_workers(
     "Start workers, replace those that are killed, until all have ended."
     from wave_rnns.paper.training import Interrupted
 
-    results, deaths, disk, problem = Path(order["results"]), 0, "", None
+    results, deaths, disk, problem = Path(order["results"]), 0, "", ""
     (results / "logs").mkdir(parents=True, exist_ok=True)
     name = order["grid"]["name"]
     logs = [results / "logs" / f"{name}-{k}.log" for k in range(len(devices))]
@@ -112,16 +112,14 @@ def run_workers(
     try:
         while workers:
             time.sleep(0.2)
-            done = sum(run.path(results).exists() for run in runs)
+            done = sum(is_done([run], results) for run in runs)
             if done != bar.n:
                 bar.n = done
                 bar.set_postfix_str(standing(runs, results, len(devices)))
             if asked():
-                raise Interrupted(
-                    f"stopped with {done} of {len(runs)} runs done; the same command goes on"
-                )
-            for k, worker in list(workers.items()):
-                code = worker.poll()
+                ends = f"stopped with {done} of {len(runs)} runs done"
+                raise Interrupted(f"{ends}; the same command goes on")
+            for k, code in [(k, worker.poll()) for k, worker in workers.items()]:
                 if code is None:
                     continue
                 del workers[k]
@@ -186,12 +184,8 @@ def sweep(
         if workers <= 1:
             options = {"interrupt": asked, "checkpoint_seconds": checkpoint_seconds}
             return work(runs, results, device, grid.together, **options)
-        order = {
-            "grid": plain(grid),
-            "results": str(results),
-            "workers": workers,
-            "checkpoint_seconds": checkpoint_seconds,
-        }
+        order = {"grid": plain(grid), "results": str(results), "workers": workers}
+        order |= {"checkpoint_seconds": checkpoint_seconds}
         devices = [f"cuda:{k % gpus}" if gpus else device for k in range(workers)]
         form = "{desc} {bar} {postfix}"  # tqdm's own estimate takes all runs for equal
         with progress(total=len(runs), desc=grid.name, bar_format=form) as bar:
@@ -219,9 +213,8 @@ def sbatch_text(
     cpus: int = 1,  # for each worker
 ) -> str:
     "A batch script for Slurm, to be edited: account, partition, memory, modules."
-    for word in command:
-        if re.search(r"[\x00-\x1f]", word):
-            raise ConfigError(f"--slurm: {word!r} must not contain control characters")
+    if re.search(r"[\x00-\x1f]", shlex.join(command)):
+        raise ConfigError(f"--slurm: {command} must not contain control characters")
     gpu = "#SBATCH --gpus-per-task=1\n" if gpus else ""
     return f"""#!/bin/bash
 #SBATCH --job-name=wave_rnns
