@@ -83,14 +83,8 @@ class ModelConfig:
             )
 
 # %% ../../nbs/10_config.ipynb #74d5fc81
-KINDS = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "tuple": (list, tuple),
-    "dict": (dict,),
-}
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool}
+KINDS |= {"tuple": (list, tuple), "dict": dict}  # the types of a dataclass's fields, in a file
 
 
 def did_you_mean(
@@ -118,7 +112,7 @@ def check_fields(
             hint = did_you_mean(key, known, f"known are {', '.join(known)}")
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
         kind = getattr(known[key].type, "__name__", known[key].type).split("[")[0]
-        allowed = KINDS.get(kind, (object,))
+        allowed = KINDS.get(kind, object)
         true_as_1 = isinstance(value, bool) and kind in ("int", "float")
         if not isinstance(value, allowed) or true_as_1:
             raise ConfigError(f"{where}: {key} must be {kind}, got {value!r}")

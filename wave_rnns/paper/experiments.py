@@ -387,13 +387,9 @@ class Run:
 
     def identity(self) -> dict:
         "What its record says of what was run."
-        return {
-            "key": self.key,
-            "experiment": self.experiment.name,
-            "config": to_config(self.experiment),
-            "seed": self.seed,
-            "recipe": RECIPE,
-        }
+        config = to_config(self.experiment)
+        about = {"key": self.key, "experiment": self.experiment.name, "config": config}
+        return {**about, "seed": self.seed, "recipe": RECIPE}
 
 
 def record_of(results: Path, run: Run) -> dict | None:
@@ -453,9 +449,7 @@ def rungs_of(experiment: Experiment, task) -> list[tuple[int, int]]:
 
 
 def checked_device(name: str | None):
-    """A torch device by name.
-
-    Raises ConfigError for one that is not here, or on which nothing can be trained."""
+    "A torch device by name. ConfigError for one that is not here or cannot train."
     import torch
 
     from wave_rnns.core import default_device
@@ -463,13 +457,11 @@ def checked_device(name: str | None):
     try:
         device = default_device() if name is None else torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"unknown device {name!r}: use cpu, cuda or cuda:1")
+        device = torch.device("meta")
     gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ConfigError(
-            f"device {name!r} is not here ({gpus} CUDA devices): leave --device out,"
-            " or use cpu"
-        )
-    return device
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus):
+        return device
+    raise ConfigError(
+        f"unknown device {name!r}: use cpu, cuda or cuda:1 ({gpus} GPUs are here), or leave"
+        " --device out"
+    )
