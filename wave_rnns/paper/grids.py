@@ -6,7 +6,7 @@
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'CLIPS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES', 'IRNN_AXES', 'AS_THEIRS', 'WAVES',
            'FINALS', 'BUMPS', 'TABLE_2', 'ROWS', 'FIGURES', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied',
            'point_name', 'declare_grid', 'grid_from', 'find_grid', 'beginning', 'populations', 'h200_seconds',
-           'seconds_left', 'duration', 'standing']
+           'seconds_left', 'duration', 'count_done', 'standing']
 
 # %% ../../nbs/17_grids.ipynb #b7100004
 import itertools
@@ -296,9 +296,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def count_done(runs: list[Run], results: Path) -> int:
+    "How many of the runs have a record."
+    return sum(run.path(results).exists() for run in runs)
+
+
 def standing(runs: list[Run], results: Path, workers: int = 1) -> str:
     "'12 of 40 runs done, about 25 min left'."
-    done = sum(run.path(results).exists() for run in runs)
     seconds = seconds_left(runs, results)
     time_left = f", about {duration(seconds / workers)} left" if seconds else ""
-    return f"{done} of {len(runs)} runs done{time_left}"
+    return f"{count_done(runs, results)} of {len(runs)} runs done{time_left}"

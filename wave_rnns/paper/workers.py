@@ -20,18 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import wave_rnns
-from ..core import ConfigError, WaveRNNError, plain, progress
+from ..core import ConfigError, WaveRNNError, plain
 from .experiments import Run, checked_device, record_of
-from wave_rnns.paper.grids import (
-    Grid,
-    duration,
-    grid_from,
-    h200_seconds,
-    populations,
-    standing,
-)
+from .grids import Grid, count_done, duration, grid_from, h200_seconds
+from .grids import populations, standing
 from .records import results_root
-from .sweeps import BROKEN, failures, is_done, work
+from .sweeps import BROKEN, failures, work
 
 # %% ../../nbs/17_workers.ipynb #547603cf
 WORKER = "import sys; from wave_rnns.paper.workers import be_worker; sys.exit(be_worker())"
@@ -98,30 +92,27 @@ def run_workers(
     devices: list[str | None],  # of each worker
     runs: list[Run],
     asked: Callable[[], bool],  # True: save and stop
-    bar,  # a progress bar
 ) -> None:
     "Start workers, replace those that are killed, until all have ended."
     from wave_rnns.paper.training import Interrupted
 
-    results, deaths, disk, problem = Path(order["results"]), 0, "", ""
+    results, name = Path(order["results"]), order["grid"]["name"]
+    done, deaths, disk, problem = count_done(runs, results), 0, "", ""
     (results / "logs").mkdir(parents=True, exist_ok=True)
-    name = order["grid"]["name"]
     logs = [results / "logs" / f"{name}-{k}.log" for k in range(len(devices))]
     workers = {k: start_worker(order, devices[k], log) for k, log in enumerate(logs)}
-    bar.n = -1
     try:
         while workers:
             time.sleep(0.2)
-            done = sum(is_done([run], results) for run in runs)
-            if done != bar.n:
-                bar.n = done
-                bar.set_postfix_str(standing(runs, results, len(devices)))
+            before, done = done, count_done(runs, results)
+            if done > before:
+                where = f"{name}: {standing(runs, results, len(devices))}"
+                print(where, file=sys.stderr, flush=True)
             if asked():
                 ends = f"stopped with {done} of {len(runs)} runs done"
                 raise Interrupted(f"{ends}; the same command goes on")
-            for k, code in [(k, worker.poll()) for k, worker in workers.items()]:
-                if code is None:
-                    continue
+            ended = {k: code for k in workers if (code := workers[k].poll()) is not None}
+            for k, code in ended.items():
                 del workers[k]
                 if code in (0, Interrupted.exit_code):
                     continue
@@ -130,8 +121,8 @@ def run_workers(
                 if code > 0 and code != BROKEN:  # an error: a new worker would not do better
                     problem = how
                     continue
-                before, disk = disk, what_is_there(results)
-                deaths = deaths + 1 if before == disk else 1
+                was, disk = disk, what_is_there(results)
+                deaths = deaths + 1 if was == disk else 1
                 if deaths == DEATHS:
                     raise WaveRNNError(f"{DEATHS} workers died in a row; the last: {how}")
                 workers[k] = start_worker(order, devices[k], logs[k])
@@ -175,7 +166,7 @@ def sweep(
         refuse_to_crawl(grid.name, runs, results)
     on_cpu = not gpus and device in (None, "cpu")
     usual = max(1, cores() // 2 if on_cpu else gpus)
-    left = [g for g in populations(runs, grid.together) if not is_done(g, results)]
+    left = [g for g in populations(runs, grid.together) if count_done(g, results) < len(g)]
     workers = min(workers or usual, len(left))
     with listen_for(STOPPING) as asked:
         if left:
@@ -187,9 +178,7 @@ def sweep(
         order = {"grid": plain(grid), "results": str(results), "workers": workers}
         order |= {"checkpoint_seconds": checkpoint_seconds}
         devices = [f"cuda:{k % gpus}" if gpus else device for k in range(workers)]
-        form = "{desc} {bar} {postfix}"  # tqdm's own estimate takes all runs for equal
-        with progress(total=len(runs), desc=grid.name, bar_format=form) as bar:
-            run_workers(order, devices, runs, asked, bar)
+        run_workers(order, devices, runs, asked)
     return failures(grid, results)
 
 
