@@ -16,7 +16,7 @@ from conftest import ROOT, entry_points
 
 from wave_rnns.paper.cli import beside_full
 from wave_rnns.paper.experiments import ABLATIONS, EXPERIMENTS, Run, from_config, to_config
-from wave_rnns.paper.grids import Grid, beginning, find_grid, grid_from, h200_seconds
+from wave_rnns.paper.grids import H200, Grid, beginning, find_grid, grid_from, h200_seconds
 from wave_rnns.paper.records import read_records, shipped_results
 from wave_rnns.paper.sweeps import train
 
@@ -320,9 +320,9 @@ def test_the_costs_are_those_of_the_records():
         if record["device"] == "cpu" or record["together"] < 3 or "pruned" in record:
             continue
         e = from_config(record["config"])
-        guess = h200_seconds(Run(e, record["seed"]))
-        if guess is None:
+        if (e.task, e.model.kind, e.model.n) not in H200:
             continue
+        guess = h200_seconds(Run(e, record["seed"]))
         took = record["steps"] / record["steps_per_second"] / record["together"]
         assert 0.45 < guess / took < 2.2, (e.name, guess, took)
         compared.add((e.task, e.model.kind))

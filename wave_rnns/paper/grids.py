@@ -6,7 +6,7 @@
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'CLIPS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES', 'IRNN_AXES', 'AS_THEIRS', 'WAVES',
            'FINALS', 'BUMPS', 'TABLE_2', 'ROWS', 'FIGURES', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied',
            'point_name', 'declare_grid', 'grid_from', 'find_grid', 'beginning', 'populations', 'h200_seconds',
-           'seconds_left', 'duration', 'count_done', 'standing']
+           'duration', 'count_done', 'standing']
 
 # %% ../../nbs/17_grids.ipynb #b7100004
 import itertools
@@ -259,13 +259,13 @@ H200 = {  # task, model, n: ms of a run's step at T = 0, and more for each T, ru
 # fmt: on
 
 
-def h200_seconds(run: Run) -> float | None:
-    "What a run takes on one H200 by the table above; None for a model that is not in it."
+def h200_seconds(run: Run) -> float:
+    "What a run takes on one H200 by the table above; one that is not in it counts by length."
     from wave_rnns.paper.tasks import make_task
 
     e = run.experiment
     if (e.task, e.model.kind, e.model.n) not in H200:
-        return None
+        return (e.steps or e.epochs) * 1e-5
     at_0, each_T = H200[e.task, e.model.kind, e.model.n]
     ms = at_0 + each_T * e.task_options.get("T", 0)
     if e.model.kind == "wrnn" and e.model.precision == "faithful" and e.task != "copy":
@@ -273,21 +273,6 @@ def h200_seconds(run: Run) -> float | None:
     return rhythm_of(e, make_task(e.task, **e.task_options))["steps"] * ms / 1000
 
 # %% ../../nbs/17_grids.ipynb #b7100007
-def seconds_left(runs: list[Run], results: Path) -> float | None:
-    "What the runs without a record will take, by what the others took; None before any."
-    left = expected = spent = 0.0
-    for run in runs:
-        length = run.experiment.steps or run.experiment.epochs
-        seconds = h200_seconds(run) or length / 1000  # as if only steps counted
-        record = record_of(results, run)
-        if record is None:
-            left += seconds
-        elif record.get("steps_per_second"):  # else it says nothing about others
-            expected += seconds
-            spent += record["steps"] / record["steps_per_second"] / record["together"]
-    return left * spent / expected if expected else None
-
-
 def duration(seconds: float) -> str:
     "'3 h 20 min', '12 min', '40 s': no more digits than an estimate has."
     minutes = round(seconds / 60)
@@ -302,7 +287,16 @@ def count_done(runs: list[Run], results: Path) -> int:
 
 
 def standing(runs: list[Run], results: Path, workers: int = 1) -> str:
-    "'12 of 40 runs done, about 25 min left'."
-    seconds = seconds_left(runs, results)
-    time_left = f", about {duration(seconds / workers)} left" if seconds else ""
-    return f"{count_done(runs, results)} of {len(runs)} runs done{time_left}"
+    "'12 of 40 runs done, about 25 min left': by the table above, at the pace of the 12."
+    left = expected = spent = 0.0
+    for run in runs:
+        record = record_of(results, run)
+        if record is None:
+            left += h200_seconds(run)
+        elif record.get("steps_per_second"):  # else it says nothing about others
+            expected += h200_seconds(run)
+            spent += record["steps"] / record["steps_per_second"] / record["together"]
+    done = f"{count_done(runs, results)} of {len(runs)} runs done"
+    if not left or not expected:
+        return done
+    return f"{done}, about {duration(left * spent / expected / workers)} left"
