@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,19 +68,15 @@ class ModelConfig:
 
     def rules(self) -> Iterator[tuple]:  # field, does it hold?, what must hold
         "What the settings of a model must be."
-        kinds = f"must be one of {', '.join(MODELS)}"
-        yield "kind", self.kind in MODELS, kinds
+        yield "kind", self.kind in MODELS, f"must be one of {', '.join(MODELS)}"
         yield "readout", self.readout in ("linear", "mlp"), "must be linear or mlp"
         first = self.kind == "irnn" and self.bias
         second = "is the second bias of an 'irnn' that has a first one"
         yield "recurrent_bias", first or not self.recurrent_bias, second
         for name in ("input_size", "output_size", "n", "c"):
             least = 0 if (name, self.kind) == ("n", "mlp") else 1
-            yield (
-                name,
-                least <= getattr(self, name) < 2**63,
-                f"must be at least {least}, below 2^63",
-            )
+            size = f"must be at least {least}, below 2^63"
+            yield name, least <= getattr(self, name) < 2**63, size
 
 # %% ../../nbs/10_config.ipynb #74d5fc81
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool}
@@ -104,8 +100,7 @@ def check_fields(
 ) -> dict:  # `values`, unchanged
     "Raise ConfigError that names an unknown key, a missing key, or a value of the wrong kind."
     if not isinstance(values, dict):
-        found = type(values).__name__
-        raise ConfigError(f"{where}: expected an object of named settings, got {found}")
+        raise ConfigError(f"{where}: expected an object of named settings, got {values!r:.60}")
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         if key not in known:
@@ -116,12 +111,8 @@ def check_fields(
         true_as_1 = isinstance(value, bool) and kind in ("int", "float")
         if not isinstance(value, allowed) or true_as_1:
             raise ConfigError(f"{where}: {key} must be {kind}, got {value!r}")
-    missing = [
-        name
-        for name, f in known.items()
-        if name not in values and f.default is MISSING and f.default_factory is MISSING
-    ]
-    if missing:
+    required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
     return values
 
@@ -142,18 +133,18 @@ def check_steps(name: str, value, least: int = 1) -> None:
 
 def check_halving(rungs: Sequence, length: int) -> dict[int, int]:  # steps: runs that go on
     "ConfigError unless rungs ascend, keep fewer and fewer runs, and end before training does."
-    rungs = [tuple(rung) if isinstance(rung, (list, tuple)) else (rung,) for rung in rungs]
-    whole = all(
-        len(rung) == 2 and all(isinstance(n, int) and n > 0 for n in rung) for rung in rungs
-    )
-    pairs = list(itertools.pairwise(rungs)) if whole else []
-    falling = all(a[0] < b[0] and a[1] > b[1] for a, b in pairs)
-    if not whole or not falling or (rungs and rungs[-1][0] >= length):
+    ends = [(0, math.inf), *rungs, (length, 0)]
+    try:
+        falling = all(a < b and m > n for (a, m), (b, n) in itertools.pairwise(ends))
+        good = falling and all(type(n) is int for rung in rungs for n in rung)
+    except (TypeError, ValueError):  # not pairs, or not of numbers
+        good = False
+    if not good:
         raise ConfigError(
             f"halving must be pairs (length, runs) with growing lengths below {length} and"
-            f" fewer and fewer runs, got {[list(rung) for rung in rungs]}"
+            f" fewer and fewer runs, got {rungs!r:.200}"
         )
-    return dict(rungs)
+    return dict(map(tuple, rungs))
 
 # %% ../../nbs/10_config.ipynb #18a5f585
 WORDS = ("name", "source", "seeds")  # fields that describe an experiment
@@ -165,20 +156,17 @@ def decisive(thing) -> dict:
     for f in fields(thing):
         value = getattr(thing, f.name)
         if f.name not in WORDS and value != f.default:
-            found[f.name] = (
-                decisive(value) if hasattr(value, "__dataclass_fields__") else value
-            )
+            found[f.name] = decisive(value) if is_dataclass(value) else value
     return found
 
 
 def merge(config: dict, differences: dict) -> dict:
     "A copy of `config` with the differences put in; dictionaries inside are merged."
-    nested = {
-        k: {**config[k], **v}
-        for k, v in differences.items()
-        if isinstance(v, dict) and isinstance(config.get(k), dict)
-    }
-    return {**config, **differences, **nested}
+    merged = {**config, **differences}
+    for key, value in differences.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            merged[key] = {**config[key], **value}
+    return merged
 
 # %% ../../nbs/10_config.ipynb #3b622c24
 def answer(work):
