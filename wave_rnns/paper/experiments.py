@@ -138,7 +138,7 @@ class Registry(dict):
         own, model = ({f.name for f in fields(kind)} for kind in (Experiment, ModelConfig))
         for key, value in differences.items():
             part = "model" if key in model else "task_options"
-            (config if key in own else config[part])[key] = value
+            config = merge(config, {key: value} if key in own else {part: {key: value}})
         self.declared[name] = base, differences
         self[name] = from_config(config)
 
