@@ -15,7 +15,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..core import ConfigError, from_json, plain, read_small
@@ -130,7 +130,9 @@ class Registry(dict):
         seeds: int | None = None,  # how many are declared
         **differences,  # of the experiment, its model, else its task
     ) -> None:
-        "Declare an experiment as another one with differences."
+        """Declare an experiment as another one with differences.
+
+        The task refuses an option that it does not know, but only when it is made."""
         config = to_config(self[base]) if base else {"model": {}, "task_options": {}}
         config |= {"name": name, "source": source}
         if seeds is not None:
@@ -353,7 +355,7 @@ def read_experiment(
         config["task"] = find_task(config["task"], trusted, Path(path).parent).name
     base = config.pop("base", None)
     if base is not None:
-        config = merge(to_config(EXPERIMENTS[str(base)]), {"name": path.stem, **config})
+        config = merge(to_config(EXPERIMENTS[str(base)]), {"name": Path(path).stem, **config})
     return from_config(config)
 
 
