@@ -9,7 +9,6 @@ __all__ = ['FULL', 'BROKEN', 'population_path', 'label', 'claimed', 'train_popul
 # %% ../../nbs/17_sweeps.ipynb #e93034f3
 import contextlib
 import errno
-import math
 import sys
 import time
 import traceback
@@ -125,7 +124,7 @@ def fit_population(
     runs: list[Run],
     place,  # the CheckpointFile
     device: str | None = None,
-    checkpoint_seconds: float = 60.0,  # between two checkpoints; there are at most a hundred
+    checkpoint_seconds: float = 60.0,  # at least, between two checkpoints
     **options,  # of `fit`: interrupt, progress
 ) -> list[tuple]:  # record and RunResult of each run
     "Hand a population to `fit` (notebook 13), and turn what comes back into records."
@@ -136,7 +135,6 @@ def fit_population(
     task = make_task(e.task, **e.task_options)
     rhythm = rhythm_of(e, task)
     own = [{name: getattr(run.experiment, name) for name in OWN_SETTINGS} for run in runs]
-    hundredth = rhythm["log_every"] * math.ceil(rhythm["steps"] / 100 / rhythm["log_every"])
     try:
         results = fit(
             task,
@@ -146,7 +144,7 @@ def fit_population(
             halving=rungs_of(e, task),
             device=where,
             checkpoint=place,
-            checkpoint_every=hundredth,
+            checkpoint_every=rhythm["log_every"],
             checkpoint_seconds=checkpoint_seconds,
             about={"recipe": RECIPE, "runs": [run.key for run in runs]},
             **options,
