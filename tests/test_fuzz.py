@@ -28,7 +28,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, sha256, to_json
+from wave_rnns.core import CheckpointError, ConfigError, DataError, RecordError, plain, sha256, to_json
 from wave_rnns.kernels import launch as kernels
 from wave_rnns.paper import bench, checkpoints, grids, ranking, records, sweeps, training
 from wave_rnns.paper import data as raw
@@ -279,7 +279,7 @@ def _(folder):
 
     def load(data):
         grid = grids.find_grid(str(folder / "grid.json"))
-        assert grid.runs() and grids.grid_from(json.loads(json.dumps(grids.grid_config(grid)))) == grid
+        assert grid.runs() and grids.grid_from(json.loads(json.dumps(plain(grid)))) == grid
 
     return Target([json.dumps(c).encode() for c in (whole, named)], load, folder / "grid.json", spoiled_json)
 
