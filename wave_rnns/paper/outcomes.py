@@ -74,6 +74,11 @@ class Comparison:
     p_above: float  # a <= b: small where a is clearly above
     p_apart: float  # |a - b| >= bound: small where the two are equivalent
 
+    def text(self, measure: str) -> str:
+        "The difference with its interval: '+0.09 [−0.33, +0.51]'."
+        d, low, high = (show(x, measure, True) for x in (self.difference, self.low, self.high))
+        return f"{d} [{low}, {high}]"
+
 
 def welch(a: Sample, b: Sample, bound: float = math.nan) -> Comparison:
     "Welch's test, equation (3); with a bound also two one-sided tests of equivalence."
