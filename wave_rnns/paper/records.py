@@ -241,6 +241,7 @@ def make_record(
     from wave_rnns.paper.training import code_hash
 
     network, rows = build_model(model, run["seed"]), thin(result.curve, result.best_step)
+    with_biases, without = (count_parameters(network, biases=b) for b in (True, False))
     selection = (
         f"{'highest' if task.higher_is_better else 'lowest'} validation {task.metric}, "
         f"looked at every {rhythm['eval_every']} steps, the earlier of equals; "
@@ -255,31 +256,19 @@ def make_record(
         "steps_per_second",
     )
     record = {
-        "format": 1,
-        **run,
-        **rhythm,
-        "selection": selection,
+        "format": 1, **run, **rhythm, "selection": selection,
         **{name: getattr(task, name) for name in ("metric", "baseline", "baseline_text")},
         **{name: getattr(result, name) for name in how},
         **{name: getattr(result, name) or {} for name in METRICS},
         **({"pruned": result.pruned} if result.pruned else {}),
-        "solved": solved_step(task.name, result.curve),
-        "task_options": task.options,
-        "parameters": {
-            "with_biases": count_parameters(network),
-            "without_biases": count_parameters(network, biases=False),
-        },
-        "together": together,
-        "device": device,
-        "environment": environment(),
-        "code": code_hash(),
+        "solved": solved_step(task.name, result.curve), "task_options": task.options,
+        "parameters": {"with_biases": with_biases, "without_biases": without},
+        "together": together, "device": device,
+        "environment": environment(), "code": code_hash(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "curve": {
-            "rows": len(rows),
-            "of": len(result.curve),
-            "sha256": sha256(curve_text(rows).encode()),
-        },
-    }
+        "curve": {"rows": len(rows), "of": len(result.curve)},
+    }  # fmt: skip
+    record["curve"]["sha256"] = sha256(curve_text(rows).encode())
     record = json.loads(to_json(record))
     return {**record, "sha256": content_hash(record)}
 
