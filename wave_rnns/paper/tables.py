@@ -38,13 +38,10 @@ def markdown(
 FAST = "\n† trained in the kernels' fast precision, anything else in the faithful one.\n"
 
 
-def table_of(
-    rows: list[dict],  # column -> cell, the same columns in each
-    empty: str = "",  # what to say where there are none
-) -> str:
+def table_of(rows: list[dict]) -> str:  # column -> cell, the same columns in each
     "The same from rows that name their columns, with a note below where a row has a dagger."
     if not rows:
-        return empty
+        return ""
     columns = [c for c in rows[0] if any(str(row[c]) != "–" for row in rows)]
     table = markdown(columns, [[row[c] for c in columns] for row in rows])
     return table + (FAST if " † |" in table else "")
@@ -369,7 +366,7 @@ def table_4(records: list[dict], paper: list[dict]) -> str:
     lacking = [f"T={T} ({', '.join(labels)})" for T, labels in sorted(missing.items())]
     return page(
         "# Table 4: copy, ablation of the initialisation",
-        table_of(rows, empty="No runs."),
+        table_of(rows) or "No runs.",
         "The setting is the one with the lowest validation loss at seed 0."
         " The paper's scale is the cross-entropy per token divided by 128.",
         without_runs(lacking) if rows else "",
@@ -467,7 +464,7 @@ def summary_table(records: list[dict], paper: list[dict]) -> str:
             if name != declared:
                 known["verdict"] = "other setting"
             rows.append({"task": label, "model": model} | {k: known[k] for k in SUMMARISED})
-    table = table_of(rows, empty="No runs.")
+    table = table_of(rows) or "No runs."
     return page("# Summary", table, without_runs(missing) if rows else "")
 
 # %% ../../nbs/18_paper_tables.ipynb #d9e91709
@@ -520,7 +517,7 @@ def runs_table(records: list[dict], paper: list[dict] = ()) -> str:
             "key": r["key"],
         }
         rows.append(row)
-    return page("# All runs", table_of(rows, empty="No run has left a record yet."))
+    return page("# All runs", table_of(rows) or "No run has left a record yet.")
 
 
 TABLES = {
