@@ -103,8 +103,6 @@ def train_population(
 
 def half_finished(place) -> list[str]:
     "The keys of the runs in a checkpoint; [] where there is no sound one."
-    from wave_rnns.paper.checkpoints import checkpoints_of
-
     try:
         found = place.load()
         return [str(key) for key in found[1]["facts"]["about"]["runs"]] if found else []
@@ -114,7 +112,7 @@ def half_finished(place) -> list[str]:
         if isinstance(e.__cause__, OSError):  # unreadable is not damaged: it may be good later
             raise
         problem = str(e)
-    for path, _ in checkpoints_of(place.path):
+    for path, _ in place.files():
         set_aside(path)
     warnings.warn(f"{problem}; set aside, its runs begin anew", stacklevel=2)
     return []
