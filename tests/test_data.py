@@ -310,7 +310,7 @@ MISBEHAVIOUR = {  # of the server, what is said of it, and how much of 5,000 byt
     "sends elsewhere": (dict(status=301), "HTTP Error 301", 5000),
     "says nothing": (dict(stalls=True), "timed out", 5000),
     "hangs up and cannot go on": (dict(most=30_000, ranges=False), "ended after 30,000 .* next attempt goes on", 30_000),
-    "shows a page": (dict(files=PAGE, ranges=False), "26 bytes are offered.*5,000 bytes are here", 5000),
+    "shows a page": (dict(files=PAGE, ranges=False), "26 bytes are offered.*goes on from byte 5,000", 5000),
     "a page without end": (dict(files=PAGE, ranges=False, length=False), "an unknown number of bytes", 5000),
     "changes a bit": (dict(spoils=True), "what came has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}", 0),
 }  # fmt: skip

