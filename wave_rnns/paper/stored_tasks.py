@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..cell import check_choice
 from ..core import DataError, WaveRNNError, sha256
+from .config import check_whole
 from .data import load_splits
-from .generated_tasks import SPLITS, Task, check_whole, counted, stream
+from .generated_tasks import SPLITS, Task, counted, stream
 from .random import counter_permutation, counter_uniform
 from ..scan import Rows, rows
 
@@ -156,10 +157,7 @@ def pool_images(
     pool: int,  # 1: as they are; 2: averages of 2 x 2 pixels, for demonstrations
 ) -> Tensor:
     "Smaller images, still uint8 (rounded to the nearest)."
-    if pool == 1:
-        return images
-    corners = [images[:, :, i::2, j::2].to(torch.int16) for i in (0, 1) for j in (0, 1)]
-    return ((sum(corners) + 2) // 4).to(torch.uint8)
+    return images if pool == 1 else (F.avg_pool2d(images.float(), pool) + 0.5).byte()
 
 # %% ../../nbs/12_stored_tasks.ipynb #fafaccb2
 class PixelTask(ImageTask):
@@ -172,8 +170,7 @@ class PixelTask(ImageTask):
     )
 
     def __init__(self, **options):
-        if options.get("permutation") is not None:
-            check_choice("permutation", options["permutation"], tuple(PERMUTATIONS))
+        check_choice("permutation", options.get("permutation"), (None, *PERMUTATIONS))
         super().__init__(**options)
         self.length = (28 // options["pool"]) ** 2
 

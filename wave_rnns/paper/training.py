@@ -28,7 +28,7 @@ from wave_rnns.core import (
     plain,
 )
 from ..core import progress as progress_bar
-from .config import check_halving, check_steps, is_number
+from .config import check_halving, check_whole, is_number
 from .models import ModelConfig
 from .population import Population, RunSettings
 from .provenance import code_hash, differences
@@ -151,7 +151,7 @@ class TrainingLoop:
     ):
         rhythm = {"steps": steps, "eval_every": eval_every, "log_every": log_every}
         for name, value in rhythm.items():
-            check_steps(name, value)
+            check_whole(name, value, 1)
         if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
             raise ConfigError(
                 "max_seconds must be a number of seconds above 0, or None, "
@@ -439,7 +439,7 @@ def fit(
 
     Raises ConfigError for settings that cannot work, ResumeRefused where an interrupted run
     was begun with others, Interrupted when asked to stop."""
-    check_steps("checkpoint_every", checkpoint_every, least=0)
+    check_whole("checkpoint_every", checkpoint_every, 0)
     device = torch.device(device) if device is not None else default_device()
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         try:
