@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wave_rnns.core import ConfigError, DataError, WaveRNNError
 from wave_rnns.paper import tasks
-from wave_rnns.paper.arrays import NOT_DUE, ArrayTask
+from wave_rnns.paper.arrays import ArrayTask
 from wave_rnns.paper.data import load_digits
 from wave_rnns.paper.experiments import read_experiment, select
-from wave_rnns.paper.generated_tasks import HELD_OUT_SEED
+from wave_rnns.paper.generated_tasks import HELD_OUT_SEED, NOT_DUE
 from wave_rnns.paper.stored_tasks import PERMUTATIONS, permutation, pool_images
 from wave_rnns.paper.tasks import TASKS, Task, find_task, make_task, register_task, task_options
 from wave_rnns.scan import Rows
@@ -294,7 +294,7 @@ BAD_OPTIONS = [  # more of them: notebooks 12_tasks and 12_generated_tasks
     ("smnist", {"pool": 3}, "pool: expected a whole number from 1 to 2, got 3"),
     ("psmnist", {"permutation": None}, "permutation: expected one of 'torch12008'"),
     ("digits", {"limit": 2001}, "limit: expected a whole number from 1 to 2000, got 2001"),
-    ("digits", {"permutation": "mine"}, "permutation: expected one of 'torch12008', 'torch5544'"),
+    ("digits", {"permutation": "mine"}, "permutation: expected one of None, 'torch12008', 'torch5544'"),
     ("nscifar10", {"limit": 47_001}, "limit: expected a whole number from 1 to 47000, got 47001"),
 ]
 

@@ -131,6 +131,7 @@ def adam_update(
     theta.sub_(torch.mul(m, size[:, None]).div_(root))
 
 # %% ../../nbs/13_population.ipynb #56bb2a93
+# what a step or a validation changes
 CHANGING = ("theta", "m", "v", "best", "step", "running", "diverged", "sums")
 
 
@@ -199,8 +200,9 @@ class PopulationState:
         return {k: rows[k][r].detach().cpu().clone() for k in self.model.state_dict()}
 
     def state(self) -> dict[str, Tensor]:
-        "Everything that a step or a validation changes: the live tensors, not copies."
-        return {k: getattr(self, k) for k in CHANGING}
+        "All that makes these runs what they are: the live tensors, not copies."
+        fixed = {f"fixed.{k}": t for k, t in self.fixed.items()}
+        return {k: getattr(self, k) for k in CHANGING} | fixed
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         "Copy a saved state into the live tensors. CheckpointError where they do not match."
@@ -221,30 +223,23 @@ class PopulationState:
         "A population of these rows alone, with their weights and Adam's means."
         runs = [self.runs[r] for r in rows]
         smaller = type(self)(self.task, self.config, runs, self.device, self.dtype)
-        index = torch.tensor(list(rows), device=self.device)
-        axis = {"sums": 1}  # all others have the runs in front
-        state = self.state()
+        index, state = torch.tensor(list(rows), device=self.device), self.state()
         for k in state.keys() - {"step"}:
-            state[k] = state[k].index_select(axis.get(k, 0), index)
+            axis = 1 if k == "sums" else 0  # all others have the runs in front
+            state[k] = state[k].index_select(axis, index)
         smaller.load_state(state)
-        for k, t in self.fixed.items():
-            smaller.fixed[k].copy_(t.index_select(0, index))
         return smaller
 
 
 def check_fit(task, config: ModelConfig) -> None:
     "Raise ConfigError where the model's sizes are not the task's."
-    steps = task.length if config.kind == "mlp" else 1  # it takes the whole sequence
-    expected = {
-        "input_size": task.input_size * steps,
-        "output_size": task.output_size,
-        "every_step": task.every_step,
-    }
-    for name, value in expected.items():
-        if getattr(config, name) != value:
+    for name, expected in task.sizes.items():
+        if config.kind == "mlp" and name == "input_size":
+            expected *= task.length  # it takes the whole sequence
+        if (found := getattr(config, name)) != expected:
             raise ConfigError(
                 f"the model does not fit task {task.name!r}: "
-                f"{name} must be {value}, got {getattr(config, name)}"
+                f"{name} must be {expected}, got {found}"
             )
 
 # %% ../../nbs/13_population.ipynb #5a904f35

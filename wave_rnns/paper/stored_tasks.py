@@ -19,7 +19,7 @@ from ..cell import check_choice
 from ..core import DataError, WaveRNNError, sha256
 from .config import check_whole
 from .data import load_splits
-from .generated_tasks import SPLITS, Task, counted, stream
+from .generated_tasks import SPLITS, Task, stream
 from .random import counter_permutation, counter_uniform
 from ..scan import Rows, rows
 
@@ -141,15 +141,6 @@ class ImageTask(StoredTask):
             raise DataError(f"{self.name}: {n:,} training images expected, got {len(y):,}")
         images = images | {"train": (x[:n], y[:n])}
         return {k: (self.encode(pool_images(x, pool)), y) for k, (x, y) in images.items()}
-
-    def loss(self, out: Tensor, y: Tensor) -> Tensor:
-        "Mean cross-entropy: out [B, 10], y [B]."
-        return F.cross_entropy(out, y)
-
-    def measure(self, out: Tensor, y: Tensor) -> dict[str, Tensor]:
-        "Right answers and cross-entropy, summed over the batch."
-        nats = F.cross_entropy(out.double(), y, reduction="sum")
-        return counted(out, len(y), accuracy=(out.argmax(-1) == y).sum(), cross_entropy=nats)
 
 # %% ../../nbs/12_stored_tasks.ipynb #803d835d
 def pool_images(
