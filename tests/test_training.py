@@ -2,7 +2,6 @@
 
 import ast
 import math
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -177,13 +176,6 @@ def test_stop_when_freezes_and_validates():
     assert last["step"] == stopped.stopped_step < 200 and last["loss"] < 0.01
     assert stopped.valid_final["mse"] == last["valid_mse"]
     assert fit(TinyTask(), WAVE, runs, **steps)[1].curve == plodding.curve
-
-
-def test_time_is_up():
-    start = time.monotonic()
-    results = fit(TinyTask(), WAVE, RUNS[:1] + RUNS[2:], **{**RHYTHM, "steps": 10**9}, max_seconds=0.3)
-    assert [r.status for r in results] == ["stopped"] * 2 and time.monotonic() - start < 30
-    assert results[0].stopped_step == results[0].curve[-1]["step"] == results[0].steps
 
 
 HOST = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2", "equal", "is_nonzero", "item"}
