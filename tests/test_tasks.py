@@ -294,7 +294,7 @@ BAD_OPTIONS = [  # more of them: notebooks 12_tasks and 12_generated_tasks
     ("smnist", {"pool": 3}, "pool: expected a whole number from 1 to 2, got 3"),
     ("psmnist", {"permutation": None}, "permutation: expected one of 'torch12008'"),
     ("digits", {"limit": 2001}, "limit: expected a whole number from 1 to 2000, got 2001"),
-    ("digits", {"permutation": "mine"}, "permutation: expected one of None, 'torch12008', 'torch5544'"),
+    ("digits", {"permutation": "mine"}, "permutation: expected one of 'torch12008', 'torch5544'"),
     ("nscifar10", {"limit": 47_001}, "limit: expected a whole number from 1 to 47000, got 47001"),
 ]
 

@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -57,30 +56,18 @@ class RunSettings:
 ALIGN = 64  # numbers; 256 bytes in float32
 
 
-class Layout(NamedTuple):
-    "Where each trained parameter is in a run's row of P numbers."
+class Layout:
+    "Where each trained parameter of a model is in a run's row of P numbers: in turn, padded."
 
-    shapes: dict[str, torch.Size]
-    starts: dict[str, int]
-    width: int  # P
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> "Layout":
-        "The layout of a model's trained parameters; frozen ones have no place in it."
-        shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-        starts, end = {}, 0
-        for name, shape in shapes.items():
-            starts[name] = end
-            end += math.ceil(shape.numel() / ALIGN) * ALIGN
-        return cls(shapes, starts, end)
+    def __init__(self, model: torch.nn.Module):  # frozen parameters have no place in a row
+        named = model.named_parameters()
+        self.shapes = {name: p.shape for name, p in named if p.requires_grad}
+        self.widths = [math.ceil(s.numel() / ALIGN) * ALIGN for s in self.shapes.values()]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         "[R, P] -> name: [R, *shape], without copying."
-        ends = {name: self.starts[name] + shape.numel() for name, shape in self.shapes.items()}
-        return {
-            name: flat[:, self.starts[name] : ends[name]].view(-1, *shape)
-            for name, shape in self.shapes.items()
-        }
+        columns = zip(flat.split(self.widths, 1), self.shapes.items(), strict=True)
+        return {name: c[:, : shape.numel()].view(-1, *shape) for c, (name, shape) in columns}
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         "The inverse of `views`: [R, *shape] for each parameter -> [R, P], zeros in the gaps."
@@ -163,7 +150,7 @@ class PopulationState:
 
     def set_weights(self, models: list[torch.nn.Module]) -> None:
         "Trained parameters as rows, frozen ones beside them."
-        self.layout, self.n_params = Layout.of(models[0]), count_parameters(models[0])
+        self.layout, self.n_params = Layout(models[0]), count_parameters(models[0])
         states = [m.state_dict() for m in models]
         stacked = {k: torch.stack([state[k] for state in states]) for k in states[0]}
         rows = self.layout.pack([stacked.pop(k) for k in self.layout.shapes])

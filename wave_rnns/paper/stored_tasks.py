@@ -59,11 +59,7 @@ class StoredTask(Task):
         return self
 
     @torch.inference_mode(False)
-    def prepare_epoch(
-        self,
-        seeds: Tensor,  # int64 [R]
-        epoch: int,
-    ) -> None:
+    def prepare_epoch(self, seeds: Tensor, epoch: int) -> None:
         "Writes this epoch's order into a buffer [R, n_train] that moves only when R changes."
         if self.sets is None:
             self.to(self.device)
@@ -74,11 +70,7 @@ class StoredTask(Task):
         else:
             self.order.copy_(order)
 
-    def train_batch(
-        self,
-        seeds: Tensor,  # int64 [R], those given to `prepare_epoch`
-        step: Tensor | int,  # 0-dim int64, counted from the start of training
-    ) -> tuple[Tensor | Rows, Tensor]:
+    def train_batch(self, seeds: Tensor, step: Tensor | int) -> tuple[Tensor | Rows, Tensor]:
         "Batch `step` of R runs, equation (1); `prepare_epoch` comes first, each epoch."
         if self.order is None or len(self.order) != len(seeds):
             raise WaveRNNError(
@@ -108,7 +100,7 @@ class StoredTask(Task):
 
 # %% ../../nbs/12_stored_tasks.ipynb #1fb6aefb
 class ImageTask(StoredTask):
-    "Ten classes of images as sequences; the subclass says in which order pixels are read."
+    "Ten classes of images as sequences; `encode` says in which order pixels are read."
 
     metric, output_size, baseline = "accuracy", 10, 0.1
     data = ""  # "mnist", "cifar10" or "digits"
@@ -161,7 +153,8 @@ class PixelTask(ImageTask):
     )
 
     def __init__(self, **options):
-        check_choice("permutation", options.get("permutation"), (None, *PERMUTATIONS))
+        if options.get("permutation") is not None:
+            check_choice("permutation", options["permutation"], tuple(PERMUTATIONS))
         super().__init__(**options)
         self.length = (28 // options["pool"]) ** 2
 
