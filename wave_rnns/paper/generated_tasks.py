@@ -94,11 +94,7 @@ class GeneratedTask(Task):
         for name in ("batch_size", "valid_size", "test_size"):
             check_whole(name, options[name], 1)
 
-    def train_batch(
-        self,
-        seeds: Tensor,  # int64 [R], one per run
-        step: Tensor | int,  # 0-dim int64: which batch
-    ) -> tuple[Tensor, Tensor]:
+    def train_batch(self, seeds: Tensor, step: Tensor | int) -> tuple[Tensor, Tensor]:
         "Batch number `step` of R runs: x [R, T, B, ...], y [R, ...]."
         return self.sample(seeds, step, self.batch_size, "train")
 

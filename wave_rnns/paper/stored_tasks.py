@@ -84,11 +84,8 @@ class StoredTask(Task):
         return self.batch(x[chosen], seeds, step), self.targets(y[chosen])
 
     def eval_batches(
-        self,
-        split: str,  # "valid" or "test"
-        batch: int = 1000,  # examples at a time
-        limit: int | None = None,  # use only the first ones
-    ) -> Iterator[tuple[Tensor | Rows, Tensor]]:
+        self, split: str, batch: int = 1000, limit: int | None = None
+    ) -> Iterator:
         "The held-out examples in their order: x and y without a run dimension."
         check_choice("split", split, SPLITS[1:])
         check_whole("batch", batch, 1)
@@ -319,12 +316,7 @@ class NoisyCIFAR10(ImageTask):
             self.layouts[batch] = rows(table, index)
         return self.layouts[batch]
 
-    def batch(
-        self,
-        pictures: Tensor,  # uint8 [R, B, 32, 96]
-        seeds: Tensor,  # int64 [R]
-        step: Tensor | int,
-    ) -> Rows | Tensor:
+    def batch(self, pictures: Tensor, seeds: Tensor, step: Tensor | int) -> Rows | Tensor:
         "Fixed noise: `Rows` with a table [R, 968 + 32 B, 96]; fresh noise: [R, 1000, B, 96]."
         R, B = pictures.shape[:2]
         pictures = pictures.float() / 255
@@ -334,13 +326,8 @@ class NoisyCIFAR10(ImageTask):
         table = torch.cat([self.noise.expand(R, -1, -1), pictures.flatten(1, 2)], 1)
         return self.layout(B)._replace(table=table)
 
-    def held_out(
-        self,
-        pictures: Tensor,  # uint8 [B, 32, 96]
-        split: str,
-        start: int,  # number of the first picture: with fresh noise, each has noise of its own
-    ) -> Rows | Tensor:
-        "The same without the run dimension."
+    def held_out(self, pictures: Tensor, split: str, start: int) -> Rows | Tensor:
+        "The same without the run dimension; with fresh noise, each picture has its own."
         if self.options["noise"] == "fixed":
             x = self.batch(pictures[None], None, None)
             return x._replace(table=x.table[0])
