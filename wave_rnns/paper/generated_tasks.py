@@ -88,11 +88,21 @@ class GeneratedTask(Task):
     "Sequences computed from (seed, stream, step); `sample` of the subclass does it."
 
     block = 1000  # held-out sequences drawn at a time; it defines them, so it never changes
+    shortest = 0  # least value of T
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        for name in ("batch_size", "valid_size", "test_size"):
-            check_whole(name, options[name], 1)
+    def __init__(
+        self,
+        T: int = 100,  # how long the task is, in its own way
+        batch_size: int = 128,
+        valid_size: int = 1000,
+        test_size: int = 10_000,
+    ):
+        sizes = dict(batch_size=batch_size, valid_size=valid_size, test_size=test_size)
+        super().__init__(T=T, **sizes)
+        check_whole("T", T, self.shortest)
+        for name, size in sizes.items():
+            check_whole(name, size, 1)
+        self.length = T
 
     def train_batch(self, seeds: Tensor, step: Tensor | int) -> tuple[Tensor, Tensor]:
         "Batch number `step` of R runs: x [R, T, B, ...], y [R, ...]."
@@ -136,10 +146,9 @@ class CopyTask(GeneratedTask):
         test_size: int = 10_000,
         loss_divisor: int = 1,  # of the trained loss; the authors' code: the batch size
     ):
-        sizes = dict(batch_size=batch_size, valid_size=valid_size, test_size=test_size)
-        super().__init__(T=T, **sizes, loss_divisor=loss_divisor)
-        check_whole("T", T, 0)
+        super().__init__(T, batch_size, valid_size, test_size)
         check_whole("loss_divisor", loss_divisor, 1)
+        self.options["loss_divisor"] = loss_divisor
         self.delay, self.length = T, T + 20
         self.baseline = 10 * math.log(8) / self.length
         self.baseline_text = "10 ln 8 / (T + 20): knows when to answer, guesses what"
@@ -177,19 +186,7 @@ class AddingTask(GeneratedTask):
     name, metric, higher_is_better = "adding", "mse", False
     input_size, output_size = 2, 1
     baseline, baseline_text = 1 / 6, "1/6: always answers 1"
-
-    def __init__(
-        self,
-        T: int = 100,
-        batch_size: int = 128,
-        valid_size: int = 1000,
-        test_size: int = 10_000,
-    ):
-        super().__init__(
-            T=T, batch_size=batch_size, valid_size=valid_size, test_size=test_size
-        )
-        check_whole("T", T, 2)
-        self.length = T
+    shortest = 2  # one mark in each half
 
     def sample(self, seeds, step, batch, split) -> tuple[Tensor, Tensor]:
         "x [R, T, B, 2] and y [R, B] of equation (5)."
