@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'ARCHIVE', 'FILES', 'PARTS', 'SHIPPED', 'PATIENCE', 'BROKEN', 'CIFAR_COPY', 'SPLIT_SEED', 'N_VALID',
-           'DIGITS_FILE', 'checked', 'have_data', 'read_images', 'load_raw', 'size_of', 'receive', 'receive_all',
-           'download', 'addresses', 'fetch', 'fetch_mnist', 'fetch_cifar10', 'split_indices', 'load_digits',
-           'load_splits']
+           'DIGITS_FILE', 'checked', 'have_data', 'read_images', 'load_raw', 'size_of', 'receive', 'download',
+           'addresses', 'fetch', 'fetch_mnist', 'fetch_cifar10', 'split_indices', 'load_digits', 'load_splits']
 
 # %% ../../nbs/12_data.ipynb #09c3694c
 import gzip
@@ -139,6 +138,7 @@ def load_raw(
 
 # %% ../../nbs/12_data.ipynb #bfc7f25f
 PATIENCE = 20  # seconds without a byte before a connection counts as dead
+BROKEN = (OSError, http.client.HTTPException)  # a connection, or a disk
 
 
 def size_of(part: Path) -> int:
@@ -151,54 +151,47 @@ def receive(
     part: Path,  # grows
     size: int,  # of the whole file, bytes
 ) -> None:
-    "One request for what is missing. Raises urllib's errors; `DataError` for another length."
-    have = size_of(part)
+    "One request for what is missing. Raises urllib's errors or `DataError` if nothing comes."
+    before = have = size_of(part)
     headers = {"User-Agent": "wave_rnns", "Range": f"bytes={have}-"}
     request = urllib.request.Request(address, headers=headers)
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-        if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # the server does not go on: begin anew
-        offered = answer.headers.get("Content-Length", "an unknown number of")
-        if offered != str(size - have):
-            raise DataError(f"{offered} bytes are offered, {size - have} expected")
-        bar = progress(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem)
-        with part.open("ab" if have else "wb") as file, bar:
-            while have < size and (piece := answer.read1(min(2**16, size - have))):
-                have += file.write(piece)
-                file.flush()  # so that a killed program has lost nothing
-                bar.update(len(piece))
-            os.fsync(file.fileno())  # before its name says that it is whole
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                have = 0  # the server does not go on: begin anew
+            offered = answer.headers.get("Content-Length", "an unknown number of")
+            if offered != str(size - have):
+                raise DataError(f"{offered} bytes are offered, {size - have} expected")
+            units = dict(unit="B", unit_scale=True, desc=part.stem)
+            bar = progress(total=size, initial=have, **units)
+            with part.open("ab" if have else "wb") as file, bar:
+                while have < size and (piece := answer.read1(min(2**16, size - have))):
+                    have += file.write(piece)
+                    file.flush()  # so that a killed program has lost nothing
+                    bar.update(len(piece))
+                os.fsync(file.fileno())  # before its name says that it is whole
+    except BROKEN:
+        if size_of(part) <= before:
+            raise
+    if (have := size_of(part)) <= before:
+        raise DataError(f"the connection ended after {have:,} of {size:,} bytes")
 
 # %% ../../nbs/12_data.ipynb #1dab84ad
-BROKEN = (OSError, http.client.HTTPException)  # a connection, or a disk
-
-
-def receive_all(address: str, part: Path) -> None:
-    "Ask one server until `part` is whole and right; give up when a request brings nothing."
-    size, expected = FILES[part.stem]
-    while (before := size_of(part)) < size:
-        try:
-            receive(address, part, size)
-        except BROKEN:
-            if size_of(part) <= before:
-                raise
-        if (have := size_of(part)) <= before:
-            raise DataError(f"the connection ended after {have:,} of {size:,} bytes")
-    if (found := sha256(part)) != expected:
-        part.unlink()
-        raise DataError(f"what came has sha256 {found}, expected {expected}")
-
-
 def download(
     addresses: list[str],  # asked in turn
     part: Path,  # NAME.part, NAME in `FILES`; what lies there is gone on from
 ) -> None:
     "Bring a file to `part`. `DataError` says what went wrong where; what has come stays."
-    failures = {}
+    (size, expected), failures = FILES[part.stem], {}
     # a wrong beginning is thrown away: ask once more
     for address in addresses * (1 + part.exists()):
         try:
-            return receive_all(address, part)
+            while size_of(part) < size:
+                receive(address, part, size)
+            if (found := sha256(part)) == expected:
+                return
+            part.unlink()
+            raise DataError(f"what came has sha256 {found}, expected {expected}")
         except (*BROKEN, ValueError, DataError) as error:
             failures[address] = f"{address}: {error or type(error).__name__}"
     going_on = f"the next attempt goes on from byte {size_of(part):,}"
