@@ -94,12 +94,9 @@ def test_no_global_generator_no_default_dtype():
 
 @pytest.mark.parametrize(
     "call, words",
-    [
-        (lambda: counter_bits(torch.tensor(1), 0, (2,), 0), r"int64 tensor of shape \[R\]"),
+    [  # more of them: notebook 10_random
         (lambda: counter_bits(torch.tensor([1.0]), 0, (2,), 0), "float32"),
-        (lambda: counter_bits(torch.tensor([1]), torch.tensor([0]), (2,), 0), "0-dim int64"),
         (lambda: counter_bits(torch.tensor([1]), torch.tensor(0.0), (2,), 0), "0-dim int64"),
-        (lambda: counter_integers(5, 5, torch.tensor([1]), 0, (2,), 0), "high - low"),
         (lambda: counter_integers(0, 2**32, torch.tensor([1]), 0, (2,), 0), "high - low"),
     ],
 )
