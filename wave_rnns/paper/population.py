@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from ..core import CheckpointError, ConfigError, WaveRNNError, default_device, plain
-from .config import is_number
 from .models import ModelConfig, build_model, count_parameters
 
 # %% ../../nbs/13_population.ipynb #9445706b
@@ -45,7 +44,8 @@ class RunSettings:
     def __post_init__(self):
         for name, (kind, low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not is_number(value) or not low <= value <= high or kind(value) != value:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high or kind(value) != value:
                 raise ConfigError(
                     f"{name} must be {kind.__name__} between {low:g} and {high:g}, "
                     f"got {value!r}"
