@@ -336,18 +336,17 @@ def test_a_server_that_misbehaves_is_named_and_costs_nothing(small, monkeypatch,
     assert nothing_half(done=True) == 6 and small.asked[-1] == (ARCHIVE, left)
 
 
-@pytest.mark.parametrize(
-    "left, begins",
-    [
-        (lambda whole: whole[:9000], [9000]),
-        (lambda whole: bytes(9000), [9000, 0]),
-        (lambda whole: whole, []),
-        (lambda whole: bytes(len(whole)), [0]),
-        (lambda whole: whole + b"x", [0]),
-        (lambda whole: b"", [0]),
-    ],
-    ids=["right", "wrong", "whole", "whole but wrong", "too long", "nothing"],
-)
+LEFT = {  # by an earlier attempt: its bytes, and the first byte of each request that follows
+    "right": (lambda whole: whole[:9000], [9000]),
+    "wrong": (lambda whole: bytes(9000), [9000, 0]),
+    "whole": (lambda whole: whole, []),
+    "whole but wrong": (lambda whole: bytes(len(whole)), [0]),
+    "too long": (lambda whole: whole + b"x", [0]),
+    "nothing": (lambda whole: b"", [0]),
+}
+
+
+@pytest.mark.parametrize("left, begins", LEFT.values(), ids=LEFT)
 def test_whatever_an_earlier_attempt_left(small, left, begins):
     data_root().mkdir()
     (data_root() / f"{ARCHIVE}.part").write_bytes(left(small.files[ARCHIVE]))
