@@ -409,7 +409,7 @@ def test_every_reading_function_is_among_them():
     # sums from the device; a kernel onto it; parts of most of the above; an address; a signal
     not_files = "read_sums load_module read_small read_object read_address read_back".split()
     # parts of the above; raw data, of which no byte is looked at before all were compared: test_data.py
-    inside = "read_trusted read_config read_record read_records load_raw load_splits read_mnist read_cifar10".split()
+    inside = "read_trusted read_config read_record read_records load_raw load_splits read_images".split()
     for module in {m for n, m in sys.modules.items() if n.startswith("wave_rnns.")}:
         for name in getattr(module, "__all__", ()):
             if re.match(r"(read|load)_", name) and name not in not_files + inside:
