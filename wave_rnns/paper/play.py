@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCENES', 'LAG', 'encode', 'decode', 'View', 'read_address', 'wave_states', 'networks', 'inputs', 'read_back', 'Shown',
-           'run', 'example_digits', 'base64_of', 'page_data', 'make_page', 'wrnn_show']
+           'run', 'wrnn_show']
 
 # %% ../../nbs/19_play_page.ipynb #373e7852
-import base64
-import json
 import re
 import sys
 import webbrowser
@@ -23,11 +21,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ..cell import wave_step
-from ..core import BUMP, WAVE, ConfigError, atomic_write
-from .data import load_digits
-from .demo import filled
+from ..core import ConfigError
 from .models import ModelConfig, SequenceModel, build_model
-from .weights import load, shipped_weights
+from .weights import load
 
 # %% ../../nbs/19_play_page.ipynb #f5c96e26
 SCENES = {"copy": (10, 8), "ring": (150, 8), "digit": (784, 15)}  # inputs, largest level
@@ -212,52 +208,6 @@ def run(
     silence = one_hot(torch.zeros(len(x)).long(), 10).to(dtype)
     read = read_back(wave, h, wave_states(wave, silence, view), view)
     return Shown(view, h, b, *says, read)
-
-# %% ../../nbs/19_play_page.ipynb #c1d87e17
-def example_digits() -> dict[str, str]:
-    "The first test image of each class of MNIST, at the 16 levels of grey of an address."
-    images, labels = load_digits()["test"]
-    pixels = [images[labels == d][0].flatten() / 17 for d in range(10)]
-    return {str(d): encode(p.round().int().tolist()) for d, p in enumerate(pixels)}
-
-
-def base64_of(tensor: Tensor) -> str:
-    "Float32 numbers, lowest byte first."
-    return base64.b64encode(tensor.detach().float().numpy().astype("<f4").tobytes()).decode()
-
-
-def page_data() -> dict:
-    "What the page computes with: networks, digits, names of things."
-    nets = {}
-    for name in ("copy-small-wrnn", "copy-small-irnn", "smnist-wrnn", "smnist-irnn"):
-        model = load(name)
-        cell = model.layer.cells[0]
-        sizes = {"n": cell.n, "c": getattr(cell, "c", 1), "inputs": cell.input_size}
-        nets[name] = {"kind": name.split("-")[-1], **sizes}
-        for key, value in model.state_dict().items():
-            part = key.split(".")[-1]
-            nets[name][part if "cells" in key else f"W_{part}"] = base64_of(value)
-    bare = networks(View("ring", ()))[1].layer.cells[0].V
-    return {"nets": nets, "bare": base64_of(bare), "digits": example_digits(), "lag": LAG}
-
-
-def make_page(
-    path: str | Path,  # of the HTML file
-) -> Path:
-    "Write the page: one file that needs no other."
-    scores = {}  # how many of MNIST's test images the two networks read right
-    for kind in ("wrnn", "irnn"):
-        card = shipped_weights()[f"smnist-{kind}"]
-        right, size = card["test_best"]["accuracy"], card["parameters"]["with_biases"]
-        scores[kind] = f"{right:.1%} with {size:,} parameters"
-    page = filled(
-        "play_template.html",
-        WAVE=WAVE,
-        BUMP=BUMP,
-        SCORES=f"the wRNN {scores['wrnn']}, the iRNN {scores['irnn']}",
-        DATA=json.dumps(page_data(), sort_keys=True),
-    )
-    return atomic_write(path, page)
 
 # %% ../../nbs/19_play_page.ipynb #88cecfae
 @call_parse
