@@ -40,9 +40,7 @@ def parse_seeds(text: str | None) -> tuple[int, ...]:
         found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not low <= high < low + 10_000:
-            raise usage_error(
-                f"--seeds {text}: expected whole numbers like 0,1 or a range like 0-4"
-            )
+            raise usage_error(f"--seeds {text}: expected whole numbers like 0,1 or 0-4")
         seeds += range(low, high + 1)
     return tuple(dict.fromkeys(seeds))
 
@@ -79,14 +77,9 @@ def wrnn_train(
     device: Param("cpu, cuda or cuda:1; default: a GPU where there is one", str) = None,
     results: FOLDER = None,
     resume: Param(
-        "skip what is done and go on from checkpoints; 'no' begins anew",
-        bool_arg,
-        nargs="?",
-        const=True,
+        "go on from what is there; 'no' begins anew", bool_arg, nargs="?", const=True
     ) = True,
-    together: Param(
-        "runs in one training loop, at most (lower it if memory runs out)", int
-    ) = 64,
+    together: Param("runs in one training loop, at most: fewer need less memory", int) = 64,
     list: Param("show what is declared, and stop", bool) = False,
 ):
     """Train the runs of an experiment, and write one record for each.
@@ -97,9 +90,7 @@ def wrnn_train(
     if list:
         return show_experiments()
     if experiment is None:
-        raise usage_error(
-            "which experiment? wrnn_train --list shows all, wrnn_train --help explains"
-        )
+        raise usage_error("which experiment? wrnn_train --list shows all, --help explains")
     if together < 1:
         raise usage_error(f"--together {together}: expected a number of runs, 1 or more")
     folder, only = Path(results or results_root()), parse_seeds(seeds)
@@ -200,12 +191,8 @@ def wrnn_sweep(
     workers: Param("processes or Slurm jobs; 0: one a GPU, or one for two cores", int) = 0,
     device: Param("cpu, cuda or cuda:1; default: GPUs where there are some", str) = None,
     seeds: Param("other seeds than the grid's, like 0-4", str) = None,
-    finals: Param(
-        "like 1-5: then train each experiment's best point with these seeds", str
-    ) = None,
-    together: Param(
-        "runs in one training loop, at most; 0: as the grid says (fewer need less memory)", int
-    ) = 0,
+    finals: Param("like 1-5: then train each best point with these seeds", str) = None,
+    together: Param("runs in one training loop, at most; 0: as the grid says", int) = 0,
     show: Param("show what is done and the ranking so far, and stop", bool) = False,
     list: Param("show the declared grids, and stop", bool) = False,
     slurm: Param("print a batch script for Slurm, and stop", bool) = False,
@@ -222,9 +209,7 @@ def wrnn_sweep(
     if list:
         return show_grids()
     if grid is None:
-        raise usage_error(
-            "which grid? wrnn_sweep --list shows all, wrnn_sweep --help explains"
-        )
+        raise usage_error("which grid? wrnn_sweep --list shows all, --help explains")
     if min(workers, together, minutes - 1, cpus - 1) < 0 or gpus not in (0, 1):
         raise usage_error(
             "--workers and --together must not be negative, --minutes and --cpus at least 1,"
