@@ -13,11 +13,10 @@ import pytest
 import torch
 from compiler import needs_compiler
 
-from wave_rnns.kernels import dense, launch, wave, wide
-from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, plan_for
+from wave_rnns.kernels import dense, launch, wave
+from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, fit_outer, outer_shared, plan_for
 from wave_rnns.kernels.launch import KernelError, compile_kernel, compile_report, nvrtc_architectures
-from wave_rnns.kernels.wide import WideBackend
-from wave_rnns.scan import BACKENDS
+from wave_rnns.scan import BACKENDS, backend_for
 
 HOPPER, AMPERE = (132, True), (108, False)
 REGISTERS = 65536
@@ -105,40 +104,50 @@ def test_a_layout_that_cannot_work_does_not_compile(tmp_path, monkeypatch):
             compile_kernel(SOURCE, plan.macros("relu", False, False), "sm_90", "dense")
 
 
-@pytest.mark.parametrize("source", [SOURCE, wave.SOURCE, wide.SOURCE + wide.OUTER], ids=["dense", "wave", "wide"])
+@pytest.mark.parametrize("source", [SOURCE, wave.SOURCE], ids=["dense", "wave"])
 def test_no_float_atomics_and_no_headers(source):
     "Sums have one order (same bits twice), and NVRTC needs no files."
     assert not re.search(r"atomic(?!Max)|\bred\.|#include", source)
 
 
-@pytest.mark.parametrize("capability, widest", [((9, 0), 256), ((8, 6), 128), ((7, 5), 0)])
-def test_each_matrix_goes_to_the_kernel_that_can_hold_it(monkeypatch, capability, widest):
-    "The fused one up to `widest` units, the wide one beyond; on an old GPU none, which is said once; anything else: none."
+@pytest.mark.parametrize("capability, most", [((9, 0), 256), ((8, 6), 128), ((7, 5), 0)])
+def test_what_the_kernel_cannot_hold_goes_to_torch_and_says_so_once(monkeypatch, capability, most):
+    "Up to `most` units are fused; what is none of its business it refuses without a word."
     gpu = type("Properties", (), dict(multi_processor_count=100, major=capability[0], minor=capability[1]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "an old GPU")
     monkeypatch.setattr(launch, "_WARNED", set())
+    backend_for.cache_clear()
 
     def ask(n, kind="dense", device="cuda:0", dtype=torch.float32):
-        what = (kind, torch.device(device), dtype, 1, n, 0, 0, "relu", "faithful")
-        return [backend.supports(*what) for backend in (DenseBackend(), WideBackend())]
+        return backend_for(kind, torch.device(device), dtype, 1, n, 0, 0, "relu", "faithful")
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert ask(100) == [widest > 0, False]
-        assert ask(widest or 256) == [widest > 0, False] and ask((widest or 256) + 1) == [False, widest > 0]
+        assert ask(most or 256) is BACKENDS["cuda_dense" if most else "torch"]
         for n in (100, 529):
-            assert not any(ask(n, kind="wave") + ask(n, device="cpu") + ask(n, dtype=torch.float64))
-    assert [("compute capability 8.0" in str(w.message)) for w in said] == [True] * (widest == 0)
+            for other in (dict(kind="wave"), dict(device="cpu"), dict(dtype=torch.float64)):
+                assert ask(n, **other) is BACKENDS["torch"]
+        assert len(said) == (most == 0)
+        assert ask(most + 1) is ask(most + 1) is BACKENDS["torch"]
+    backend_for.cache_clear()
+    (warning,) = said
+    reason = f"n = {most + 1} units, at most {most} fit" if most else "compute capability 8.0, an old GPU has 7.5"
+    assert "slower torch path" in str(warning.message) and reason in str(warning.message)
+
+
+def test_the_sum_for_dU_fits_gpus_with_less_shared_memory():
+    for limit, stages in ((227, 3), (163, 3), (99, 2)):
+        plan = fit_outer(plan_for(100, 128, 1, "faithful", *AMPERE), limit << 10)
+        assert plan.outer_stages == stages and outer_shared(stages) <= limit << 10
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
-@pytest.mark.parametrize("module, backend", [(dense, DenseBackend()), (wide, WideBackend())], ids=["dense", "wide"])
-def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, module, backend, last, fails_in):
+def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last, fails_in):
     "Whichever half fails, the numbers are the torch path's, and its message reaches the user once."
-    torch_backend, message = BACKENDS["torch"], f"no such kernel ({module.__name__}, {fails_in}, {last})"
+    backend, torch_backend, message = DenseBackend(), BACKENDS["torch"], f"no such kernel ({fails_in}, {last})"
     g = torch.Generator().manual_seed(0)
     drive, U, h_0 = (torch.randn(*s, generator=g) for s in ((2, 5, 3, 7), (2, 7, 7), (2, 3, 7)))
 
@@ -152,9 +161,8 @@ def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, module, backend, la
             end.copy_(y[:, -1])
 
     monkeypatch.setattr(backend, "_plan", lambda *_: None)
-    monkeypatch.setattr(backend, "broken", set())
-    monkeypatch.setattr(module, "scan_forward", broken if fails_in == "forward" else works)
-    monkeypatch.setattr(module, "scan_backward", broken)
+    monkeypatch.setattr(dense, "scan_forward", broken if fails_in == "forward" else works)
+    monkeypatch.setattr(dense, "scan_backward", broken)
     with pytest.warns(UserWarning, match=re.escape(message)):
         y, kept = backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
         gy = torch.randn(y.shape, generator=g)

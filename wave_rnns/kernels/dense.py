@@ -145,10 +145,10 @@ def scan_forward(plan, drive, U, h_0, activation, states, end):
     module.launch("dense_scan", plan.grid(B, R), (plan.threads,), plan.shared(1), args)
 
 
-def backward_module(plan, activation, last, device, source=SOURCE):
+def backward_module(plan, activation, last, device):
     "The module that has the backward scan, and the sum for dU."
     macros = plan.macros(activation, True, last)
-    return load_module(source, macros, device, "dense scan backward")
+    return load_module(SOURCE, macros, device, "dense scan backward")
 
 
 def scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0):
@@ -176,10 +176,10 @@ def fit_outer(plan, limit: int):
     return plan if outer_shared(plan.outer_stages) <= limit else replace(plan, outer_stages=2)
 
 
-def outer_sum(plan, ddrive, states, h_0, activation, last, source=SOURCE):
+def outer_sum(plan, ddrive, states, h_0, activation, last):
     "dU [R, m, m] = sum over t and the batch of delta_t h_{t-1}^T."
     R, T, B, m = ddrive.shape
-    module = backward_module(plan, activation, last, ddrive.device, source)
+    module = backward_module(plan, activation, last, ddrive.device)
     pieces, side = -(-T * B // CHUNK), -(-m // 128)
     dU = part = new_tensor("gradients of U", R, R, m, m, like=ddrive)
     if pieces > 1:
@@ -211,10 +211,16 @@ class DenseBackend(Backend):
         if (device, n, precision) in self.broken:
             return False
         major, minor = torch.cuda.get_device_capability(device)
+        reason = ""
         if major < 8:
             gpu = torch.cuda.get_device_name(device)
-            fall_back(f"they need compute capability 8.0, {gpu} has {major}.{minor}")
-        return major >= 8 and self._plan(n, 1, 1, precision, device) is not None
+            reason = f"they need compute capability 8.0, {gpu} has {major}.{minor}"
+        elif self._plan(n, 1, 1, precision, device) is None:
+            most = FUSED_UNITS if major >= 9 else 128
+            reason = f"n = {n} units, at most {most} fit on the chip of this GPU"
+        if reason:
+            fall_back(reason)
+        return not reason
 
     def kept_shape(self, kind, R, T, B, c, n, k, F, activation, last, precision):
         # every state; if all are returned, y has them already
@@ -226,15 +232,6 @@ class DenseBackend(Backend):
         fall_back(str(error))
         return BACKENDS["torch"]
 
-    def _forward(self, *args):
-        scan_forward(*args)
-
-    def _backward(self, *args):
-        scan_backward(*args)
-
-    def _outer(self, *args):
-        return outer_sum(*args)
-
     def dense_forward(self, drive, U, h_0, activation, last, keep, precision):
         R, T, B, m = drive.shape
         states = end = None
@@ -244,7 +241,7 @@ class DenseBackend(Backend):
             end = drive.new_empty(R, B, m)
         try:
             plan = self._plan(m, B, R, precision, drive.device)
-            self._forward(plan, drive, U, h_0, activation, states, end)
+            scan_forward(plan, drive, U, h_0, activation, states, end)
         except KernelError as error:  # the same in plain PyTorch, in our layout
             torch_ = self._give_up(U, precision, error)
             states, _ = torch_.dense_forward(drive, U, h_0, activation, False, True, precision)
@@ -259,8 +256,8 @@ class DenseBackend(Backend):
         try:
             plan = self._plan(m, B, R, precision, drive.device)
             ddrive = new_tensor("gradients of the drive", R, *drive.shape, like=drive)
-            self._backward(plan, gy, U, states, activation, last, ddrive, dh_0)
-            return ddrive, self._outer(plan, ddrive, states, h_0, activation, last), dh_0
+            scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
+            return ddrive, outer_sum(plan, ddrive, states, h_0, activation, last), dh_0
         except KernelError as error:
             torch_ = self._give_up(U, precision, error)
             ddrive = None  # its memory is needed again

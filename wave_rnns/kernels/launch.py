@@ -38,16 +38,9 @@ def cuda_sections(file: str) -> dict[str, str]:  # 'wave.cu' -> {section: its te
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def cuda_source(
-    *parts: str,  # files, or single sections of a file: 'common.cuh', 'dense.cu:rows'
-) -> str:
-    "One text for the compiler."
-    texts = []
-    for part in parts:
-        file, _, section = part.partition(":")
-        sections = cuda_sections(file)
-        texts += [sections[section]] if section else sections.values()
-    return "".join(texts)
+def cuda_source(*files: str) -> str:  # 'common.cuh', 'dense.cu'
+    "The sections of some files as one text for the compiler."
+    return "".join(text for file in files for text in cuda_sections(file).values())
 
 
 def show_section(file: str, section: str):
