@@ -7,8 +7,9 @@ import torch
 
 import wave_rnns.kernels.wave as K
 from compiler import reason
+from wave_rnns import scan_operator
 from wave_rnns.kernels import launch
-from wave_rnns.scan import BACKENDS, backend_for
+from wave_rnns.scan import BackendError, backend_for
 
 if reason:
     pytest.skip(reason, allow_module_level=True)
@@ -35,7 +36,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     properties = type("properties", (), {"multi_processor_count": 132})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    monkeypatch.setattr(launch, "_WARNED", set())
+    monkeypatch.setattr(scan_operator, "_WARNED", set())
     backend_for.cache_clear()
     yield torch.device("cuda", 0)
     backend_for.cache_clear()
@@ -121,35 +122,35 @@ def test_old_gpu_and_missing_compiler_fall_back(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
     def missing():
-        raise K.KernelError("NVRTC (libnvrtc.so.13) was not found")
+        raise launch.KernelError("NVRTC (libnvrtc.so.13) was not found")
 
     monkeypatch.setattr(launch, "nvrtc_architectures", missing)
     with pytest.warns(UserWarning, match="NVRTC .* was not found"):
         assert not K.CudaBackend().supports(**ASK)
 
 
-def test_a_kernel_that_does_not_compile_is_replaced(gpu, monkeypatch):
-    "Forward and backward, also when only the backward kernel fails: the torch backend does both again."
+def test_what_does_not_compile_leaves_the_backend(gpu, monkeypatch):
+    "What becomes of such an error is the operator's business, see test_scan.py."
 
     def fail(*_, **__):
-        raise K.KernelError("ptxas had a bad day")
+        raise launch.KernelError("ptxas had a bad day")
 
     monkeypatch.setattr(K, "run_forward", fail)
     monkeypatch.setattr(K, "run_backward", fail)
-    backend, torch_ = K.CudaBackend(), BACKENDS["torch"]
-    g, (R, T, B, c, n, F) = torch.Generator().manual_seed(0), (2, 5, 3, 2, 6, 1)
-    args = [torch.randn(s, generator=g) for s in ((R, T, B, F), (R, c, c, 3), (R, c, n, F), (R, c, n), (R, B, c, n))]
-    with pytest.warns(UserWarning, match="ptxas had a bad day"):
-        y, kept = backend.wave_forward(*args, "relu", False, True, "faithful")
-    want, kept_torch = torch_.wave_forward(*args, "relu", False, True, "faithful")
-    assert torch.equal(y, want)
-    gy = torch.ones_like(y)
-    ours = backend.wave_backward(gy, *args, y, torch.empty(0, dtype=torch.int32), "relu", False, "faithful", True)
-    theirs = torch_.wave_backward(gy, *args, want, kept_torch, "relu", False, "faithful", True)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-    with pytest.warns(UserWarning, match="did not compile"):  # asked again: no
-        assert not backend.supports("wave", gpu, torch.float32, 2, 6, 3, 1, "relu", "faithful")
+    T, B, c, n, rest = 5, 3, 2, 6, ("relu", False)
+    for F in (1, 4):
+        args = [torch.randn(2, *s) for s in ((T, B, F), (c, c, 3), (c, n, F), (c, n), (B, c, n))]
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().wave_forward(*args, *rest, True, "faithful")
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().wave_backward(None, *args, None, None, *rest, "faithful", True)
+    for rows in (4, 5000):
+        index = torch.zeros(1, T, B, dtype=torch.int64)
+        args = [index, None, None, *(torch.randn(2, *s) for s in ((rows, c, n), (c, c, 3), (B, c, n)))]
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().rows_forward(*args, *rest, True, "faithful")
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().rows_backward(None, *args, None, None, *rest, "faithful")
 
 
 def test_kept_holds_every_share(gpu):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compiler import needs_compiler
 
+from wave_rnns import scan_operator
 from wave_rnns.kernels import dense, launch, wave
 from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, fit_outer, outer_shared, plan_for
 from wave_rnns.kernels.launch import KernelError, compile_kernel, compile_report, nvrtc_architectures
@@ -116,8 +117,8 @@ def test_what_the_kernel_cannot_hold_goes_to_torch_and_says_so_once(monkeypatch,
     gpu = type("Properties", (), dict(multi_processor_count=100, major=capability[0], minor=capability[1]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "an old GPU")
-    monkeypatch.setattr(launch, "_WARNED", set())
+    monkeypatch.setattr(launch, "nvrtc_architectures", lambda: (80, 90))
+    monkeypatch.setattr(scan_operator, "_WARNED", set())
     backend_for.cache_clear()
 
     def ask(n, kind="dense", device="cuda:0", dtype=torch.float32):
@@ -133,7 +134,7 @@ def test_what_the_kernel_cannot_hold_goes_to_torch_and_says_so_once(monkeypatch,
         assert ask(most + 1) is ask(most + 1) is BACKENDS["torch"]
     backend_for.cache_clear()
     (warning,) = said
-    reason = f"n = {most + 1} units, at most {most} fit" if most else "compute capability 8.0, an old GPU has 7.5"
+    reason = f"n = {most + 1} units do not fit" if most else "compute capability 7.5, at least 8.0 is needed"
     assert "slower torch path" in str(warning.message) and reason in str(warning.message)
 
 
@@ -144,35 +145,37 @@ def test_the_sum_for_dU_fits_gpus_with_less_shared_memory():
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("fails_in", ["forward", "backward"])
-def test_a_kernel_that_fails_gives_way_to_torch(monkeypatch, last, fails_in):
-    "Whichever half fails, the numbers are the torch path's, and its message reaches the user once."
-    backend, torch_backend, message = DenseBackend(), BACKENDS["torch"], f"no such kernel ({fails_in}, {last})"
+def test_the_backend_around_its_kernels(monkeypatch, last):
+    "PyTorch stands for the three kernels: what they are given, and where their results go."
+    backend, torch_backend = DenseBackend(), BACKENDS["torch"]
     g = torch.Generator().manual_seed(0)
     drive, U, h_0 = (torch.randn(*s, generator=g) for s in ((2, 5, 3, 7), (2, 7, 7), (2, 3, 7)))
+    z, z_kept = torch_backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
+    gy = torch.randn(z.shape, generator=g)
+    exact = torch_backend.dense_backward(gy, drive, U, h_0, z, z_kept, "relu", last, "faithful")
 
-    def broken(*_):
-        raise KernelError(message)
-
-    def works(plan, drive, U, h_0, activation, states, end):  # stands for the kernel
+    def forward(plan, drive, U, h_0, activation, states, end):
         y, _ = torch_backend.dense_forward(drive, U, h_0, activation, False, True, "faithful")
-        states.copy_(y)
+        if states is not None:
+            states.copy_(y)
         if end is not None:
             end.copy_(y[:, -1])
 
+    def backward(plan, gy, U, states, activation, last, ddrive, dh_0):
+        ddrive.copy_(exact[0]), dh_0.copy_(exact[2])
+
     monkeypatch.setattr(backend, "_plan", lambda *_: None)
-    monkeypatch.setattr(dense, "scan_forward", broken if fails_in == "forward" else works)
-    monkeypatch.setattr(dense, "scan_backward", broken)
-    with pytest.warns(UserWarning, match=re.escape(message)):
-        y, kept = backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
-        gy = torch.randn(y.shape, generator=g)
-        ours = backend.dense_backward(gy, drive, U, h_0, y, kept, "relu", last, "faithful")
-    shape, _ = backend.kept_shape("dense", 2, 5, 3, 1, 7, 0, 0, "relu", last, "faithful")
-    assert tuple(kept.shape) == shape and backend.broken == {(torch.device("cpu"), 7, "faithful")}
-    z, z_kept = torch_backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
-    exact = torch_backend.dense_backward(gy, drive, U, h_0, z, z_kept, "relu", last, "faithful")
-    assert torch.equal(y, z)
-    torch.testing.assert_close(ours, exact)
+    monkeypatch.setattr(dense, "scan_forward", forward)
+    monkeypatch.setattr(dense, "scan_backward", backward)
+    monkeypatch.setattr(dense, "outer_sum", lambda plan, ddrive, *_: exact[1])
+    for keep in (True, False):
+        y, kept = backend.dense_forward(drive, U, h_0, "relu", last, keep, "faithful")
+        shape, _ = backend.kept_shape("dense", 2, 5, 3, 1, 7, 0, 0, "relu", last, "faithful")
+        assert torch.equal(y, z) and tuple(kept.shape) == (shape if keep else (0,))
+    _, kept = backend.dense_forward(drive, U, h_0, "relu", last, True, "faithful")
+    assert torch.equal(kept, z_kept)
+    ours = backend.dense_backward(gy, drive, U, h_0, y, kept, "relu", last, "faithful")
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
 
 
 PROOF = Path(__file__).parent / "gpu/check_dense.py"

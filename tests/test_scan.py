@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from wave_rnns import cell as cells
-from wave_rnns import scan
+from wave_rnns import scan, scan_operator
 from wave_rnns.core import ConfigError
 from wave_rnns.layer import IdentityRNN, LocalRNN, WaveRNN
-from wave_rnns.scan import Rows, ScanError, dense_scan, reference_loop, rows, wave_scan
+from wave_rnns.scan import (
+    BACKENDS, BackendError, Rows, ScanError, backend_for, dense_scan, reference_loop, rows, wave_scan,
+)  # fmt: skip
 from wave_rnns.scan_cpu import TorchBackend
 
 SCANS = {"wave": wave_scan, "dense": dense_scan}
@@ -402,6 +405,41 @@ def test_states_are_kept_only_if_somebody_may_ask_for_a_gradient(kind, form, mon
     torch.func.vmap(run)(trainable(two))
     torch.func.grad(lambda b: run(a | dict(b=b)).sum())(a["b"])
     assert kept[3:] == [True, True, True]
+
+
+@pytest.mark.parametrize("half", ["forward", "backward"])
+@pytest.mark.parametrize("kind, form", [("wave", "float"), ("wave", "rows"), ("dense", "float")])
+def test_a_backend_that_fails_gives_way_to_the_next(kind, form, half, monkeypatch):
+    "Whichever half fails: value and gradients are the next one's, the user is told once, and it is not asked again."
+    name, asked = "rows" if form == "rows" else kind, []
+
+    class Fails(TorchBackend):
+        "Keeps its states in an order of its own."
+
+    def forward(self, *args):
+        y, kept = getattr(super(Fails, self), f"{name}_forward")(*args)
+        return y, kept.flatten(1)
+
+    def fail(self, *args):
+        asked.append(half)
+        raise BackendError("this is an example")
+
+    setattr(Fails, f"{name}_forward", forward)
+    setattr(Fails, f"{name}_{half}", fail)
+    for used in ("_FAILED", "_WARNED"):
+        monkeypatch.setattr(scan_operator, used, set())
+    a, run = inputs(kind, form=form), partial(call, kind, last=True)
+    want = value_and_gradients(run, a)
+    with monkeypatch.context() as more, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        more.setitem(BACKENDS, "fails", Fails())
+        backend_for.cache_clear()
+        for _ in range(2):
+            assert_close(value_and_gradients(run, a), want, rtol=0, atol=0)
+        two = torch.func.vmap(run)(stacked([a, a]))
+    backend_for.cache_clear()
+    assert_close(two, torch.stack([want["value"]] * 2))
+    assert asked == [half] and ["this is an example" in str(w.message) for w in seen] == [True]
 
 
 # One step, one home

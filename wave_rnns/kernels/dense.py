@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from wave_rnns.kernels.launch import (
-    KernelError,
     aligned,
     cuda_source,
-    fall_back,
+    gpu_obstacle,
     load_module,
     new_tensor,
     shared_limit,
 )
-from ..scan import BACKENDS, Backend, backend_for, register_backend
+from ..scan import Backend, fall_back, register_backend
 
 # %% ../../nbs/04_kernels_dense.ipynb #9ae46df7
 SOURCE = cuda_source("common.cuh", "dense.cu")
@@ -198,7 +197,7 @@ class DenseBackend(Backend):
     float32, compute capability 8.0 or later, up to 256 units (before 9.0: 128)."""
 
     def __init__(self, plan=plan_for):  # a function like `plan_for`
-        self.plan, self.broken = plan, set()
+        self.plan = plan
 
     def _plan(self, m, B, R, precision, device):
         gpu = torch.cuda.get_device_properties(device)
@@ -208,16 +207,10 @@ class DenseBackend(Backend):
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision):
         if kind != "dense" or device.type != "cuda" or dtype != torch.float32:
             return False
-        if (device, n, precision) in self.broken:
-            return False
-        major, minor = torch.cuda.get_device_capability(device)
-        reason = ""
-        if major < 8:
-            gpu = torch.cuda.get_device_name(device)
-            reason = f"they need compute capability 8.0, {gpu} has {major}.{minor}"
-        elif self._plan(n, 1, 1, precision, device) is None:
-            most = FUSED_UNITS if major >= 9 else 128
-            reason = f"n = {n} units, at most {most} fit on the chip of this GPU"
+        reason = gpu_obstacle(device)
+        if not reason and self._plan(n, 1, 1, precision, device) is None:
+            most = f"{FUSED_UNITS} do, before compute capability 9.0 128"
+            reason = f"n = {n} units do not fit on the chip ({most})"
         if reason:
             fall_back(reason)
         return not reason
@@ -226,12 +219,6 @@ class DenseBackend(Backend):
         # every state; if all are returned, y has them already
         return ((R, T, B, n) if last else (0,)), None
 
-    def _give_up(self, U, precision, error):
-        self.broken.add((U.device, U.shape[-1], precision))
-        backend_for.cache_clear()
-        fall_back(str(error))
-        return BACKENDS["torch"]
-
     def dense_forward(self, drive, U, h_0, activation, last, keep, precision):
         R, T, B, m = drive.shape
         states = end = None
@@ -239,13 +226,8 @@ class DenseBackend(Backend):
             states = new_tensor("states", R, *drive.shape, like=drive)
         if last:
             end = drive.new_empty(R, B, m)
-        try:
-            plan = self._plan(m, B, R, precision, drive.device)
-            scan_forward(plan, drive, U, h_0, activation, states, end)
-        except KernelError as error:  # the same in plain PyTorch, in our layout
-            torch_ = self._give_up(U, precision, error)
-            states, _ = torch_.dense_forward(drive, U, h_0, activation, False, True, precision)
-            end = states[:, -1].clone()
+        plan = self._plan(m, B, R, precision, drive.device)
+        scan_forward(plan, drive, U, h_0, activation, states, end)
         if not last:
             return states, drive.new_empty(0)
         return end, states if keep else drive.new_empty(0)
@@ -253,15 +235,10 @@ class DenseBackend(Backend):
     def dense_backward(self, gy, drive, U, h_0, y, kept, activation, last, precision):
         R, T, B, m = drive.shape
         states, dh_0 = kept if last else y, drive.new_empty(R, B, m)
-        try:
-            plan = self._plan(m, B, R, precision, drive.device)
-            ddrive = new_tensor("gradients of the drive", R, *drive.shape, like=drive)
-            scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
-            return ddrive, outer_sum(plan, ddrive, states, h_0, activation, last), dh_0
-        except KernelError as error:
-            torch_ = self._give_up(U, precision, error)
-            ddrive = None  # its memory is needed again
-        return torch_.dense_backward(gy, drive, U, h_0, y, kept, activation, last, precision)
+        plan = self._plan(m, B, R, precision, drive.device)
+        ddrive = new_tensor("gradients of the drive", R, *drive.shape, like=drive)
+        scan_backward(plan, gy, U, states, activation, last, ddrive, dh_0)
+        return ddrive, outer_sum(plan, ddrive, states, h_0, activation, last), dh_0
 
 
 register_backend("cuda_dense", DenseBackend())

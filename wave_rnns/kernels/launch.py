@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LARGEST_CUBIN', 'REPORTED', 'SHARED_LIMIT', 'cuda_sections', 'cuda_source', 'show_section', 'committed',
-           'KernelError', 'bindings', 'call', 'nvrtc_version', 'nvrtc_architectures', 'architecture_for', 'cached_file',
-           'read_cached', 'write_cached', 'compile_kernel', 'compile_report', 'Module', 'load_module', 'shared_limit',
-           'aligned', 'new_tensor', 'fall_back']
+           'KernelError', 'bindings', 'call', 'nvrtc_version', 'nvrtc_architectures', 'architecture_for',
+           'gpu_obstacle', 'cached_file', 'read_cached', 'write_cached', 'compile_kernel', 'compile_report', 'Module',
+           'load_module', 'shared_limit', 'aligned', 'new_tensor']
 
 # %% ../../nbs/04_kernels_launch.ipynb #ec630154
 import ctypes
@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..core import WaveRNNError, atomic_write, data_root, read_small
+from ..scan import BackendError
 
 # %% ../../nbs/04_kernels_launch.ipynb #356b0af5
 @functools.cache
@@ -59,7 +59,7 @@ def committed(name: str):  # 'gpu/bench_wave'
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/04_kernels_launch.ipynb #bc83c1c3
-class KernelError(WaveRNNError):
+class KernelError(BackendError):
     "A CUDA kernel could not be found, compiled, loaded or launched."
 
 
@@ -106,6 +106,18 @@ def architecture_for(
         version = ".".join(map(str, nvrtc_version()))
         raise KernelError(f"NVRTC {version} cannot compile for compute capability {cc / 10}")
     return f"sm_{older[-1]}" if older[-1] // 10 == cc // 10 else f"compute_{older[-1]}"
+
+
+def gpu_obstacle(device: torch.device) -> str:
+    "Why our kernels do not run on this GPU; '' if they do."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "compute capability {}.{}, at least 8.0 is needed".format(*capability)
+    try:
+        architecture_for(capability)
+    except KernelError as e:
+        return str(e)
+    return ""
 
 # %% ../../nbs/04_kernels_launch.ipynb #1b90256b
 def _options(macros: dict, arch: str) -> list[str]:
@@ -309,14 +321,3 @@ def new_tensor(what: str, R: int, *shape, like: Tensor, dtype=torch.float32) -> 
         hint = f"R = {fit} runs would fit" if fit else "not even one fits: use a smaller batch"
         sizes = f"need {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
         raise torch.OutOfMemoryError(f"wave_rnns: {what} of {R} runs {sizes}: {hint}") from e
-
-# %% ../../nbs/04_kernels_launch.ipynb #cae92095
-_WARNED = set()
-
-
-def fall_back(reason: str) -> None:
-    "Warn, once a process for each reason, that the fused kernels are not used."
-    if reason not in _WARNED:
-        _WARNED.add(reason)
-        slow = "the fused CUDA kernels are not used, the slower torch path is"
-        warnings.warn(f"wave_rnns: {slow}: {reason}", stacklevel=3)

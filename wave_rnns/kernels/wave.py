@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from wave_rnns.kernels.launch import (
-    KernelError,
     Module,
     aligned,
-    architecture_for,
     cuda_source,
-    fall_back,
+    gpu_obstacle,
     load_module,
     new_tensor,
     shared_limit,
 )
-from ..scan import BACKENDS, Backend, backend_for, register_backend
+from ..scan import Backend, fall_back, register_backend
 
 # %% ../../nbs/04_kernels_wave.ipynb #d92ae2ca
 SOURCE = cuda_source("common.cuh", "wave.cu")
@@ -197,13 +195,6 @@ def obstacle(device, kind, c, n, F, activation, precision) -> str:
         return f"c = {c} rings, at most {MAX_CHANNELS} fit the registers"
     if n < 3:
         return f"n = {n} neurons, at least 3 are needed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return "compute capability {}.{}, at least 8.0 is needed".format(*capability)
-    try:
-        architecture_for(capability)
-    except KernelError as e:
-        return str(e)
     F = F if kind == "wave" and F <= FEATURES else 0
     for states in (False, True):
         p = plan_for(device, n, c, F, activation, precision, states)
@@ -327,16 +318,12 @@ def sum_rows(
 class CudaBackend(Backend):
     "The fused kernels as a backend of `wave_rnns.scan`."
 
-    def __init__(self):
-        self.broken = set()  # sizes that turned out not to run
-
     def supports(self, kind, device, dtype, c, n, k, F, activation, precision) -> bool:
         wave = kind in ("wave", "rows") and k == 3
         if not wave or device.type != "cuda" or dtype != torch.float32:
             return False
-        reason = obstacle(device, kind, c, n, F, activation, precision)
-        if not reason and (c, n, activation, precision) in self.broken:
-            reason = f"n = {n}, c = {c} did not compile or load before"
+        reason = gpu_obstacle(device)
+        reason = reason or obstacle(device, kind, c, n, F, activation, precision)
         if reason:
             fall_back(reason)
         return not reason
@@ -346,61 +333,31 @@ class CudaBackend(Backend):
         p = Plan(n, c, 1, activation, precision, not last)
         return (R, B, T + 1, p.tile * p.kept_terms), torch.int32
 
-    def _or_torch(self, run, instead, sizes):
-        "run(), or what the torch backend makes of it when a kernel does not compile or load."
-        try:
-            return run()
-        except KernelError as e:
-            self.broken.add(sizes)
-            backend_for.cache_clear()
-            fall_back(str(e))
-            return instead(BACKENDS["torch"])
-
     def wave_forward(self, x, u, V, b, h_0, activation, last, keep, precision):
         (R, c, n, F), (_, T, B, _) = V.shape, x.shape
-        fused = F <= FEATURES
-        how = (activation, precision, not last)
+        fused, how = F <= FEATURES, (activation, precision, not last)
         shape, _ = self.kept_shape("wave", R, T, B, c, n, 3, F, activation, last, precision)
-
-        def run():
-            p = plan_for(x.device, n, c, F * fused, *how, R * B, keep=keep)
-            if fused:
-                rows = V.permute(0, 3, 1, 2)
-                return run_forward(p, u, rows, b, h_0, x, T, B, shape[-1])
-            drive = torch.einsum("rtbf,rcnf->rtbcn", x.expand(R, -1, -1, -1), V)
-            table = (drive + b[:, None, None]).view(R, T * B, c, n)
-            return run_forward(p, u, table, None, h_0, None, T, B, shape[-1])
-
-        def instead(torch_):
-            return torch_.wave_forward(x, u, V, b, h_0, activation, last, keep, precision)
-
-        return self._or_torch(run, instead, (c, n, activation, precision))
+        p = plan_for(x.device, n, c, F if fused else 0, *how, R * B, keep=keep)
+        if fused:
+            rows = V.permute(0, 3, 1, 2)
+            return run_forward(p, u, rows, b, h_0, x, T, B, shape[-1])
+        drive = torch.einsum("rtbf,rcnf->rtbcn", x.expand(R, -1, -1, -1), V)
+        table = (drive + b[:, None, None]).view(R, T * B, c, n)
+        return run_forward(p, u, table, None, h_0, None, T, B, shape[-1])
 
     def wave_backward(self, gy, x, u, V, b, h_0, y, kept, activation, last, precision, need_x):
         (R, c, n, F), (_, T, B, _) = V.shape, x.shape
-        fused = F <= FEATURES
-        how = (activation, precision, not last)
-
-        def run():
-            emit = int(need_x or not fused)
-            p = plan_for(x.device, n, c, F * fused, *how, R * B, emit=emit)
-            what, deltas = "the gradients of every drive", None
-            if emit:
-                deltas = new_tensor(what, R, R, T, B, c, n, like=u)
-            g = run_backward(p, gy, u, x if fused else None, kept, T, B, deltas=deltas)
-            if not fused:
-                g["V"] = torch.einsum("rtbcn,rtbf->rcnf", deltas, x.expand(R, -1, -1, -1))
-                g["b"] = deltas.sum((1, 2))
-            dx = torch.einsum("rtbcn,rcnf->rtbf", deltas, V) if need_x else x.new_empty(0)
-            return dx, g["u"], g["V"], g["b"], g["h_0"]
-
-        def instead(torch_):  # what it kept is not what we kept: once more from the start
-            again = torch_.wave_forward(x, u, V, b, h_0, activation, last, True, precision)
-            return torch_.wave_backward(
-                gy, x, u, V, b, h_0, *again, activation, last, precision, need_x
-            )
-
-        return self._or_torch(run, instead, (c, n, activation, precision))
+        fused, how, deltas = F <= FEATURES, (activation, precision, not last), None
+        emit = int(need_x or not fused)
+        p = plan_for(x.device, n, c, F if fused else 0, *how, R * B, emit=emit)
+        if emit:
+            deltas = new_tensor("the gradients of every drive", R, R, T, B, c, n, like=u)
+        g = run_backward(p, gy, u, x if fused else None, kept, T, B, deltas=deltas)
+        if not fused:
+            g["V"] = torch.einsum("rtbcn,rtbf->rcnf", deltas, x.expand(R, -1, -1, -1))
+            g["b"] = deltas.sum((1, 2))
+        dx = torch.einsum("rtbcn,rcnf->rtbf", deltas, V) if need_x else x.new_empty(0)
+        return dx, g["u"], g["V"], g["b"], g["h_0"]
 
     def rows_forward(
         self, index, order, offsets, table, u, h_0, activation, last, keep, precision
@@ -408,47 +365,26 @@ class CudaBackend(Backend):
         (R, rows, c, n), (_, T, B) = table.shape, index.shape
         how = (activation, precision, not last)
         shape, _ = self.kept_shape("rows", R, T, B, c, n, 3, 0, activation, last, precision)
-
-        def run():
-            mt = rows_plan_for(u.device, n, c, rows, R, B, *how).mt
-            p = plan_for(u.device, n, c, 0, *how, keep=keep, mt=mt)
-            return run_forward(p, u, table, None, h_0, index.contiguous(), T, B, shape[-1])
-
-        def instead(torch_):
-            return torch_.rows_forward(
-                index, order, offsets, table, u, h_0, activation, last, keep, precision
-            )
-
-        return self._or_torch(run, instead, (c, n, activation, precision))
+        mt = rows_plan_for(u.device, n, c, rows, R, B, *how).mt
+        p = plan_for(u.device, n, c, 0, *how, keep=keep, mt=mt)
+        return run_forward(p, u, table, None, h_0, index.contiguous(), T, B, shape[-1])
 
     def rows_backward(
         self, gy, index, order, offsets, table, u, h_0, y, kept, activation, last, precision
     ):
         (R, rows, c, n), (_, T, B) = table.shape, index.shape
-
-        def run():
-            p = rows_plan_for(u.device, n, c, rows, R, B, activation, precision, not last)
-            if p.rows:
-                g = run_backward(p, gy, u, index, kept, T, B)
-                return g["V"], g["u"], g["h_0"]
-            sorted_ = (order, offsets) if order is not None else sort_rows(index, rows)
-            place, dtable = place_rows(index, sorted_[1]), torch.empty_like(table)
-            dtype = torch.bfloat16 if p.precision == "fast" else torch.float32
-            what = "the gradients of every drive"
-            deltas = new_tensor(what, R, R, T, B, c, n, like=u, dtype=dtype)
-            g = run_backward(p, gy, u, index, kept, T, B, place, deltas, dtable)
-            sum_rows(p, deltas, place, *sorted_, dtable)
-            return dtable, g["u"], g["h_0"]
-
-        def instead(torch_):
-            again = torch_.rows_forward(
-                index, order, offsets, table, u, h_0, activation, last, True, precision
-            )
-            return torch_.rows_backward(
-                gy, index, order, offsets, table, u, h_0, *again, activation, last, precision
-            )
-
-        return self._or_torch(run, instead, (c, n, activation, precision))
+        p = rows_plan_for(u.device, n, c, rows, R, B, activation, precision, not last)
+        if p.rows:
+            g = run_backward(p, gy, u, index, kept, T, B)
+            return g["V"], g["u"], g["h_0"]
+        sorted_ = (order, offsets) if order is not None else sort_rows(index, rows)
+        place, dtable = place_rows(index, sorted_[1]), torch.empty_like(table)
+        dtype = torch.bfloat16 if p.precision == "fast" else torch.float32
+        what = "the gradients of every drive"
+        deltas = new_tensor(what, R, R, T, B, c, n, like=u, dtype=dtype)
+        g = run_backward(p, gy, u, index, kept, T, B, place, deltas, dtable)
+        sum_rows(p, deltas, place, *sorted_, dtable)
+        return dtable, g["u"], g["h_0"]
 
 
 register_backend("cuda", CudaBackend())
