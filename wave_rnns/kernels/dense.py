@@ -43,12 +43,7 @@ class DensePlan:
     outer_terms: int = 0  # terms in the sum for dU; 0: 3 for a few faithful units, else 2
     outer_stages: int = 3  # rounds of that sum in shared memory or being fetched, 34 KB each
     stub: bool = False  # leave out the arithmetic, for timing only
-    diagonals: int = (
-        0  # products of terms i and j are taken while i + j < diagonals; 0: 4 faithful, 2 fast
-    )
-    # faithful first terms: multiples of 2^-bits of the power of two above the largest ...
-    state_bits: int = 8  # ... of four units
-    weight_bits: int = 10  # ... weight of a row
+    diagonals: int = 0  # products of terms i + j < diagonals; 0: 4 faithful, 2 fast
 
     @property
     def padded(self) -> int:
@@ -85,8 +80,8 @@ class DensePlan:
             "OUTER_STAGES": self.outer_stages,
             "STUB": int(self.stub),
             "DIAGONALS": self.diagonals or (4 if self.terms == 3 else 2),
-            "SBITS": self.state_bits,
-            "WBITS": self.weight_bits,
+            "SBITS": 8,  # faithful first terms: multiples of 2^-bits of the power of two
+            "WBITS": 10,  # above the largest of four states, of the weights of a row
             "ACT": ("identity", "relu", "tanh").index(activation),
             "BACK": int(backward),
             "LAST": int(backward and last),
@@ -114,23 +109,16 @@ def plan_for(
     if m > FUSED_UNITS or (m > 128 and not clusters):
         return None
     terms, groups = 3 if precision == "faithful" else 2, -(-B // 8) * R  # groups of 8 samples
-    few = (
-        clusters and 4 * groups <= 0.75 * processors
-    )  # not every group of four processors can form a cluster
+    few = clusters and 4 * groups <= 0.75 * processors  # not every four can form a cluster
     if m > 128:
-        if few:
-            return DensePlan(m, terms, cluster=4, rows=2, deep=4)
-        return DensePlan(
-            m, terms, cluster=2, rows=4, deep=4, tiles=1 if 2 * groups <= processors else 2
-        )
-    if m > 96 and few:
-        return DensePlan(m, terms, cluster=4, rows=2, deep=1)
-    if m > 96 and clusters and 2 * groups <= processors:
-        return DensePlan(m, terms, cluster=2, rows=2, deep=2)
-    rows, deep = {1: (2, 1), 2: (4, 1), 3: (2, 2), 4: (4, 2)}[-(-m // 32)]
-    return DensePlan(
-        m, terms, cluster=1, rows=rows, deep=deep, tiles=1 if groups <= processors else 2
-    )
+        cluster, rows, deep = (4, 2, 4) if few else (2, 4, 4)
+    elif m > 96 and few:
+        cluster, rows, deep = 4, 2, 1
+    elif m > 96 and clusters and 2 * groups <= processors:
+        cluster, rows, deep = 2, 2, 2
+    else:
+        cluster, (rows, deep) = 1, ((2, 1), (4, 1), (2, 2), (4, 2))[(m - 1) // 32]
+    return DensePlan(m, terms, cluster, rows, deep, 1 if cluster * groups <= processors else 2)
 
 # %% ../../nbs/04_kernels_dense.ipynb #f744c9ab
 def scan_forward(plan, drive, U, h_0, activation, states, end):

@@ -52,8 +52,7 @@ class Plan:
     # first terms, faithful forward: multiples of the power of two above the largest / 2^bits
     state_bits: int = 8  # states, the largest of four lanes; 0: whole bf16 terms
     weight_bits: int = 12  # weights, the largest of all (backward: always 0 and 8)
-    min_forward: int = 1  # blocks per multiprocessor asked of the compiler
-    min_backward: int = 1
+    min_forward: int = 1  # blocks per multiprocessor asked of the compiler, forward
     stub: int = 0  # no arithmetic: for timing
     limit: int = 227 << 10  # bytes of shared memory a block may use
 
@@ -139,7 +138,6 @@ class Plan:
             "RING": self.ring,
             "FORWARD": int(forward),
             "MINF": self.min_forward if forward else 1,
-            "MINB": 1 if forward else self.min_backward,
             "DTAB": 0 if forward else int(self.rows > 0),
             "EMIT": 0 if forward else self.emit,
             "SPB": 1 if forward else self.pair,
@@ -151,9 +149,7 @@ class Plan:
         return load_module(SOURCE, self.macros(forward), device, name)
 
 # %% ../../nbs/04_kernels_wave.ipynb #e500bfcf
-FEATURES = (
-    2  # input features that the kernel multiplies itself; more go through a table of drives
-)
+FEATURES = 2  # input features that the kernel multiplies itself; more: a table of drives
 
 
 def plan_for(
@@ -248,10 +244,8 @@ def run_backward(
     kept: Tensor,  # from run_forward
     T: int,
     B: int,
-    place: Tensor
-    | None = None,  # emit 2: for each step its row if that is used once, else ~row
-    deltas: Tensor
-    | None = None,  # emit: where deltas go, [R,T,B,c,n] (emit 2, fast: bfloat16)
+    place: Tensor | None = None,  # emit 2: each step's row if it is used once, else ~row
+    deltas: Tensor | None = None,  # emit: where they go, [R,T,B,c,n] (emit 2, fast: bf16)
     dtable: Tensor | None = None,  # emit 2: [R,rows,c,n]
 ) -> dict[str, Tensor | None]:  # u, h_0, V [R,c,n,F] or [R,rows,c,n], b
     "Launch the backward kernel and the sums over the batch."
