@@ -4,7 +4,6 @@ import importlib
 from pathlib import Path
 
 import pytest
-import torch
 
 from wave_rnns.kernels import wave
 
@@ -25,11 +24,9 @@ def test_scripts_import_what_there_is(script, name):
     assert callable(script(name).main)
 
 
-def test_what_is_timed_is_what_users_get(script, monkeypatch):
+def test_what_is_timed_is_what_users_get(script, pretend_gpu):
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    properties = type("properties", (), {"multi_processor_count": 132})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    pretend_gpu(9)
     bench = script("bench")
     for R in (1, 4):
         plan = bench.wave_plan("smnist", "faithful", R, {})
