@@ -5,22 +5,15 @@ python tests/gpu/bench.py --out nbs/results/gpu [--only wave dense] [--runs 1 4 
 Writes DIR/bench_wave.json and bench_dense.json. Everything is timed as a CUDA graph by triton.testing.
 """
 
-import argparse
 import dataclasses
-import os
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+from common import compile_all, options, save
 from triton.testing import do_bench, do_bench_cudagraph
 
 import wave_rnns.kernels.wave as W
-from wave_rnns.core import atomic_write, environment, to_json
 from wave_rnns.kernels import dense
-from wave_rnns.kernels.launch import architecture_for, compile_kernel, compile_report
+from wave_rnns.kernels.launch import architecture_for, compile_report
 from wave_rnns.scan import dense_loop, dense_scan
 
 GPU = torch.device("cuda", 0)
@@ -46,14 +39,6 @@ def timed(work, R=1, graph=True):
     how = do_bench_cudagraph if graph else do_bench
     median, low, high = (ms / R for ms in how(work, rep=200, quantiles=[0.5, 0.25, 0.75]))
     return {"median": median, "low": low, "high": high}
-
-
-def compile_all(todo):
-    "Fill the cache on all cores: pairs of source and macros."
-    arch = architecture_for(torch.cuda.get_device_capability())
-    unique = {(source, tuple(sorted(macros.items()))) for source, macros in todo}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: compile_kernel(job[0], dict(job[1]), arch), unique))
 
 
 # ------------------------------------------------------------------------------------------------- wave
@@ -222,21 +207,11 @@ def bench_dense(save, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=["wave", "dense"], choices=["wave", "dense"])
-    parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 16])
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for name in options.only:
-        start = time.time()
-
-        def save(name=name, start=start, **found):
-            record = {"environment": environment(), "seconds": time.time() - start} | found
-            atomic_write(options.out / f"bench_{name}.json", to_json(record, indent=1))
-
-        {"wave": bench_wave, "dense": bench_dense}[name](save, options.runs)
+    names = {"wave": bench_wave, "dense": bench_dense}
+    only, runs = dict(nargs="+", default=[*names], choices=names), dict(type=int, nargs="+", default=[1, 4, 16])
+    chosen = options(__doc__, quick=None, only=only, runs=runs)
+    for name in chosen.only:
+        names[name](lambda name=name, **found: save(chosen.out / f"bench_{name}.json", found), chosen.runs)
 
 
 if __name__ == "__main__":

@@ -3,42 +3,25 @@
 python tests/gpu/check_dense.py --out DIR [--quick]      writes DIR/check_dense.json, exit code 1 if anything is out of bounds
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
 import math
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
+from common import MANY, ROUNDING, compile_all, options, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from wave_rnns.core import atomic_write, environment, to_json
 from wave_rnns.kernels.dense import SOURCE, DenseBackend, plan_for
-from wave_rnns.kernels.launch import architecture_for, compile_kernel
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 
-ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that does better on a few numbers was lucky
 # Gradients by precision: where no relu mask flips, and where one does. A flip changes a gradient by itself, in the float32 loop too: where
 # that is beyond the bound, ours may be twice as far. A second reference, a float64 loop that opens and shuts its rectifiers as the kernel
 # did, holds ours to the first bound in every case. (fast: flips are too many for any bound but that one.)
 BOUNDS = {"faithful": {"clean": 5e-5, "flipped": 1e-3}, "fast": {"clean": 1e-2, "flipped": None}}
-MANY = {"faithful": 1e-5, "fast": 1e-3}  # so many of all rectifiers may flip (one always may)
 GRADIENTS = ("drive", "U", "h_0")
 FEW = 3  # units: so few numbers are no measure of the float32 loop, which may be lucky with them. Then 16 times the runs, and their median
-
-
-def precompile(jobs, source=SOURCE):
-    "Compile (macros, architecture) pairs in parallel; the disk cache keeps them."
-    jobs = {tuple(sorted(macros.items())): (macros, arch) for macros, arch in jobs}.values()
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(compile_kernel, source, macros, arch, "dense") for macros, arch in jobs]:
-            future.result()
 
 
 def act(z, activation):
@@ -265,16 +248,15 @@ def run_cases(quick):
     return rows
 
 
-def compile_everything(quick):
-    properties = torch.cuda.get_device_properties(0)
-    arch, clusters = architecture_for((properties.major, properties.minor)), properties.major >= 9
-    jobs = []
+def compile_everything():
+    gpu = torch.cuda.get_device_properties(0)
     modes = [(False, False), (True, False), (True, True)]
+    jobs = [(SOURCE, p.macros("relu", *mode)) for p in layouts() for mode in modes[:2]]
     sizes = [(m, B, R) for m in (1, 2, 3, 100, 256) for B in (1, 128) for R in (1, 3)]
     for (m, B, R), precision, act_, mode in itertools.product(sizes, BOUNDS, ("relu", "tanh", "identity"), modes):
-        if plan := plan_for(m, B, R, precision, properties.multi_processor_count, clusters):
-            jobs.append((plan.macros(act_, *mode), arch))
-    precompile(jobs + [(p.macros("relu", *mode), arch) for p in layouts() for mode in modes[:2]])
+        if plan := plan_for(m, B, R, precision, gpu.multi_processor_count, gpu.major >= 9):
+            jobs.append((SOURCE, plan.macros(act_, *mode)))
+    compile_all(jobs)
 
 
 EXTRA = [
@@ -308,15 +290,9 @@ def summary(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a few sizes only")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_float32_matmul_precision("highest")
-    start = time.time()
-    compile_everything(options.quick)
-    record = {"environment": environment(), "compile_seconds": time.time() - start, "bounds": BOUNDS, "checks": {}}
+    chosen, start = options(__doc__), time.time()
+    compile_everything()
+    record = {"compile_seconds": time.time() - start, "bounds": BOUNDS, "checks": {}}
     for check in EXTRA:
         try:
             result = check()
@@ -326,7 +302,7 @@ def main():
         record["checks"][check.__name__] = {"ok": bool(ok), "detail": detail, "what": check.__doc__}
         print(f"{'ok  ' if ok else 'FAIL'} {check.__name__} {detail if not ok else ''}", flush=True)
     try:
-        rows = run_cases(options.quick)
+        rows = run_cases(chosen.quick)
     except Exception as e:
         rows, record["error"] = [], f"{type(e).__name__}: {e}"
         print("FAIL", record["error"])
@@ -336,14 +312,13 @@ def main():
         for k in ("h", *GRADIENTS)
     }
     record |= {"summary": summary(rows), "worst_cases": worst, "out_of_bounds": [r for r in rows if not r["ok"]][:100]}
-    record["seconds"] = time.time() - start
     record["ok"] = bool(rows) and all(r["ok"] for r in rows) and all(c["ok"] for c in record["checks"].values())
-    atomic_write(options.out / "check_dense.json", to_json(record, indent=1))
+    save(chosen.out / "check_dense.json", record)
     for key, entry in record["summary"].items():
         worst = " ".join(f"{k} {v:.1e} ({entry['worst_loop'].get(k, 0):.1e})" for k, v in entry["worst"].items())
         about = f"{key}: {entry['cases']} cases, {entry['flips']} flips, ok {entry['ok']}"
         print(f"{about}, x{entry.get('ratio', 0):.1f} of the fp32 loop; {worst}")
-    print(f"check_dense: {'all within bounds' if record['ok'] else 'OUT OF BOUNDS'}, {record['seconds']:.0f} s")
+    print(f"check_dense: {'all within bounds' if record['ok'] else 'OUT OF BOUNDS'}")
     return 0 if record["ok"] else 1
 
 
