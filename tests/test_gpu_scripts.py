@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from wave_rnns.kernels import wave
 
@@ -61,3 +62,19 @@ def test_the_proof_can_fail(script, precision, change, over):
     row["error"] |= {k: v for k, v in change.items() if k in error}
     row["same_masks"] = {"U": change.get("same", 1e-8)}
     assert script("check_dense").out_of_bounds(row, 10**6) == over
+
+
+@pytest.mark.parametrize("n, c, mt", [(256, 16, 4), (100, 27, 1), (97, 5, 1), (100, 6, 2), (12, 3, 2)])
+def test_kept_states_undoes_the_fragment_order(script, n, c, mt):
+    "Write the number of each (channel, neuron) where the kernel would put it, by the layout's definition; read it back."
+    p = wave.Plan(n, c, 1, precision="fast", mt=mt)
+    words = torch.zeros(p.warps, 2 * mt, p.cq, 32, 2)
+    for channel in range(c):
+        for neuron in range(n):
+            group, slot = divmod(neuron, 2 * mt)
+            warp, g = divmod(group, 8)
+            q, within = divmod(channel, 8)
+            words[warp, slot, q, g * 4 + within // 2, within % 2] = (channel * n + neuron) % 251
+    kept = words.to(torch.bfloat16).view(torch.int32).reshape(1, 1, 1, -1)
+    want = torch.arange(c * n).view(c, n) % 251
+    assert torch.equal(script("check_wave").kept_states(p, kept)[0, 0, 0].long(), want)

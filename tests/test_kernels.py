@@ -162,22 +162,6 @@ def test_kept_holds_every_share(pretend_gpu):
             assert p.tile * p.kept_terms <= shape[3]
 
 
-@pytest.mark.parametrize("n, c, mt", [(256, 16, 4), (100, 27, 1), (97, 5, 1), (100, 6, 2), (12, 3, 2)])
-def test_kept_states_undoes_the_fragment_order(n, c, mt):
-    "Write the number of each (channel, neuron) where the kernel would put it, by the layout's definition; read it back."
-    p = K.Plan(n, c, 1, precision="fast", mt=mt)
-    words = torch.zeros(p.warps, 2 * mt, p.cq, 32, 2)
-    for channel in range(c):
-        for neuron in range(n):
-            group, slot = divmod(neuron, 2 * mt)
-            warp, g = divmod(group, 8)
-            q, within = divmod(channel, 8)
-            words[warp, slot, q, g * 4 + within // 2, within % 2] = (channel * n + neuron) % 251
-    kept = words.to(torch.bfloat16).view(torch.int32).reshape(1, 1, 1, -1)
-    want = torch.arange(c * n).view(c, n) % 251
-    assert torch.equal(K.kept_states(p, kept)[0, 0, 0].long(), want)
-
-
 def test_row_sums_go_where_they_fit(pretend_gpu):
     gpu = pretend_gpu(9)
     assert K.rows_plan_for(gpu, 100, 6, 10, 1, 128, "relu", "faithful", True).rows == 10

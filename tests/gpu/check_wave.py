@@ -207,6 +207,15 @@ def compile_everything(todo):
     return {"modules": compile_all(jobs), "seconds": round(time.time() - start, 1)}
 
 
+def kept_states(p, kept):  # [R,B,T+1,words] -> [R,B,T+1,c,n]
+    "The states as they are stored for backward, out of fragment order."
+    v = kept[..., : p.kept_terms * p.tile].contiguous().view(torch.bfloat16).float()
+    # term, warp, slot, channel tile, group, lane in it, pair
+    v = v.view(*kept.shape[:3], p.kept_terms, p.warps, 2 * p.mt, p.cq, 8, 4, 2).sum(3)
+    v = v.permute(0, 1, 2, 5, 7, 8, 3, 6, 4)
+    return v.reshape(*kept.shape[:3], 8 * p.cq, -1)[..., : p.c, : p.n]
+
+
 def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
     "Long sequences: y and du against float64, beside the float32 loop, for ways to shorten first terms (state, weight)."
     sizes = (256, 16, 784, 1, 0), (256, 16, 784, 1, 1), (100, 27, 1000, 2, 0), (100, 6, 500, 1, 0), (48, 8, 300, 1, 0)
@@ -229,7 +238,7 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
             xc, V = x.cuda(), p["V"].permute(0, 3, 1, 2).contiguous()
             y, kept = K.run_forward(k, p["u"], V, p["b"], p["h_0"], xc, T, B)
             du = K.run_backward(k, w, p["u"], xc, kept, T, B)["u"]
-            flips = int(((K.kept_states(k, kept)[:, :, 1:].permute(0, 2, 1, 3, 4) > 0) != (ref_states > 0)).sum())
+            flips = int(((kept_states(k, kept)[:, :, 1:].permute(0, 2, 1, 3, 4) > 0) != (ref_states > 0)).sum())
             row[f"{state_bits},{weight_bits}"] = {"y": relative(y, ref), "u": relative(du, ref_g["u"]), "flips": flips}
         print(rounded(row), flush=True)
         out.append(row)

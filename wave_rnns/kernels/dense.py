@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from wave_rnns.kernels.launch import (
+    ACT_CODE,
     aligned,
     cuda_source,
     gpu_obstacle,
@@ -81,7 +82,7 @@ class DensePlan:
             "DIAGONALS": 4 if self.terms == 3 else 2,  # products of terms i + j < DIAGONALS
             "SBITS": 8,  # faithful first terms: multiples of 2^-bits of the power of two
             "WBITS": 10,  # above the largest of four states, of the weights of a row
-            "ACT": ("identity", "relu", "tanh").index(activation),
+            "ACT": ACT_CODE[activation],
             "BACK": int(backward),
             "LAST": int(backward and last),
         }
