@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import WaveRNNError, atomic_write, data_root, read_small
+from ..core import DataError, atomic_write, data_root, read_small
 from ..scan import BackendError
 
 # %% ../../nbs/04_kernels_launch.ipynb #356b0af5
@@ -156,7 +156,7 @@ def cached_file(key: str) -> Path | None:
     "Where machine code is kept; None on a machine without a home directory."
     try:
         return data_root() / "kernels" / f"{key}.cubin"
-    except (RuntimeError, WaveRNNError):
+    except DataError:
         return None
 
 
