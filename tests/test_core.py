@@ -214,7 +214,8 @@ def test_data_root(monkeypatch, value, place):
 
 
 def test_commit_is_ours_or_none(tmp_path, monkeypatch):
-    "Installed inside somebody else's repository, we report no commit."
+    "Installed inside somebody else's repository, we report no commit; of a copy the one that we are told."
+    monkeypatch.delenv("WAVE_RNNS_COMMIT", raising=False)
     commit = environment()["commit"]
     if (ROOT / ".git").exists():
         assert commit is None or len(commit.rstrip("+")) == 40
@@ -225,6 +226,8 @@ def test_commit_is_ours_or_none(tmp_path, monkeypatch):
     subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     monkeypatch.setattr(core.wave_rnns, "__file__", str(package / "__init__.py"))
     assert core.git_commit.__wrapped__() is None
+    monkeypatch.setenv("WAVE_RNNS_COMMIT", "53676f6")
+    assert core.git_commit.__wrapped__() == "53676f6"
 
 
 @pytest.mark.parametrize("session, drawn", [("a.ipynb", True), (None, False)])

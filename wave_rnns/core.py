@@ -191,11 +191,13 @@ def from_json(text: bytes | str):
 # %% ../nbs/09_core.ipynb #9a1b90b0
 @functools.cache  # the code that runs, not what is committed while it runs
 def git_commit() -> str | None:
-    "The commit of our checkout, with `+` where modules were changed since; None elsewhere."
+    """The commit of our checkout, with `+` where modules were changed since.
+
+    Elsewhere None, or for a copy of it the commit that $WAVE_RNNS_COMMIT names."""
     root = Path(wave_rnns.__file__).resolve().parent.parent
     # settings.ini tells our checkout from an environment in somebody else's repository
     if not ((root / ".git").exists() and (root / "settings.ini").exists()):
-        return None
+        return os.environ.get("WAVE_RNNS_COMMIT")
 
     def git(*words: str) -> str:
         command, quiet = ["git", "-C", str(root), *words], subprocess.DEVNULL
