@@ -10,6 +10,7 @@ __all__ = ['MODELS', 'KINDS', 'WORDS', 'check_rules', 'ModelConfig', 'did_you_me
 import difflib
 import functools
 import itertools
+import math
 import os
 import sys
 import warnings
