@@ -413,9 +413,8 @@ def test_halving_resumed_equals_uninterrupted(tmp_path, searched, saves):
 
 @pytest.mark.parametrize(
     "name, value",
-    [*((name, 0.5) for name in ("steps", "eval_every", "log_every", "checkpoint_every")), ("steps", 0), ("checkpoint_every", -1)]
-    + [("max_seconds", s) for s in (0, -1, float("nan"), "1", True)],
+    [*((name, 0.5) for name in ("steps", "eval_every", "log_every", "checkpoint_every")), ("steps", 0), ("checkpoint_every", -1)],
 )  # fmt: skip
-def test_lengths_and_limits_that_cannot_be_meant(name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be a (whole number of steps|number of seconds above 0)"):
+def test_lengths_that_cannot_be_meant(name, value):
+    with pytest.raises(ConfigError, match=f"{name}: expected a whole number of at least"):
         fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, name: value})
