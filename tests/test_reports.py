@@ -90,12 +90,12 @@ def test_the_records_decide_what_is_said_of_fast_and_faithful():
 # Outcomes -------------------------------------------------------------------------------------------------------------
 
 
-def test_few_values_are_printed_and_five_are_summarised():
+def test_five_values_are_summarised():
+    "Fewer are printed: notebook 18."
     values = (97.1, 97.9, 96.6, 97.4, 97.7)
     half = 2.776445 * stdev(values) / math.sqrt(5)
     low, high = fmean(values) - half, fmean(values) + half
     assert str(oc.Outcome("accuracy", values)) == f"{fmean(values):.2f} ± {stdev(values):.2f} [{low:.2f}, {high:.2f}]"
-    assert str(oc.Outcome("accuracy", values[:4])) == "97.10, 97.90, 96.60, 97.40"
     losses = (1e-5, 2e-5, 1e-4, 3e-5, 5e-5)
     half = 2.776445 * stdev(map(math.log, losses)) / math.sqrt(5)
     center, low, high = oc.Outcome("mse", losses).center_and_interval()
