@@ -271,12 +271,6 @@ def test_table_4_chooses_by_validation_and_shows_all_seeds_of_the_choice():
     assert "T=80 (" in tb.table_4(records, PAPER) and "T=0 (wRNN n=100, c=6, − V-init," in tb.table_4(records, PAPER)
 
 
-def test_the_summary_falls_back_to_an_older_setting_and_says_so():
-    records = shared("psmnist_wrnn_rerun", accuracy=(0.96, 0.96))
-    row = line(tb.summary_table(records, PAPER), "psMNIST (%)", "wRNN")
-    assert (row["ours"], row["verdict"]) == ("96.00, 96.00", "other setting")
-
-
 def test_a_number_that_no_float_holds_is_no_metric(tmp_path):
     "JSON's whole numbers have no end; a mean over them would have ended every table with a traceback."
     record = rc.write_record(tmp_path, made("smnist_wrnn", 0, accuracy=10**400), [{"step": 1}])
