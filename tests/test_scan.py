@@ -18,10 +18,9 @@ from wave_rnns import cell as cells
 from wave_rnns import scan, scan_operator
 from wave_rnns.core import ConfigError
 from wave_rnns.layer import IdentityRNN, LocalRNN, WaveRNN
-from wave_rnns.scan import (
-    BACKENDS, BackendError, ScanError, backend_for, dense_scan, reference_loop, rows, wave_scan,
-)  # fmt: skip
+from wave_rnns.scan import ScanError, dense_scan, reference_loop, rows, wave_scan
 from wave_rnns.scan_cpu import TorchBackend
+from wave_rnns.scan_operator import BACKENDS, BackendError, backend_for, full_precision
 
 SCANS = {"wave": wave_scan, "dense": dense_scan}
 both_scans = pytest.mark.parametrize("kind", SCANS)
@@ -300,7 +299,7 @@ def test_scans_in_many_threads_never_see_tf32(monkeypatch):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: dense_scan(**a), range(200)))
         assert switch.fp32_precision == "tf32"
-        with pytest.raises(KeyError), scan.full_precision():
+        with pytest.raises(KeyError), full_precision():
             raise KeyError
         assert switch.fp32_precision == "tf32"
     finally:
