@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_task
 
-from wave_rnns.paper.checkpoints import checkpoints_of, load_checkpoint
+from wave_rnns.paper.checkpoints import CheckpointFile
 from wave_rnns.paper.training import Training
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
@@ -52,8 +52,8 @@ def wait_until_it_trains(life, folder):
 
 def step_on_disk(folder) -> int:
     "The step of the newest checkpoint, 0 where none was completed."
-    path = folder / "x.safetensors"
-    return load_checkpoint(path)[1]["history"]["step"] if checkpoints_of(path) else 0
+    found = CheckpointFile(folder / "x.safetensors").load()
+    return found[1]["history"]["step"] if found else 0
 
 
 def begun_at(folder) -> int:
@@ -64,7 +64,7 @@ def begun_at(folder) -> int:
 
 def end(folder):
     "Results, and what the last checkpoint holds: weights, Adam's averages, best weights and history, without the clock."
-    tensors, meta = load_checkpoint(folder / "x.safetensors")
+    tensors, meta = CheckpointFile(folder / "x.safetensors").load()
     meta["history"].pop("seconds")
     meta.pop("environment")
     return json.loads((folder / "report.json").read_text()), {k: repr(t.tolist()) for k, t in tensors.items()}, meta

@@ -9,15 +9,16 @@ __all__ = ['ENOUGH', 'gauss', 't_tail', 't_quantile', 'Sample', 'Comparison', 'w
 
 # %% ../../nbs/18_outcomes.ipynb #d60feb9f
 import functools
-import json
 import math
 import statistics
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
-from .experiments import EXPERIMENTS, Experiment, run_key
+import wave_rnns
+
+from .experiments import EXPERIMENTS, Experiment, read_object, run_key
 
 # %% ../../nbs/18_outcomes.ipynb #20e5cc42
 @functools.cache
@@ -40,14 +41,13 @@ def t_tail(t: float, df: float) -> float:
 
 @functools.cache
 def t_quantile(df: float, level: float = 0.95) -> float:
-    "The t with P(|T| <= t) = level, by bisection."
-    low, high = 0.0, 1.0
-    while 2 * t_tail(high, df) > 1 - level:
-        low, high = high, 2 * high
+    "The t with P(|T| <= t) = level, by bisection on the angle arctan t."
+    low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if 2 * t_tail(middle, df) > 1 - level else (low, middle)
-    return high
+        above = 2 * t_tail(math.tan(middle), df) > 1 - level
+        low, high = (middle, high) if above else (low, middle)
+    return math.tan(low)
 
 # %% ../../nbs/18_outcomes.ipynb #a024af18
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Comparison:
     p: float  # a = b: two-sided
     p_above: float  # a <= b: small where a is clearly above
     p_apart: float  # |a - b| >= bound: small where the two are equivalent
+
+    def text(self, measure: str) -> str:
+        "The difference with its interval: '+0.09 [−0.33, +0.51]'."
+        d, low, high = (show(x, measure, True) for x in (self.difference, self.low, self.high))
+        return f"{d} [{low}, {high}]"
 
 
 def welch(a: Sample, b: Sample, bound: float = math.nan) -> Comparison:
@@ -123,7 +128,7 @@ class Outcome:
     @property
     def middle(self) -> float:
         "The mean; of losses and steps the geometric one."
-        return self.center_and_interval()[0] if self.n else math.nan
+        return self.center_and_interval()[0]
 
     def center_and_interval(self) -> tuple[float, float, float]:
         "Mean and 95 % interval, equation (1); on logarithms for losses and steps."
@@ -136,14 +141,11 @@ class Outcome:
         return tuple(math.exp(v) if v < 700 else math.inf for v in ends) if log else ends
 
     def __str__(self) -> str:
-        if not self.n:
-            return "–"
-        text = functools.partial(show, measure=self.measure)
         if self.n < ENOUGH:
-            return ", ".join(map(text, self.values))
-        center, low, high = map(text, self.center_and_interval())
-        spread = f" ± {text(statistics.stdev(self.values))}" if self.rising else ""
-        return f"{center}{spread} [{low}, {high}]"
+            return ", ".join(show(v, self.measure) for v in self.values) or "–"
+        center, low, high = (show(v, self.measure) for v in self.center_and_interval())
+        sd = f" ± {show(statistics.stdev(self.values), self.measure)}" if self.rising else ""
+        return f"{center}{sd} [{low}, {high}]"
 
 # %% ../../nbs/18_outcomes.ipynb #8ab1f53c
 def scientific(value: float, digits: int) -> str:
@@ -186,8 +188,6 @@ def measured(record: dict, measure: str, when: str = "test_best") -> float | Non
     "One number of a record, by default on the test set at the chosen step; accuracies in %."
     if measure == "solved_step":
         return (record.get("solved") or {}).get("step")
-    if measure == "parameters":
-        return (record.get("parameters") or {}).get("with_biases")
     value = (record.get(when) or {}).get(measure)
     if value is None or not math.isfinite(value):
         return None
@@ -247,17 +247,9 @@ def runs_text(runs: list[dict]) -> str:
 # %% ../../nbs/18_outcomes.ipynb #4ae83ad3
 @functools.cache
 def paper_numbers() -> list[dict]:
-    "The paper's numbers. Raises RecordError where their file is missing or broken."
-    from wave_rnns.core import RecordError
-
-    try:
-        text = resources.files("wave_rnns.paper").joinpath("paper.json").read_text("utf-8")
-        return json.loads(text)["numbers"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise RecordError(
-            f"wave_rnns/paper/paper.json cannot be read ({e}): install wave_rnns again,"
-            " or restore the file with git checkout"
-        ) from e
+    "The paper's numbers."
+    path = Path(wave_rnns.__file__).parent / "paper" / "paper.json"
+    return read_object(path, "with the paper's numbers")["numbers"]
 
 
 def paper_entry(experiment: str, measure: str, paper: list[dict], origin: str) -> dict | None:
@@ -270,12 +262,10 @@ def paper_number(
     experiment: str, measure: str, paper: list[dict], origin: str = "paper"
 ) -> float | None:
     "The number the paper prints for one of our experiments, or None."
-    entry = paper_entry(experiment, measure, paper, origin)
-    return entry["value"] if entry else None
+    return (paper_entry(experiment, measure, paper, origin) or {}).get("value")
 
 
 def paper_sample(experiment: str, measure: str, paper: list[dict]) -> Sample | None:
     "The preprint's mean and standard deviation over its runs, where it prints both."
-    p = paper_entry(experiment, measure, paper, "preprint")
-    has_spread = p and p["spread"] is not None
-    return Sample(p["value"], p["spread"], p["seeds"]) if has_spread else None
+    p = paper_entry(experiment, measure, paper, "preprint") or {"spread": None}
+    return None if p["spread"] is None else Sample(p["value"], p["spread"], p["seeds"])
