@@ -37,17 +37,10 @@ def test_the_loop_keeps_its_own_bias():
 
 def test_tf32_is_off_on_a_gpu(monkeypatch, tmp_path):
     "With ten bits a loop forgets its input in hundreds of steps."
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
     monkeypatch.setattr(bench, "machine", lambda device: {"machine": "a GPU"})
-    try:
-        for switch in switches:
-            switch.allow_tf32 = True
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         bench.run_bench(torch.device("cuda"), tmp_path / "r.json", {})
-        assert not any(switch.allow_tf32 for switch in switches)
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_on_a_gpu_ours_is_measured_once(monkeypatch):

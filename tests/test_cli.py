@@ -299,7 +299,7 @@ def test_quick_is_the_beginning_of_the_full_run(tmp_path, monkeypatch):
     grid = grid_from({"name": "quick", "experiments": [short], "seeds": [0]})
     train(grid.runs(), tmp_path / "r", "cpu", progress=False)
     table = beside_full(grid, tmp_path / "r", tmp_path / "full")
-    (row,) = [line.split(" | ") for line in table.splitlines() if line.startswith("| tiny_full")]
+    (row,) = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| tiny_full")]
     assert row[2] == "200" and row[4] == row[5] != "–"
     assert beside_full(Grid("g", (full,)), tmp_path / "full", None) == ""
 

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, SIGTERM, and going on: the end is that of a run that was never touched, bit for bit.
+"""kill -9 at random moments, and going on: the end is that of a run that was never touched, bit for bit.
 
 `WAVE_RNNS_KILLS` sets the number of kills (20 unless set). Each kill is judged alone: what lies on the disk is copied, and the copy
 goes on to its end without another kill. The original goes on too, and is killed again."""
@@ -116,17 +116,3 @@ def test_kill_9(nursery, untouched, tally, tmp_path, name, kills, slow_disk, slo
     assert start(nursery, folder, every).end() == 0 and end(folder) == untouched
     tally(f"kill -9 while {name}", **counts, different_steps=len(moments))
     assert counts["resumed_bit_equal"] == counts["kills"] == kills
-
-
-def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, tmp_path):
-    steps = [0]
-    for _ in range(3):
-        life = start(nursery, tmp_path, 1000, 0.0, 0.1)  # no checkpoint on its own before the end
-        wait_until_it_trains(life, tmp_path)
-        life.send(signal.SIGTERM)
-        assert life.end() == 75 and not (tmp_path / "report.json").exists()
-        assert begun_at(tmp_path) == steps[-1] < step_on_disk(tmp_path)
-        steps.append(step_on_disk(tmp_path))
-    assert start(nursery, tmp_path, 1000).end() == 0
-    assert begun_at(tmp_path) == steps[-1] and end(tmp_path) == untouched
-    tally("SIGTERM", signals=3, saved_with_exit_code_75=3, ends_bit_equal=1)

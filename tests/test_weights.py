@@ -32,7 +32,7 @@ SMALL = [name for name in CARDS if name not in RECORDED]  # notebook 19 trained 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_card_is_the_record_of_a_typical_run(name):
-    "Half of the seeds are better, half worse, diverged ones too, if they were ever validated; and it solved its task."
+    "The one in the middle, of two the worse; diverged ones count, if they were ever validated; and it solved its task."
     card, e = CARDS[name], EXPERIMENTS[CARDS[name]["experiment"]]
     paths = [ROOT / f"nbs/results/runs/{card['task']}/{run_key(e, seed)}.json" for seed in e.seeds]
     records = [read_record(path) for path in paths if path.exists()]
@@ -42,8 +42,9 @@ def test_a_card_is_the_record_of_a_typical_run(name):
     assert record["solved"] is None or record["solved"]["step"] is not None
     assert sum(p.numel() for p in load(name).parameters()) == card["parameters"]["with_biases"]
     assert (len(records), card["diverged"]) == (card["of_seeds"], sum(r["status"] == "diverged" for r in records))
-    values = sorted(r["test_best"][card["metric"]] for r in records if r["test_best"])
-    assert len(values) % 2 == 1 and values[len(values) // 2] == card["test_best"][card["metric"]]
+    more_is_better = record["selection"].startswith("highest")
+    values = sorted((r["test_best"][card["metric"]] for r in records if r["test_best"]), reverse=more_is_better)
+    assert values[len(values) // 2] == card["test_best"][card["metric"]]
 
 
 def test_the_recorded_accuracy_on_real_test_images():

@@ -13,10 +13,10 @@ from fastcore.script import Param, call_parse, is_cli
 from ..core import RecordError, atomic_write
 from .config import answer
 from .experiments import Experiment
-from .outcomes import ENOUGH, Outcome, in_percent, outcome_of, paper_number
+from .outcomes import ENOUGH, Outcome, in_percent, outcome, paper_number
 from .outcomes import paper_numbers, paper_sample, records_of
 from .records import existing_results, read_records
-from .tables import SUMMARY, TABLES, curve_rows, run_or_older, with_early
+from .tables import SUMMARY, TABLES, curve_rows, with_early
 
 # %% ../../nbs/18_reports.ipynb #bd72787f
 def curves_of(
@@ -104,12 +104,9 @@ def draw_results(axes, records: list[dict], paper: list[dict], colors: dict[str,
     for ax, (task, (label, measure)) in zip(axes, SUMMARY.items(), strict=True):
         rows = {}
         for model, color in colors.items():
-            declared = f"{task}_{model.lower()}"
-            name = run_or_older(declared, records)
-            printed = paper_number(declared, measure, paper)
-            o = outcome_of(records_of(name, records), measure, paper=printed)
-            star = "" if name == declared or not o.n else "*"
-            rows[model + star] = (o, paper_sample(declared, measure, paper), color)
+            name = f"{task}_{model.lower()}"
+            o = outcome(name, measure, records, paper)
+            rows[model] = (o, paper_sample(name, measure, paper), color)
         if measure != "accuracy":
             ax.set_xscale("log")
         draw_outcomes(ax, rows)

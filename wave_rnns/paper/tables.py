@@ -7,8 +7,8 @@ __all__ = ['FAST', 'EARLY', 'EARLY_HEADER', 'PRINTED', 'SIZES', 'IMAGES', 'COPY_
            'TABLES', 'markdown', 'table_of', 'without_runs', 'page', 'curve_rows', 'with_early', 'early_text',
            'printed', 'against_paper', 'marked', 'cells', 'comparison', 'table_1', 'images', 'cited_table',
            'equivalence', 'table_2', 'table_3', 'appendix_table', 'same_model', 'grid_of', 'chosen_setting', 'table_4',
-           'wave_against_bump', 'table_7', 'run_or_older', 'summary_table', 'without_title', 'section', 'only_columns',
-           'short_commit', 'runs_table']
+           'wave_against_bump', 'table_7', 'summary_table', 'without_title', 'section', 'only_columns', 'short_commit',
+           'runs_table']
 
 # %% ../../nbs/18_paper_tables.ipynb #d60feba0
 import math
@@ -443,26 +443,16 @@ SUMMARY = {  # task -> (label, measure)
 SUMMARISED = ("paper, best", "paper, mean ± sd of 3", EARLY_HEADER, "ours", "verdict", "runs")
 
 
-def run_or_older(name: str, records: list[dict]) -> str:
-    "The experiment, or where it has no run the same model at an older setting that has."
-    settings = [name, *(f"{name}_{s}" for s in ("lr5", "lr3", "rerun"))]
-    found = (n for n in settings if n in EXPERIMENTS and records_of(n, records))
-    return next(found, name)
-
-
 def summary_table(records: list[dict], paper: list[dict]) -> str:
     "The wRNN and the iRNN on five tasks, the paper's numbers and ours."
     rows, missing = [], []
     for task, (label, measure) in SUMMARY.items():
         for model in ("wRNN", "iRNN"):
-            declared = f"{task}_{model.lower()}"
-            name = run_or_older(declared, records)
+            name = f"{task}_{model.lower()}"
             if not (runs := records_of(name, records)):
                 missing.append(f"{model} on {label.split(' (')[0]}")
                 continue
-            known = cells(runs, declared, measure, paper)
-            if name != declared:
-                known["verdict"] = "other setting"
+            known = cells(runs, name, measure, paper)
             rows.append({"task": label, "model": model} | {k: known[k] for k in SUMMARISED})
     table = table_of(rows) or "No runs."
     return page("# Summary", table, without_runs(missing) if rows else "")
