@@ -8,7 +8,7 @@ from compiler import needs_compiler
 
 import wave_rnns.kernels.wave as K
 from wave_rnns.kernels import launch
-from wave_rnns.scan import BACKENDS, BackendError, backend_for
+from wave_rnns.scan_operator import BACKENDS, BackendError, backend_for
 
 ASK = {
     "cuda": dict(kind="wave", dtype=torch.float32, c=16, n=256, k=3, F=1),

@@ -13,7 +13,7 @@ from compiler import needs_compiler
 from wave_rnns.kernels import dense, wave
 from wave_rnns.kernels.dense import FUSED_UNITS, SOURCE, DenseBackend, DensePlan, fit_outer, outer_shared, plan_for
 from wave_rnns.kernels.launch import KernelError, compile_kernel, compile_report, nvrtc_architectures
-from wave_rnns.scan import BACKENDS
+from wave_rnns.scan_operator import BACKENDS
 
 HOPPER, AMPERE = (132, True), (108, False)
 

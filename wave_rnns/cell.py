@@ -144,6 +144,7 @@ class Cell(nn.Module):
     "What all cells share. A cell is one step, `cell(x, h)`; given a scan, a whole sequence."
 
     choices = {"activation": ACTIVATIONS, "V_init": V_INITS}
+    choices |= dict.fromkeys(("bias", "recurrent_bias"), (True, False))
     parts = {}  # what each name in FREEZES stands for: names of parameters
 
     def __init__(self, **options):
@@ -152,8 +153,6 @@ class Cell(nn.Module):
         for name, value in options.items():
             if name in self.choices:
                 check_choice(name, value, self.choices[name])
-            elif name in ("bias", "recurrent_bias"):
-                check_choice(name, value, (True, False))
             elif name == "freeze":
                 value = (value,) if isinstance(value, str) else tuple(value)
                 for part in value:

@@ -13,22 +13,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .cell import ACTIVATIONS, apply_activation, check_choice  # noqa: F401
+from .cell import ACTIVATIONS, check_choice
 from .recurrence import Rows, ScanError, dense_loop, rows, wave_loop  # noqa: F401
-from wave_rnns.scan_operator import (  # noqa: F401 - callers find them here
-    BACKENDS,
+from wave_rnns.scan_operator import (
     DENSE_SCAN,
     ROWS_SCAN,
     WAVE_SCAN,
-    Backend,
-    BackendError,
     autocast_on,
-    backend_for,
-    fall_back,
-    full_precision,
     no_autocast,
     one_run,
-    register_backend,
 )
 
 # %% ../nbs/03_scan.ipynb #e0bf9643

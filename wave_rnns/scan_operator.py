@@ -255,7 +255,6 @@ def _state(kind, sizes):
 
 def _register_forward(kind: Kind):
     "`wave_rnns::<kind>_forward`: its tensors, then options -> y, kept."
-
     count = kind.count
 
     def run(*args):
@@ -298,15 +297,17 @@ def _register_backward(kind: Kind):
         tensors, (y, kept, *options) = args[:count], args[count:]
         activation, last, precision, *_ = options
         backend = kind.backend(tensors, activation, precision)
+        sizes = kind.sizes(*tensors)
+        shape, _ = backend.kept_shape(kind.name, *sizes, activation, last, precision)
+        if tuple(kept.shape) != shape:  # another backend kept it, before it failed
+            y, kept = kind.forward(*tensors, activation, last, True, precision)
         with no_autocast(gy.device), full_precision():
             backward = getattr(backend, f"{kind.name}_backward")
             try:
                 return backward(gy, *_contiguous(tensors), y.contiguous(), kept, *options)
             except BackendError as reason:
                 kind.give_up(backend, tensors, activation, precision, reason)
-        # the next backend cannot read what this one kept: once more from the start
-        again = kind.forward(*tensors, activation, last, True, precision)
-        return run(gy, *tensors, *again, *options)
+        return run(gy, *args)  # by the next backend
 
     def shapes(gy, *args):
         *tensors, h_0 = args[:count]

@@ -14,7 +14,8 @@ import torch
 from common import MANY, ROUNDING, compile_all, options, save
 
 from wave_rnns.kernels.dense import SOURCE, DenseBackend, plan_for
-from wave_rnns.scan import backend_for, dense_loop, dense_scan
+from wave_rnns.scan import dense_loop, dense_scan
+from wave_rnns.scan_operator import backend_for
 
 # Gradients by precision: where no relu mask flips, and where one does. A flip changes a gradient by itself, in the float32 loop too: where
 # that is beyond the bound, ours may be twice as far. A second reference, a float64 loop that opens and shuts its rectifiers as the kernel

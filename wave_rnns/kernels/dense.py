@@ -21,7 +21,7 @@ from wave_rnns.kernels.launch import (
     new_tensor,
     shared_limit,
 )
-from ..scan import Backend, fall_back, register_backend
+from ..scan_operator import Backend, fall_back, register_backend
 
 # %% ../../nbs/04_kernels_dense.ipynb #9ae46df7
 SOURCE = cuda_source("common.cuh", "dense.cu")

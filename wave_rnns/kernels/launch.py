@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..core import DataError, atomic_write, data_root, read_small
-from ..scan import BackendError
+from ..scan_operator import BackendError
 
 # %% ../../nbs/04_kernels_launch.ipynb #356b0af5
 @functools.cache

@@ -22,7 +22,7 @@ from wave_rnns.kernels.launch import (
     new_tensor,
     shared_limit,
 )
-from ..scan import Backend, fall_back, register_backend
+from ..scan_operator import Backend, fall_back, register_backend
 
 # %% ../../nbs/04_kernels_wave.ipynb #d92ae2ca
 SOURCE = cuda_source("common.cuh", "wave.cu")
