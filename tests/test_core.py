@@ -24,7 +24,9 @@ M64 = 2**64
 
 
 def python_bits(seed, step, stream, count, bits=32):
-    "Equation 2 and its key once more, in plain integers and written apart from the module."
+    """Equation 2 and its key once more, in plain integers and written apart from the module.
+
+    It must never change: the numbers name the data sets of every record ever written."""
     z = (seed * 0xD1342543DE82EF95 + stream * 0x2545F4914F6CDD1D + step * 0x9E3779B97F4A7C15) % M64
     key = (z ^ z >> 32) * 0xBF58476D1CE4E5B9 % M64
     words = []
@@ -58,18 +60,6 @@ def test_random_numbers_equal_plain_integers(seed):
         assert counter_permutation(*where, 100, stream)[1].tolist() == order
 
 
-FROZEN_UNIFORM = [0.2700548768043518, 0.23710721731185913, 0.8576142191886902]
-FROZEN_UNIFORM += [0.08978128433227539, 0.37406057119369507, 0.6653549671173096]
-
-
-def test_frozen_values():
-    "These name the data sets of every record ever written."
-    seeds = torch.tensor([0, 1])
-    assert counter_uniform(seeds, 5, (3,), 1).flatten().tolist() == FROZEN_UNIFORM
-    assert counter_integers(1, 9, seeds, 5, (8,), 1).tolist() == [[3, 2, 7, 3, 2, 2, 8, 2], [1, 3, 6, 8, 1, 1, 8, 5]]
-    assert counter_permutation(seeds, 5, 8, 1).tolist() == [[4, 7, 5, 1, 0, 3, 2, 6], [4, 5, 0, 1, 7, 2, 3, 6]]
-
-
 def test_shapes_only_arrange():
     flat = counter_bits(torch.tensor([1]), 0, (30,), 0)
     assert torch.equal(counter_bits(torch.tensor([1]), 0, (2, 3, 5), 0), flat.view(1, 2, 3, 5))
@@ -90,19 +80,6 @@ def test_no_global_generator_no_default_dtype():
         torch.set_default_dtype(torch.float32)
     assert first.dtype == again.dtype == torch.float32 and torch.equal(first, again)
     assert torch.equal(before, torch.get_rng_state()) and seeds.tolist() == [4]
-
-
-@pytest.mark.parametrize(
-    "call, words",
-    [  # more of them: notebook 10_random
-        (lambda: counter_bits(torch.tensor([1.0]), 0, (2,), 0), "float32"),
-        (lambda: counter_bits(torch.tensor([1]), torch.tensor(0.0), (2,), 0), "0-dim int64"),
-        (lambda: counter_integers(0, 2**32, torch.tensor([1]), 0, (2,), 0), "high - low"),
-    ],
-)
-def test_bad_arguments(call, words):
-    with pytest.raises(core.ConfigError, match=words):
-        call()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

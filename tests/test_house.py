@@ -63,15 +63,24 @@ def test_readme_leaves_no_diff(copied):
     assert_same(before, files(copied, "README.md", "nbs/images/*", "nbs/index.ipynb"), "make readme")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_form(path):
-    "Small and valid; a title and a one-line summary without LaTeX, and nothing else in that cell; no warnings kept as outputs."
-    assert path.stat().st_size < 1_000_000, "over 1 MB"
-    nb = nbformat.read(path, as_version=4)
-    nbformat.validate(nb)
-    first = nb.cells[0].source
-    assert re.fullmatch(r"# \S.*\n\n> [^\s$][^\n$]*", first), "not '# Title', an empty line, '> summary': make clean"
-    for cell in nb.cells:
+@pytest.fixture(params=NOTEBOOKS, scope="module", ids=lambda p: p.stem)
+def cells(request):
+    "The cells of each notebook."
+    notebook = nbformat.read(request.param, as_version=4)
+    nbformat.validate(notebook)
+    return notebook.cells
+
+
+def stored_text(cell) -> str:
+    "What a code cell printed, in its stored form."
+    outputs = cell.get("outputs", [])
+    return "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
+
+
+def test_notebook_form(cells):
+    "A title and a one-line summary without LaTeX, and nothing else in that cell; no warnings kept as outputs."
+    assert re.fullmatch(r"# \S.*\n\n> [^\s$][^\n$]*", cells[0].source), "not '# Title', an empty line, '> summary'"
+    for cell in cells:
         for out in cell.get("outputs", []):
             assert out.output_type != "error", f"an error is stored: {out.get('evalue')}"
             assert out.get("name") != "stderr", f"stderr is stored: {out.text[:200]}"
@@ -83,16 +92,8 @@ def test_every_module_comes_from_a_notebook():
     assert set(FLOOR) == set(IMPORTS)
 
 
-def stored_text(cell) -> str:
-    "What a code cell printed, in its stored form."
-    outputs = cell.get("outputs", [])
-    return "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_what_is_stored_is_whole(path):
+def test_what_is_stored_is_whole(cells):
     "A notebook that was run without its data, or whose pictures were lost, is a story with pages torn out."
-    cells = nbformat.read(path, as_version=4).cells
     for before, cell in zip(cells, cells[1:], strict=False):
         if cell.cell_type == "code":
             missing = re.search(r"not in the data folder|could not be downloaded|\bskipped\b", stored_text(cell))
@@ -106,10 +107,9 @@ def test_what_is_stored_is_whole(path):
             assert shown, f"nothing stands above the caption {caption[0]}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_pictures_are_sharp(path):
+def test_pictures_are_sharp(cells):
     "Two dots per pixel, and the size at which they are shown: python nbs/_web/rerun.py draws them so."
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in cells:
         for out in cell.get("outputs", []):
             if "image/png" in out.get("data", {}):
                 picture = Image.open(io.BytesIO(base64.b64decode(out.data["image/png"])))
@@ -144,13 +144,11 @@ def test_pictures_are_small():
         assert with_palette(png(kept)) == png(kept)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_the_first_code_cell_is_for_colab(path):
+def test_the_first_code_cell_is_for_colab(cells):
     "The same in every notebook, and nobody reads it on the site."
-    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    if cells:
-        assert cells[0].source == COLAB.format(**settings()) and "#| hide" in cells[0].source
-        assert cells[0].id == COLAB_ID and not cells[0].outputs
+    for first in [c for c in cells if c.cell_type == "code"][:1]:
+        assert first.source == COLAB.format(**settings()) and "#| hide" in first.source
+        assert first.id == COLAB_ID and not first.outputs
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -276,7 +274,8 @@ def test_no_machine_paths():
 
 
 def test_no_large_files():
-    large = [f"{p.name}: {p.stat().st_size / 1e6:.1f} MB" for p in tracked() if p.stat().st_size > 2_000_000]
+    most = {".ipynb": 1_000_000}
+    large = [p.name for p in tracked() if p.stat().st_size > most.get(p.suffix, 2_000_000)]
     assert not large, large
     weights = sum(p.stat().st_size for p in tracked() if p.suffix == ".safetensors")
     assert weights < 12_000_000, f"{weights / 1e6:.1f} MB of weights: at most 12"
