@@ -371,9 +371,7 @@ def test_a_backend_that_fails_gives_way_to_the_next(kind, form, half, monkeypatc
         losses = [run(t).sum() for t in again]  # both wait for their backward pass
         torch.stack(losses).sum().backward()
         assert_close(value_and_gradients(run, a), want, rtol=0, atol=0)
-        two = torch.func.vmap(run)(stacked([a, a]))
     backend_for.cache_clear()
-    assert_close(two, torch.stack([want["value"]] * 2))
     grads = torch.func.grad(lambda b: run(a | dict(b=b)).sum())(a["b"])
     assert all(torch.equal(t["b"].grad, grads) for t in again)
     assert asked == [half] and ["this is an example" in str(w.message) for w in seen] == [True]
