@@ -153,6 +153,29 @@ def test_sinusoids_of_any_wavelength(T, n, length, speed):
     assert sum(m.interval[0] <= speed <= m.interval[1] for m in ms) >= 6
 
 
+@pytest.mark.parametrize("kind", ["gains", "envelope", "equal", "one pulse"])
+def test_neurons_that_are_not_alike(kind):
+    "Gains or an envelope over the ring are rarely missed and do not bias; equal neurons and a single pulse never suffer."
+    rng, ms = np.random.default_rng(4), []
+    for T, n in [(60, 14), (200, 14), (100, 30), (200, 30)] * 6:
+        speed = rng.choice([-1, 1]) * rng.uniform(6, 2 * n) / T
+        h = pulses(T, n, speed, rng)
+        if kind == "gains":
+            h *= rng.lognormal(0, 0.7, n)
+        elif kind == "envelope":
+            h *= 1 + 0.8 * np.cos(2 * np.pi * np.arange(n) / n)
+        elif kind == "one pulse":
+            h = np.exp(-(((np.arange(n) - speed * np.arange(T)[:, None] + n / 2) % n - n / 2) ** 2) / 4)
+        ms.append((speed, wave_speed(with_noise(h, 10, rng), draws=19)))
+    off = [abs(m.speed / speed - 1) for speed, m in ms]
+    missed, wrong = sum(not m.is_wave for _, m in ms), sum(e > 0.02 for e in off)
+    print(kind, missed, wrong, np.median(off))
+    if kind in ("equal", "one pulse"):
+        assert missed == wrong == 0
+    else:
+        assert missed <= 4 and wrong <= 6 and np.median(off) < 0.01
+
+
 def test_smooth_input_to_a_small_open_ring():
     "The neighbours' lags leave out the seam, where the pattern breaks."
     bell = np.exp(-(np.arange(-12, 13) ** 2) / 18)
