@@ -592,11 +592,11 @@ def _measure(
 ) -> WaveSpeed:
     "The reading for one ring, [T, n]; `eps` tells change from rounding."
     tiny = 16 * eps * np.abs(h).max()
+    h = h - h[0]  # exactly 0 where nothing changes, which a mean is not
     h = h - h.mean(0)
     if np.abs(h - h.mean(1, keepdims=True)).max() <= tiny:
-        changes = np.abs(h).max() > tiny
+        nan, changes = math.nan, np.abs(h).max() > tiny
         why = "all neurons change alike" if changes else "nothing changes in time"
-        nan = math.nan
         return WaveSpeed(nan, (nan, nan), 0.0, 1.0, False, False, why, nan, nan, 0.0)
     variance = h.var(0)
     two = np.array([h, h / np.sqrt(variance + variance.min() + tiny**2)])  # equation (7)
