@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def small_disk(tmp_path):
     yield mount
     if os.path.ismount(disk):
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    "pretend_gpu(9, 0): a device that is a GPU of this compute capability, as far as choosing a backend and a plan goes."
+    import torch
+
+    from wave_rnns import scan_operator
+    from wave_rnns.kernels import launch
+
+    def pretend(major: int, minor: int = 0):
+        gpu = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
+        monkeypatch.setattr(launch, "nvrtc_architectures", lambda: (80, 90))
+        monkeypatch.setattr(scan_operator, "_WARNED", set())
+        scan_operator.backend_for.cache_clear()
+        return torch.device("cuda", 0)
+
+    yield pretend
+    scan_operator.backend_for.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------- the commands

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,8 +19,15 @@ from tiny_task import RHYTHM, RUNS, WAVE, TinyTask
 import wave_rnns.paper.checkpoints
 import wave_rnns.paper.training
 from wave_rnns.core import CheckpointError, ConfigError, sha256
-from wave_rnns.paper.checkpoints import DIGITS, CheckpointFile, checkpoints_of, listen_for, load_checkpoint
-from wave_rnns.paper.checkpoints import load_weights, pack, resumable_fit, save_checkpoint, save_weights, unpack
+from wave_rnns.paper.checkpoints import (
+    DIGITS,
+    CheckpointFile,
+    listen_for,
+    load_weights,
+    pack,
+    read_trusted,
+    save_weights,
+)
 from wave_rnns.paper.models import ModelConfig, build_model
 from wave_rnns.paper.population import RunSettings
 from wave_rnns.paper.training import ResumeRefused, fit
@@ -36,8 +43,8 @@ TENSORS = {
 }
 
 
-def newest(path):
-    return checkpoints_of(path)[0][0]
+def newest(place):
+    return place.files()[0][0]
 
 
 def files(folder):
@@ -47,36 +54,37 @@ def files(folder):
 @pytest.fixture
 def two(tmp_path):
     "A checkpoint of step 10 and, after it, one of step 20."
-    path = tmp_path / "run.safetensors"
+    place = CheckpointFile(tmp_path / "run.safetensors")
     for step in (10, 20):
-        save_checkpoint(path, {**TENSORS, "step": torch.tensor(step)}, {"step": step})
-    return path
+        place.save({**TENSORS, "step": torch.tensor(step)}, {"step": step})
+    return place
 
 
 def test_round_trip_is_exact(tmp_path):
     meta = {"a": [0.1, 1 / 3, 1e-320, 2**60], "b": {"c": None, "d": "ü"}}
-    save_checkpoint(tmp_path / "deep" / "x.safetensors", TENSORS, meta)
-    tensors, back = load_checkpoint(tmp_path / "deep" / "x.safetensors")
+    place = CheckpointFile(tmp_path / "deep" / "x.safetensors")
+    assert place.load() is None
+    place.save(TENSORS, meta)
+    tensors, back = place.load()
     assert back == meta and tensors.keys() == TENSORS.keys()
     for k, t in TENSORS.items():
         as_bytes = [x.contiguous().flatten().view(torch.uint8) for x in (tensors[k], t)]
         assert tensors[k].dtype == t.dtype and tensors[k].shape == t.shape and torch.equal(*as_bytes)
 
 
-def test_two_generations_and_nothing_else(two):
+def test_two_generations_and_nothing_else(two, tmp_path):
     "What writers that were killed left unfinished goes with the next save."
-    (two.parent / ".run.3.abcd.safetensors.123-abcd.tmp").write_bytes(b"half a checkpoint")
-    save_checkpoint(two, TENSORS, {"step": 30})
-    names = [p.name for p, _ in checkpoints_of(two)]
-    assert [n.split(".")[1] for n in names] == ["3", "2"] and sorted(files(two.parent)) == sorted(names)
-    for path, known in checkpoints_of(two):
-        assert sha256(path)[:DIGITS] == known
-    assert load_checkpoint(two)[1] == {"step": 30}
-    newest(two).rename(two.with_name("renamed.safetensors"))
-    assert load_checkpoint(two)[1] == {"step": 20}
-    (two.parent / ".other.3.abcd.safetensors.123-abcd.tmp").write_bytes(b"not ours")
-    CheckpointFile(two).remove()
-    assert sorted(files(two.parent)) == [".other.3.abcd.safetensors.123-abcd.tmp", "renamed.safetensors"]
+    (tmp_path / ".run.3.abcd.safetensors.123-abcd.tmp").write_bytes(b"half a checkpoint")
+    two.save(TENSORS, {"step": 30})
+    names = [p.name for p, _ in two.files()]
+    assert [n.split(".")[1] for n in names] == ["3", "2"] and sorted(files(tmp_path)) == sorted(names)
+    assert all(sha256(path)[:DIGITS] == known for path, known in two.files())
+    assert two.load()[1] == {"step": 30}
+    newest(two).rename(tmp_path / "renamed.safetensors")
+    assert two.load()[1] == {"step": 20}
+    (tmp_path / ".other.3.abcd.safetensors.123-abcd.tmp").write_bytes(b"not ours")
+    two.remove()
+    assert sorted(files(tmp_path)) == [".other.3.abcd.safetensors.123-abcd.tmp", "renamed.safetensors"]
 
 
 class Innocent:
@@ -88,41 +96,39 @@ class Innocent:
 
 torch.save({"theta": torch.zeros(3)}, torch_saved := io.BytesIO())
 ATTACKS = {  # of the bytes of a file; nothing else comes of any others: test_fuzz.py
-    "truncated": lambda d: (d[:-1], "cut off"),
+    "truncated": lambda d: (d[:-1], "changed"),
     "truncated in the length": lambda d: (d[:5], "no safetensors"),
     "empty": lambda d: (b"", "is empty"),
-    "trailing junk": lambda d: (d + b"junk", "4 bytes too many"),
-    "a data bit flipped": lambda d: (d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "changed bytes"),
-    "a table key changed": lambda d: (d.replace(b"theta", b"thetb"), "changed bytes"),
-    "an endless table": lambda d: ((2**62).to_bytes(8, "little") + d[8:], "cut off"),
+    "trailing junk": lambda d: (d + b"junk", "changed"),
+    "a data bit flipped": lambda d: (d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "changed"),
+    "a table key changed": lambda d: (d.replace(b"theta", b"thetb"), "changed"),
+    "an endless table": lambda d: ((2**62).to_bytes(8, "little") + d[8:], "changed"),
     "a pickle": lambda d: (pickle.dumps(Innocent()), "pickle"),
     "an old pickle": lambda d: (pickle.dumps(Innocent(), protocol=0), "no safetensors"),
     "torch.save": lambda d: (torch_saved.getvalue(), "torch.save"),
-    "another's safetensors": lambda d: (safetensors.torch.save({"x": torch.zeros(3)}), "changed bytes"),
+    "another's safetensors": lambda d: (safetensors.torch.save({"x": torch.zeros(3)}), "changed"),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_damage_is_named_and_the_one_before_is_used(two, attack, monkeypatch):
+def test_damage_is_named_and_the_one_before_is_used(two, attack, tmp_path, monkeypatch):
     "Nothing is deleted, nothing executed, also where an attacker could choose the name too."
-    monkeypatch.chdir(two.parent)
+    monkeypatch.chdir(tmp_path)
     bad, cause = attack(newest(two).read_bytes())
     newest(two).write_bytes(bad)
     with pytest.warns(UserWarning, match=r"run\.2\..*" + cause):
-        tensors, meta = load_checkpoint(two)
+        tensors, meta = two.load()
     assert meta == {"step": 10} and int(tensors["step"]) == 10
-    checkpoints_of(two)[1][0].write_bytes(b"{}")
-    spoiled = files(two.parent)
+    two.files()[1][0].write_bytes(b"{}")
+    spoiled = files(tmp_path)
     with pytest.raises(CheckpointError, match=rf"(?s)run\.2\..*{cause}.*run\.1\."):
-        load_checkpoint(two)
-    assert files(two.parent) == spoiled and len(spoiled) == 2
-    two.with_name(f"other.7.{sha256(bad)[:DIGITS]}.safetensors").write_bytes(bad)
-    if cause == "changed bytes":  # now they are what the name says
-        assert load_checkpoint(two.with_name("other.safetensors"))
-    else:
+        two.load()
+    assert files(tmp_path) == spoiled and len(spoiled) == 2
+    (tmp_path / f"other.7.{sha256(bad)[:DIGITS]}.safetensors").write_bytes(bad)
+    if cause != "changed":
         with pytest.raises(CheckpointError, match=rf"other\.7\..*{cause}"):
-            load_checkpoint(two.with_name("other.safetensors"))
-    assert not (two.parent / "OPENED").exists()
+            CheckpointFile("other.safetensors").load()
+    assert not (tmp_path / "OPENED").exists()
 
 
 def test_what_is_hashed_is_what_is_loaded(two, monkeypatch):
@@ -135,50 +141,49 @@ def test_what_is_hashed_is_what_is_loaded(two, monkeypatch):
         return real(data)
 
     monkeypatch.setattr(wave_rnns.paper.checkpoints, "sha256", swap)
-    assert load_checkpoint(two)[1] == {"step": 20}
+    assert two.load()[1] == {"step": 20}
 
 
-def test_no_length_of_the_table_is_taken_for_a_pickle():
-    "The first bytes are the length of the table of contents, and may be any."
-    for n in range(260):
-        assert unpack(pack({"x": torch.zeros(2)}, {"name": "a" * n}))[1] == {"name": "a" * n}
+def test_no_length_of_the_table_is_taken_for_a_pickle(tmp_path):
+    "The first bytes are the length of the table of contents, a multiple of 8, and may be any."
+    for n in range(0, 264, 8):
+        (tmp_path / "x").write_bytes(data := pack({"x": torch.zeros(2)}, {"name": "a" * n}))
+        assert read_trusted(tmp_path / "x", [sha256(data)])[1] == {"name": "a" * n}
 
 
-def test_nothing_there(tmp_path):
-    assert CheckpointFile(tmp_path / "x.safetensors").load() is None
-    with pytest.raises(CheckpointError, match="x.safetensors: there is no checkpoint"):
-        load_checkpoint(tmp_path / "x.safetensors")
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path):
     (tmp_path / f"x.1.{'0' * DIGITS}.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="x.1.0.* cannot be read"):
-        load_checkpoint(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="x.1.0.* cannot be read") as e:
+        CheckpointFile(tmp_path / "x.safetensors").load()
+    assert isinstance(e.value.__cause__, OSError)  # sweeps do not set it aside
 
 
 def test_a_bad_file_does_not_push_out_a_good_one(two):
     newest(two).write_bytes(b"junk")
-    save_checkpoint(two, TENSORS, {"step": 30})
+    two.save(TENSORS, {"step": 30})
     newest(two).write_bytes(b"junk again")
     with pytest.warns(UserWarning):
-        assert load_checkpoint(two)[1] == {"step": 10}
+        assert two.load()[1] == {"step": 10}
 
 
 def test_names_with_a_meaning_elsewhere(tmp_path):
     "Brackets and stars in a name are letters, and runs whose names begin alike do not meet; the tenth comes after the ninth."
-    paths = [tmp_path / f"{name}.safetensors" for name in ("a[1]*", "a", "a.b")]
+    places = [CheckpointFile(tmp_path / f"{name}.safetensors") for name in ("a[1]*", "a", "a.b")]
     for number in range(10):
-        for path in paths:
-            save_checkpoint(path, TENSORS, {"name": path.stem, "number": number})
-    for path in paths:
-        assert load_checkpoint(path)[1] == {"name": path.stem, "number": 9}
-        assert len(checkpoints_of(path)) == 2
+        for place in places:
+            place.save(TENSORS, {"name": place.path.stem, "number": number})
+    for place in places:
+        assert place.load()[1] == {"name": place.path.stem, "number": 9}
+        assert len(place.files()) == 2
 
 
 def test_a_really_full_disk(small_disk):
-    path = small_disk("1m") / "run.safetensors"
-    save_checkpoint(path, {"x": torch.zeros(50_000)}, {"step": 1})
+    place = CheckpointFile(small_disk("1m") / "run.safetensors")
+    place.save({"x": torch.zeros(50_000)}, {"step": 1})
     with pytest.raises(OSError, match="no space left.*run.2.") as e:
-        save_checkpoint(path, {"x": torch.zeros(500_000)}, {"step": 2})
-    assert e.value.errno == errno.ENOSPC and load_checkpoint(path)[1] == {"step": 1}
-    assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
+        place.save({"x": torch.zeros(500_000)}, {"step": 2})
+    assert e.value.errno == errno.ENOSPC and place.load()[1] == {"step": 1}
+    assert not place.left_overs()
 
 
 MODELS = [  # one of each kind: test_survival.py
@@ -202,8 +207,8 @@ def test_weights_come_back(tmp_path, config):
 
 
 SPOILED_CONFIGS = {  # nothing else comes of any file: test_fuzz.py
-    "other n": (dict(n=13), "weight 'layer.cells.0.V' is .24, 1., the model has .26, 1."),
-    "huge n": (dict(n=10**12), "n is 1000000000000, but there are"),
+    "other n": (dict(n=13), r"size mismatch for layer.cells.0.V: .*\[24, 1\].*\[26, 1\]"),
+    "huge n": (dict(n=10**12), "size mismatch"),
     "unknown key": (dict(neurons=3), "unknown key 'neurons'"),
     "wrong type": (dict(n=True), "n must be int, got True"),
     "another format": (None, "format 2 is not known"),
@@ -232,7 +237,7 @@ def test_weights_that_do_not_belong(tmp_path):
     save_weights(tmp_path / "x", weights, WAVE)
     data = (tmp_path / "x" / "model.safetensors").read_bytes()
     (tmp_path / "x" / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="model.safetensors has changed bytes"):
+    with pytest.raises(CheckpointError, match="model.safetensors has changed"):
         load_weights(tmp_path / "x")
     with pytest.raises(CheckpointError, match="config.json cannot be read"):
         load_weights(tmp_path / "nowhere")
@@ -362,12 +367,13 @@ def test_a_handler_that_was_set_from_c_is_left_alone(monkeypatch):
     assert touched == [signal.SIGINT, signal.SIGINT]
 
 
-def test_other_threads_may_train(tmp_path):
-    got, call = [], dict(checkpoint=tmp_path / "x.safetensors", checkpoint_every=2, **{**RHYTHM, "steps": 3})
-    thread = threading.Thread(target=lambda: got.extend(resumable_fit(TinyTask(), WAVE, RUNS, **call)))
-    thread.start()
-    thread.join()
-    assert len(got) == 3
+def test_other_threads_hear_no_signals_and_may_train():
+    def train():
+        with listen_for() as asked:
+            return fit(TinyTask(), WAVE, RUNS, interrupt=asked, **{**RHYTHM, "steps": 3})
+
+    with ThreadPoolExecutor() as pool:
+        assert len(pool.submit(train).result()) == 3
 
 
 # Successive halving, and going on in the middle of it -----------------------------------------------------------------
@@ -407,9 +413,8 @@ def test_halving_resumed_equals_uninterrupted(tmp_path, searched, saves):
 
 @pytest.mark.parametrize(
     "name, value",
-    [*((name, 0.5) for name in ("steps", "eval_every", "log_every", "checkpoint_every")), ("steps", 0), ("checkpoint_every", -1)]
-    + [("max_seconds", s) for s in (0, -1, float("nan"), "1", True)],
+    [*((name, 0.5) for name in ("steps", "eval_every", "log_every", "checkpoint_every")), ("steps", 0), ("checkpoint_every", -1)],
 )  # fmt: skip
-def test_lengths_and_limits_that_cannot_be_meant(name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be a (whole number of steps|number of seconds above 0)"):
+def test_lengths_that_cannot_be_meant(name, value):
+    with pytest.raises(ConfigError, match=f"{name}: expected a whole number of at least"):
         fit(TinyTask(), WAVE, RUNS, **{**RHYTHM, name: value})

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 
 from wave_rnns import core
-from wave_rnns.core import atomic_write, data_root, environment, from_json, plot_style, progress, to_json
+from wave_rnns.core import atomic_write, data_root, environment, plot_style, progress, to_json
 from wave_rnns.paper.random import counter_bits, counter_integers, counter_permutation, counter_uniform
 
 M64 = 2**64
@@ -94,12 +94,9 @@ def test_no_global_generator_no_default_dtype():
 
 @pytest.mark.parametrize(
     "call, words",
-    [
-        (lambda: counter_bits(torch.tensor(1), 0, (2,), 0), r"int64 tensor of shape \[R\]"),
+    [  # more of them: notebook 10_random
         (lambda: counter_bits(torch.tensor([1.0]), 0, (2,), 0), "float32"),
-        (lambda: counter_bits(torch.tensor([1]), torch.tensor([0]), (2,), 0), "0-dim int64"),
         (lambda: counter_bits(torch.tensor([1]), torch.tensor(0.0), (2,), 0), "0-dim int64"),
-        (lambda: counter_integers(5, 5, torch.tensor([1]), 0, (2,), 0), "high - low"),
         (lambda: counter_integers(0, 2**32, torch.tensor([1]), 0, (2,), 0), "high - low"),
     ],
 )
@@ -210,12 +207,6 @@ def test_what_json_cannot_hold(wrong):
         to_json(wrong)
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', "[-1e999]", "[" * 200 + "]" * 200, "[" * 100_000, "9" * 100_000])
-def test_what_is_read_as_json_is_finite_short_and_flat(text):
-    with pytest.raises(ValueError):
-        from_json(text)
-
-
 @pytest.mark.parametrize("value, place", [("~/elsewhere", "elsewhere"), ("", ".cache/wave_rnns")])
 def test_data_root(monkeypatch, value, place):
     monkeypatch.setenv("WAVE_RNNS_DATA", value)
@@ -223,7 +214,8 @@ def test_data_root(monkeypatch, value, place):
 
 
 def test_commit_is_ours_or_none(tmp_path, monkeypatch):
-    "Installed inside somebody else's repository, we report no commit."
+    "Installed inside somebody else's repository, we report no commit; of a copy the one that we are told."
+    monkeypatch.delenv("WAVE_RNNS_COMMIT", raising=False)
     commit = environment()["commit"]
     if (ROOT / ".git").exists():
         assert commit is None or len(commit.rstrip("+")) == 40
@@ -234,6 +226,8 @@ def test_commit_is_ours_or_none(tmp_path, monkeypatch):
     subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     monkeypatch.setattr(core.wave_rnns, "__file__", str(package / "__init__.py"))
     assert core.git_commit.__wrapped__() is None
+    monkeypatch.setenv("WAVE_RNNS_COMMIT", "53676f6")
+    assert core.git_commit.__wrapped__() == "53676f6"
 
 
 @pytest.mark.parametrize("session, drawn", [("a.ipynb", True), (None, False)])

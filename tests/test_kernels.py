@@ -1,17 +1,67 @@
-"""The wave kernels as far as a machine without a GPU can see them: they compile everywhere, fit, and step aside politely."""
+"""The kernels as far as a machine without a GPU can see them: who computes a call, and the wave kernels: they compile, and fit."""
 
 import warnings
 
 import pytest
 import torch
+from compiler import needs_compiler
 
 import wave_rnns.kernels.wave as K
-from compiler import reason
 from wave_rnns.kernels import launch
-from wave_rnns.scan import BACKENDS, backend_for
+from wave_rnns.scan import BACKENDS, BackendError, backend_for
 
-if reason:
-    pytest.skip(reason, allow_module_level=True)
+ASK = {
+    "cuda": dict(kind="wave", dtype=torch.float32, c=16, n=256, k=3, F=1),
+    "cuda_dense": dict(kind="dense", dtype=torch.float32, c=1, n=256, k=0, F=0),
+}
+HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
+CALLS = [  # whose call, changed how, on which GPU; why PyTorch computes it: None if it does not, "" without a word
+    ("cuda", {}, HOPPER, None),
+    ("cuda", dict(c=40), HOPPER, "c = 40 rings, at most 32"),
+    ("cuda", dict(n=2), HOPPER, "n = 2 neurons, at least 3"),
+    ("cuda", dict(n=20000), HOPPER, "threads, at most 512"),
+    ("cuda", {}, TURING, "compute capability 7.5, at least 8.0"),
+    ("cuda", dict(k=5), HOPPER, ""),
+    ("cuda_dense", {}, HOPPER, None),
+    ("cuda_dense", dict(n=257), HOPPER, "n = 257 units do not fit"),
+    ("cuda_dense", dict(n=128), AMPERE, None),
+    ("cuda_dense", dict(n=129), AMPERE, "n = 129 units do not fit"),
+    ("cuda_dense", {}, TURING, "compute capability 7.5, at least 8.0"),
+    *((name, change, HOPPER, "") for name in ASK for change in (dict(dtype=torch.float64), dict(device="cpu"))),
+]
+
+
+def choose(device, name, change):
+    "The backend of a call, asked for twice, and what was said."
+    ask = ASK[name] | dict(device=device) | change
+    ask["device"] = torch.device(ask["device"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first = backend_for(**ask)
+        backend_for.cache_clear()
+        assert backend_for(**ask) is first
+    return first, [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize("name, change, capability, why", CALLS, ids=str)
+def test_what_a_kernel_cannot_do_goes_to_torch_and_the_reason_is_said_once(name, change, capability, why, pretend_gpu):
+    backend, said = choose(pretend_gpu(*capability), name, change)
+    assert backend is BACKENDS[name if why is None else "torch"]
+    assert len(said) == bool(why) and all("slower torch path" in words and why in words for words in said)
+
+
+@pytest.mark.parametrize("name", ASK)
+def test_without_a_compiler_there_are_no_kernels(name, pretend_gpu, monkeypatch):
+    def missing():
+        raise launch.KernelError("NVRTC (libnvrtc.so.13) was not found")
+
+    device = pretend_gpu(9)
+    monkeypatch.setattr(launch, "nvrtc_architectures", missing)
+    backend, (words,) = choose(device, name, {})
+    assert backend is BACKENDS["torch"] and "NVRTC (libnvrtc.so.13) was not found" in words
+
+
+# ------------------------------------------------------------------------------------------------- wave kernels
 
 PAPER = {
     "smnist": dict(n=256, c=16, F=1),
@@ -29,18 +79,7 @@ AWKWARD = [
 ]
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    "Pretend to be an H100, as far as choosing goes."
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    properties = type("properties", (), {"multi_processor_count": 132})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    monkeypatch.setattr(launch, "_WARNED", set())
-    backend_for.cache_clear()
-    yield torch.device("cuda", 0)
-    backend_for.cache_clear()
-
-
+@needs_compiler
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 def test_machine_code_for_every_generation(arch, tmp_path, monkeypatch):
     if arch not in launch.nvrtc_architectures():
@@ -51,6 +90,7 @@ def test_machine_code_for_every_generation(arch, tmp_path, monkeypatch):
         assert launch.compile_kernel(K.SOURCE, plan.macros(forward), f"sm_{arch}")[:4] == b"\x7fELF"
 
 
+@needs_compiler
 @pytest.mark.parametrize("precision", ["faithful", "fast"])
 @pytest.mark.parametrize("size", PAPER)
 def test_the_papers_sizes_stay_in_registers(size, precision):
@@ -60,6 +100,7 @@ def test_the_papers_sizes_stay_in_registers(size, precision):
     assert backward["spill_stores"] <= 128  # adding: three rings of eight channels leave no register free
 
 
+@needs_compiler
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
 def test_awkward_sizes_compile(size):
     plan = K.Plan(**size)
@@ -85,76 +126,34 @@ def test_what_the_macros_say_about_shared_memory_is_what_the_plan_asks_for():
         assert b.shared()[1] - a.shared()[1] == 4 * a.pair * stage
 
 
-ASK = dict(kind="wave", device=torch.device("cuda", 0), dtype=torch.float32, c=16, n=256, k=3, F=1)
-ASK |= dict(activation="relu", precision="faithful")
-REFUSED = [
-    (dict(c=40), "c = 40 rings, at most 32"),
-    (dict(n=2), "n = 2 neurons, at least 3"),
-    (dict(n=20000), "threads, at most 512"),
-]
-
-
-@pytest.mark.parametrize("change, words", REFUSED, ids=str)
-def test_sizes_that_do_not_fit_are_named_once(change, words, gpu):
-    backend = K.CudaBackend()
-    assert backend.supports(**ASK)
-    with pytest.warns(UserWarning, match=words):
-        assert not backend.supports(**ASK | change)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not backend.supports(**ASK | change)
-
-
-@pytest.mark.parametrize(
-    "change", [dict(dtype=torch.float64), dict(k=5), dict(device=torch.device("cpu")), dict(kind="dense")], ids=str
-)
-def test_other_calls_are_none_of_its_business(change, gpu):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not K.CudaBackend().supports(**ASK | change)
-
-
-def test_old_gpu_and_missing_compiler_fall_back(gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    with pytest.warns(UserWarning, match="compute capability 7.5, at least 8.0"):
-        assert not K.CudaBackend().supports(**ASK)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-
-    def missing():
-        raise K.KernelError("NVRTC (libnvrtc.so.13) was not found")
-
-    monkeypatch.setattr(launch, "nvrtc_architectures", missing)
-    with pytest.warns(UserWarning, match="NVRTC .* was not found"):
-        assert not K.CudaBackend().supports(**ASK)
-
-
-def test_a_kernel_that_does_not_compile_is_replaced(gpu, monkeypatch):
-    "Forward and backward, also when only the backward kernel fails: the torch backend does both again."
+def test_what_does_not_compile_leaves_the_backend(pretend_gpu, monkeypatch):
+    "What becomes of such an error is the operator's business, see test_scan.py."
 
     def fail(*_, **__):
-        raise K.KernelError("ptxas had a bad day")
+        raise launch.KernelError("ptxas had a bad day")
 
+    pretend_gpu(9)
     monkeypatch.setattr(K, "run_forward", fail)
     monkeypatch.setattr(K, "run_backward", fail)
-    backend, torch_ = K.CudaBackend(), BACKENDS["torch"]
-    g, (R, T, B, c, n, F) = torch.Generator().manual_seed(0), (2, 5, 3, 2, 6, 1)
-    args = [torch.randn(s, generator=g) for s in ((R, T, B, F), (R, c, c, 3), (R, c, n, F), (R, c, n), (R, B, c, n))]
-    with pytest.warns(UserWarning, match="ptxas had a bad day"):
-        y, kept = backend.wave_forward(*args, "relu", False, True, "faithful")
-    want, kept_torch = torch_.wave_forward(*args, "relu", False, True, "faithful")
-    assert torch.equal(y, want)
-    gy = torch.ones_like(y)
-    ours = backend.wave_backward(gy, *args, y, torch.empty(0, dtype=torch.int32), "relu", False, "faithful", True)
-    theirs = torch_.wave_backward(gy, *args, want, kept_torch, "relu", False, "faithful", True)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-    with pytest.warns(UserWarning, match="did not compile"):  # asked again: no
-        assert not backend.supports("wave", gpu, torch.float32, 2, 6, 3, 1, "relu", "faithful")
+    T, B, c, n, rest = 5, 3, 2, 6, ("relu", False)
+    for F in (1, 4):
+        args = [torch.randn(2, *s) for s in ((T, B, F), (c, c, 3), (c, n, F), (c, n), (B, c, n))]
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().wave_forward(*args, *rest, True, "faithful")
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().wave_backward(None, *args, None, None, *rest, "faithful", True)
+    for rows in (4, 5000):
+        index = torch.zeros(1, T, B, dtype=torch.int64)
+        args = [index, None, None, *(torch.randn(2, *s) for s in ((rows, c, n), (c, c, 3), (B, c, n)))]
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().rows_forward(*args, *rest, True, "faithful")
+        with pytest.raises(BackendError, match="ptxas"):
+            K.CudaBackend().rows_backward(None, *args, None, None, *rest, "faithful")
 
 
-def test_kept_holds_every_share(gpu):
+def test_kept_holds_every_share(pretend_gpu):
     "The share of a thread depends on how many blocks there are; what is kept must be large enough for both."
-    backend = K.CudaBackend()
+    backend, gpu = K.CudaBackend(), pretend_gpu(9)
     for n, c in ((256, 16), (264, 9), (512, 16), (100, 27), (97, 5)):
         shape, dtype = backend.kept_shape("wave", 2, 7, 3, c, n, 3, 1, "relu", True, "faithful")
         assert dtype == torch.int32 and shape[:3] == (2, 3, 8)
@@ -163,23 +162,8 @@ def test_kept_holds_every_share(gpu):
             assert p.tile * p.kept_terms <= shape[3]
 
 
-@pytest.mark.parametrize("n, c, mt", [(256, 16, 4), (100, 27, 1), (97, 5, 1), (100, 6, 2), (12, 3, 2)])
-def test_kept_states_undoes_the_fragment_order(n, c, mt):
-    "Write the number of each (channel, neuron) where the kernel would put it, by the layout's definition; read it back."
-    p = K.Plan(n, c, 1, precision="fast", mt=mt)
-    words = torch.zeros(p.warps, 2 * mt, p.cq, 32, 2)
-    for channel in range(c):
-        for neuron in range(n):
-            group, slot = divmod(neuron, 2 * mt)
-            warp, g = divmod(group, 8)
-            q, within = divmod(channel, 8)
-            words[warp, slot, q, g * 4 + within // 2, within % 2] = (channel * n + neuron) % 251
-    kept = words.to(torch.bfloat16).view(torch.int32).reshape(1, 1, 1, -1)
-    want = torch.arange(c * n).view(c, n) % 251
-    assert torch.equal(K.kept_states(p, kept)[0, 0, 0].long(), want)
-
-
-def test_row_sums_go_where_they_fit(gpu):
+def test_row_sums_go_where_they_fit(pretend_gpu):
+    gpu = pretend_gpu(9)
     assert K.rows_plan_for(gpu, 100, 6, 10, 1, 128, "relu", "faithful", True).rows == 10
     many = K.rows_plan_for(gpu, 256, 16, 9000, 1, 256, "relu", "faithful", False)
     assert (many.rows, many.emit, many.pair) == (0, 2, 2)

@@ -45,8 +45,11 @@ def make_fast(request):
 
 @pytest.mark.parametrize("lengths", [[9, 5, 2], [2, 9, 5], [4, 4, 4], [7, 1, 7, 3, 1]], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2), dict(num_layers=2, bidirectional=True)], ids=str)
-@pytest.mark.parametrize("in_pieces", [False, True])
-def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, lengths, options, in_pieces):
+@pytest.mark.parametrize("overflowing", [1e30, 0.0])  # in the padding: one by one
+def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(
+    make, lengths, options, overflowing, monkeypatch
+):
+    monkeypatch.setattr(wave_rnns.layer, "OVERFLOWING", overflowing)
     layer, falling = make(**options).double(), lengths == sorted(lengths, reverse=True)
     sequences = [torch.randn(t, 3, dtype=torch.float64, requires_grad=True) for t in lengths]
     start = torch.rand(len(layer.cells), len(lengths), 16, dtype=torch.float64, requires_grad=True)
@@ -59,7 +62,7 @@ def test_packed_sequences_are_each_sequence_alone_in_value_and_gradient(make, le
     for h_0 in (None, start):
         ends = [layer(s.unsqueeze(1), None if h_0 is None else h_0[:, b : b + 1]) for b, s in enumerate(sequences)]
         alone = with_gradients([y[:, 0] for y, _ in ends], torch.cat([h for _, h in ends], 1))
-        y, h_n = layer(pack_sequence(sequences, enforce_sorted=falling), h_0, in_pieces=in_pieces)
+        y, h_n = layer(pack_sequence(sequences, enforce_sorted=falling), h_0)
         padded = pad_packed_sequence(y)[0]
         packed = with_gradients([padded[:t, b] for b, t in enumerate(lengths)], h_n)
         assert_close(packed, alone, rtol=1e-10, atol=1e-10)

@@ -108,7 +108,7 @@ def test_every_requirement_is_used_and_every_use_is_required():
                 used |= {a.name.partition(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 used.add(node.module.partition(".")[0])
-    outside = {{"PIL": "pillow"}.get(u, u) for u in used - sys.stdlib_module_names - {"wave_rnns"}}
+    outside = used - sys.stdlib_module_names - {"wave_rnns"}
     there_when_needed = {"cuda", "triton"}  # which torch brings
     there_when_needed |= {"IPython", "matplotlib_inline"}  # which a notebook brings
     assert outside - there_when_needed == REQUIRED

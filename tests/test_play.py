@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wave_rnns.core import ConfigError
-from wave_rnns.paper.play import decode, encode, example_digits, read_address, run
+from wave_rnns.paper.play import decode, encode, read_address, run
 
 PAGE = ROOT / "wave_rnns/paper/play.html"
-DIGITS = example_digits()
+DIGITS = json.loads(re.search(r'"digits": ({.*?})', PAGE.read_text(encoding="utf-8"))[1])
 ADDRESSES = [
     "scene=copy&in=5861437824",
     "scene=copy&in=5861444824&delay=33&turn=3",

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, SIGTERM, and going on: the end is that of a run that was never touched, bit for bit.
+"""kill -9 at random moments, and going on: the end is that of a run that was never touched, bit for bit.
 
 `WAVE_RNNS_KILLS` sets the number of kills (20 unless set). Each kill is judged alone: what lies on the disk is copied, and the copy
 goes on to its end without another kill. The original goes on too, and is killed again."""
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_task
 
-from wave_rnns.paper.checkpoints import checkpoints_of, load_checkpoint
+from wave_rnns.paper.checkpoints import CheckpointFile
 from wave_rnns.paper.training import Training
 
 KILLS = int(os.environ.get("WAVE_RNNS_KILLS", 20))
@@ -52,8 +52,8 @@ def wait_until_it_trains(life, folder):
 
 def step_on_disk(folder) -> int:
     "The step of the newest checkpoint, 0 where none was completed."
-    path = folder / "x.safetensors"
-    return load_checkpoint(path)[1]["history"]["step"] if checkpoints_of(path) else 0
+    found = CheckpointFile(folder / "x.safetensors").load()
+    return found[1]["history"]["step"] if found else 0
 
 
 def begun_at(folder) -> int:
@@ -64,7 +64,7 @@ def begun_at(folder) -> int:
 
 def end(folder):
     "Results, and what the last checkpoint holds: weights, Adam's averages, best weights and history, without the clock."
-    tensors, meta = load_checkpoint(folder / "x.safetensors")
+    tensors, meta = CheckpointFile(folder / "x.safetensors").load()
     meta["history"].pop("seconds")
     meta.pop("environment")
     return json.loads((folder / "report.json").read_text()), {k: repr(t.tolist()) for k, t in tensors.items()}, meta
@@ -116,17 +116,3 @@ def test_kill_9(nursery, untouched, tally, tmp_path, name, kills, slow_disk, slo
     assert start(nursery, folder, every).end() == 0 and end(folder) == untouched
     tally(f"kill -9 while {name}", **counts, different_steps=len(moments))
     assert counts["resumed_bit_equal"] == counts["kills"] == kills
-
-
-def test_sigterm_saves_and_asks_to_be_started_again(nursery, untouched, tally, tmp_path):
-    steps = [0]
-    for _ in range(3):
-        life = start(nursery, tmp_path, 1000, 0.0, 0.1)  # no checkpoint on its own before the end
-        wait_until_it_trains(life, tmp_path)
-        life.send(signal.SIGTERM)
-        assert life.end() == 75 and not (tmp_path / "report.json").exists()
-        assert begun_at(tmp_path) == steps[-1] < step_on_disk(tmp_path)
-        steps.append(step_on_disk(tmp_path))
-    assert start(nursery, tmp_path, 1000).end() == 0
-    assert begun_at(tmp_path) == steps[-1] and end(tmp_path) == untouched
-    tally("SIGTERM", signals=3, saved_with_exit_code_75=3, ends_bit_equal=1)

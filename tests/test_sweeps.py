@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 import wave_rnns.paper.sweeps as sw
-from wave_rnns.core import ConfigError, WaveRNNError
+from wave_rnns.core import ConfigError, WaveRNNError, plain
 from wave_rnns.paper.config import decisive
 from wave_rnns.paper.experiments import EXPERIMENTS, Run, record_of, to_config
 from wave_rnns.paper.records import content_hash, read_curve, read_record, run_path
-from wave_rnns.paper.grids import OWN_SETTINGS, Grid, find_grid, grid_config, grid_from, populations
+from wave_rnns.paper.grids import OWN_SETTINGS, Grid, find_grid, grid_from, populations
 from wave_rnns.paper.ranking import ranking, ranking_text, winners
 from wave_rnns.paper.sweeps import population_path, train, work
 from wave_rnns.paper.training import Interrupted
@@ -57,7 +57,7 @@ PAPER = {  # experiments x axes of the search, from the authors' sweep files; co
 def test_a_declared_grid_is_its_plain_data(name):
     grid = find_grid(name)
     assert len(grid.runs()) == PAPER[name]
-    assert grid_from(json.loads(json.dumps(grid_config(grid)))) == grid
+    assert grid_from(json.loads(json.dumps(plain(grid)))) == grid
     names = [point.name for *_, point in grid.points()]
     assert len({*names}) == len(names), "two points of one name cannot be told apart"
 
@@ -66,7 +66,8 @@ def test_a_declared_grid_is_its_plain_data(name):
     "change, says",
     [
         ({"experiments": []}, "experiments must name at least one"),
-        ({"experiments": [3]}, "experiments must be a list"),
+        ({"experiments": 3}, "experiments must be tuple"),
+        ({"experiments": [3]}, "experiments must be names, patterns"),
         ({"experiments": ["grid:no_such_grid"]}, "grid:no_such_grid"),
         ({"experiments": [{"name": "x"}]}, "missing"),
         ({"name": "../x"}, "name must be letters"),
@@ -75,7 +76,7 @@ def test_a_declared_grid_is_its_plain_data(name):
         ({"axes": {"lr": [2**63]}}, "axes must hold finite numbers"),
         ({"axes": {"lr.x": [1]}}, "has no setting 'lr.x'"),
         ({"axes": {"seeds": [[0], [1]]}}, "seeds"),
-        ({"axes": {"lr": list(range(1, 1000)), "clip": list(range(1000))}}, "are a slip"),
+        ({"axes": {"lr": list(range(1, 1000)), "clip": list(range(1000))}}, "more than 100,000 runs"),
         ({"seeds": [-1]}, "seeds must be whole numbers"),
         ({"seeds": [True]}, "seeds must be whole numbers"),
         ({"together": 0}, "together must be at least 1"),

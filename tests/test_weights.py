@@ -12,7 +12,7 @@ from wave_rnns.paper import weights
 from wave_rnns.paper.experiments import EXPERIMENTS, run_key
 from wave_rnns.paper.records import read_record
 from wave_rnns.paper.tasks import make_task
-from wave_rnns.paper.weights import SHIPPED, load, shipped_weights
+from wave_rnns.paper.weights import load, shipped_weights
 
 CARDS = shipped_weights()
 
@@ -31,12 +31,20 @@ SMALL = [name for name in CARDS if name not in RECORDED]  # notebook 19 trained 
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_card_says_what_the_record_says(name):
-    card, e = CARDS[name], EXPERIMENTS[SHIPPED[name]]
-    record = read_record(ROOT / f"nbs/results/runs/{card['task']}/{card['key']}.json")
-    assert card["key"] == run_key(e, card["seed"])
-    assert card["test_best"] == record["test_best"] and card["model"] == record["config"]["model"]
-    assert sum(p.numel() for p in load(name).parameters()) == record["parameters"]["with_biases"]
+def test_a_card_is_the_record_of_a_typical_run(name):
+    "The one in the middle, of two the worse; diverged ones count, if they were ever validated; and it solved its task."
+    card, e = CARDS[name], EXPERIMENTS[CARDS[name]["experiment"]]
+    paths = [ROOT / f"nbs/results/runs/{card['task']}/{run_key(e, seed)}.json" for seed in e.seeds]
+    records = [read_record(path) for path in paths if path.exists()]
+    (record,) = (r for r in records if r["seed"] == card["seed"])
+    assert all(card[field] == record[field] for field in ("key", "test_best", "parameters"))
+    assert card["model"] == record["config"]["model"]
+    assert record["solved"] is None or record["solved"]["step"] is not None
+    assert sum(p.numel() for p in load(name).parameters()) == card["parameters"]["with_biases"]
+    assert (len(records), card["diverged"]) == (card["of_seeds"], sum(r["status"] == "diverged" for r in records))
+    more_is_better = record["selection"].startswith("highest")
+    values = sorted((r["test_best"][card["metric"]] for r in records if r["test_best"]), reverse=more_is_better)
+    assert values[len(values) // 2] == card["test_best"][card["metric"]]
 
 
 def test_the_recorded_accuracy_on_real_test_images():
@@ -54,19 +62,6 @@ MEASURED += [(name, "accuracy", dict(abs=2e-3)) for name in SMALL]
 def test_the_recorded_number_on_the_whole_test_set(name, metric, tolerance):
     "The wRNN was trained in the kernels' fast precision, whose rounding is a few per cent of an error of 5e-6."
     assert evaluate(name, metric) == pytest.approx(CARDS[name]["test_best"][metric], **tolerance)
-
-
-def test_half_of_the_seeds_are_better_and_half_are_worse():
-    "Diverged ones too, if they were ever validated; and nothing is shipped that has not solved its task."
-    for name in RECORDED:
-        e, card = EXPERIMENTS[SHIPPED[name]], CARDS[name]
-        paths = [ROOT / f"nbs/results/runs/{card['task']}/{run_key(e, seed)}.json" for seed in e.seeds]
-        records = [read_record(path) for path in paths if path.exists()]
-        values = sorted(r["test_best"][card["metric"]] for r in records if r["test_best"])
-        assert (len(records), card["diverged"]) == (card["of_seeds"], sum(r["status"] == "diverged" for r in records))
-        assert len(values) % 2 == 1 and values[len(values) // 2] == card["test_best"][card["metric"]]
-        solved = next(r for r in records if r["seed"] == card["seed"])["solved"]
-        assert solved is None or solved["step"] is not None
 
 
 def test_a_damaged_file_is_refused(tmp_path, monkeypatch):

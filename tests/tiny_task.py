@@ -67,14 +67,16 @@ RHYTHM = dict(steps=43, eval_every=8, log_every=6, device="cpu", progress=False)
 
 def main(checkpoint: str, every: str, report: str) -> int:
     "Train, resuming from `checkpoint`, write the results to `report`; the exit code is a command's."
-    from wave_rnns.paper.checkpoints import resumable_fit
-    from wave_rnns.paper.training import Interrupted
+    from wave_rnns.paper.checkpoints import CheckpointFile, listen_for
+    from wave_rnns.paper.training import Interrupted, fit
 
     torch.set_num_threads(1)
-    try:
-        results = resumable_fit(TinyTask(), WAVE, RUNS, checkpoint=checkpoint, checkpoint_every=int(every), **RHYTHM)
-    except Interrupted as e:
-        return e.exit_code
+    resumable = dict(checkpoint=CheckpointFile(checkpoint), checkpoint_every=int(every))
+    with listen_for() as asked:
+        try:
+            results = fit(TinyTask(), WAVE, RUNS, interrupt=asked, **resumable, **RHYTHM)
+        except Interrupted as e:
+            return e.exit_code
     with open(report, "w") as f:
         json.dump([summary(r) for r in results], f)
     return 0

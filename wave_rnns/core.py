@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'DEEPEST', 'WAVE', 'BUMP', 'WaveRNNError', 'ConfigError', 'DataError', 'CheckpointError', 'RecordError',
-           'data_root', 'default_device', 'is_watched', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain',
-           'to_json', 'depth', 'read_small', 'from_json', 'git_commit', 'environment', 'dense_figures', 'plot_style']
+           'data_root', 'default_device', 'progress', 'sync_folder', 'atomic_write', 'sha256', 'plain', 'to_json',
+           'read_small', 'depth', 'from_json', 'git_commit', 'environment', 'plot_style']
 
 # %% ../nbs/09_core.ipynb #407d8cdc
 import contextlib
@@ -63,12 +63,6 @@ def default_device() -> "torch.device":  # noqa: F821 - torch takes seconds to i
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/09_core.ipynb #fdcc320a
-def is_watched() -> bool:
-    "Is standard error shown in a terminal, or in a notebook of a Jupyter server?"
-    in_notebook = "ipykernel" in type(sys.stderr).__module__
-    return sys.stderr.isatty() or (in_notebook and "JPY_SESSION_NAME" in os.environ)
-
-
 def progress(
     iterable=None,  # what to walk through, or None for a bar that is moved by hand
     **kwargs,  # handed to tqdm
@@ -78,7 +72,11 @@ def progress(
     with warnings.catch_warnings(action="ignore"):
         from tqdm.auto import tqdm  # here, not above: `import wave_rnns.core` stays cheap
     if kwargs.get("disable") is None:
-        kwargs["disable"] = not is_watched()
+        in_notebook = "ipykernel" in type(sys.stderr).__module__
+        in_jupyter = (
+            in_notebook and "JPY_SESSION_NAME" in os.environ
+        )  # nbconvert has no session
+        kwargs["disable"] = not (sys.stderr.isatty() or in_jupyter)
     return tqdm(iterable, **kwargs)
 
 # %% ../nbs/09_core.ipynb #8022c914
@@ -131,8 +129,6 @@ def sha256(
     if isinstance(what, Path):
         with what.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
-    if not isinstance(what, bytes):
-        raise TypeError(f"sha256 takes bytes or a Path, got {type(what).__name__}")
     return hashlib.sha256(what).hexdigest()
 
 # %% ../nbs/09_core.ipynb #e011608f
@@ -163,15 +159,6 @@ SMALL = 2**20  # bytes; a record has some 3 kB, so a larger file is a mistake
 DEEPEST = 100  # levels of JSON; how many Python can take differs between its versions
 
 
-def depth(content) -> int:
-    "How many lists and dictionaries of parsed JSON lie inside one another."
-    level, levels = [content], 0
-    while level := [x for x in level if isinstance(x, (dict, list))]:
-        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
-        levels += 1
-    return levels
-
-
 def read_small(path: str | Path, limit: int = SMALL) -> bytes:
     "The content of a small file. Raises ValueError for a large one, before reading; OSError."
     with open(path, "rb") as f:
@@ -181,42 +168,46 @@ def read_small(path: str | Path, limit: int = SMALL) -> bytes:
     return data
 
 
+def depth(content) -> int:
+    "How many lists and dictionaries of parsed JSON lie inside one another."
+    if not isinstance(content, (list, dict)):
+        return 0
+    inside = content.values() if isinstance(content, dict) else content
+    return 1 + max(map(depth, inside), default=0)
+
+
 def from_json(text: bytes | str):
     "Parse strict JSON. ValueError for NaN, thousands of digits or too deep nesting."
-
-    def no_constant(name):
-        raise ValueError(f"{name} is not JSON")
-
-    def finite(digits):
-        return float(digits) if math.isfinite(float(digits)) else no_constant(digits)
-
     try:
-        content = json.loads(text, parse_constant=no_constant, parse_float=finite)
-    except RecursionError as e:
-        raise ValueError("it is nested too deeply") from e
-    if depth(content) > DEEPEST:
+        content = json.loads(text)
+        json.dumps(content, allow_nan=False)  # raises for NaN and for what is no finite number
+        levels = depth(content)
+    except RecursionError:
+        levels = math.inf
+    if levels > DEEPEST:
         raise ValueError("it is nested too deeply")
     return content
 
 # %% ../nbs/09_core.ipynb #9a1b90b0
 @functools.cache  # the code that runs, not what is committed while it runs
 def git_commit() -> str | None:
-    "The commit of our checkout, with `+` where modules were changed since; None elsewhere."
+    """The commit of our checkout, with `+` where modules were changed since.
+
+    Elsewhere None, or for a copy of it the commit that $WAVE_RNNS_COMMIT names."""
     root = Path(wave_rnns.__file__).resolve().parent.parent
     # settings.ini tells our checkout from an environment in somebody else's repository
     if not ((root / ".git").exists() and (root / "settings.ini").exists()):
-        return None
-    git = ["git", "-C", str(root)]
+        return os.environ.get("WAVE_RNNS_COMMIT")
+
+    def git(*words: str) -> str:
+        command, quiet = ["git", "-C", str(root), *words], subprocess.DEVNULL
+        return subprocess.check_output(command, text=True, stderr=quiet, timeout=10).strip()
+
     try:
-        commit = subprocess.check_output(
-            [*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL, timeout=10
-        )
-        changed = subprocess.check_output(
-            [*git, "status", "--porcelain", "-uno", "wave_rnns"], text=True, timeout=10
-        )
+        changed = git("status", "--porcelain", "-uno", "wave_rnns")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.strip() + ("+" if changed.strip() else "")
 
 
 def environment() -> dict:
@@ -241,33 +232,19 @@ WAVE = "#0072B2"  # blue: what travels (wRNN)
 BUMP = "#D55E00"  # vermilion: what stays (iRNN)
 
 
-def dense_figures():
-    "Notebooks draw two dots per pixel from here on: sharp on any screen, as large as before."
-    import matplotlib
+def plot_style() -> contextlib.ExitStack:
+    "The style of our figures: `plot_style()` from now on, `with plot_style():` for a block."
+    import matplotlib  # here, not above: training needs no figures
 
+    path = Path(wave_rnns.__file__).with_name("wave_rnns.mplstyle")
+    style = matplotlib.rc_params_from_file(path, use_default_template=False)
+    end = contextlib.ExitStack()
+    end.callback(matplotlib.rcParams.update, {k: matplotlib.rcParams[k] for k in style})
+    matplotlib.rcParams.update(style)
     if (matplotlib.get_backend(auto_select=False) or "").endswith("inline"):
         from IPython import get_ipython
         from matplotlib_inline.config import InlineBackend
 
+        # two dots per pixel from here on: sharp on any screen, as large as before
         InlineBackend.instance(parent=get_ipython()).figure_formats = {"retina"}
-
-
-class plot_style:
-    "The style of our figures: `plot_style()` from now on, `with plot_style():` for a block."
-
-    def __init__(self):
-        import matplotlib  # here, not above: training needs no figures
-
-        path = Path(wave_rnns.__file__).with_name("wave_rnns.mplstyle")
-        style = matplotlib.rc_params_from_file(path, use_default_template=False)
-        self.before = {name: matplotlib.rcParams[name] for name in style}
-        matplotlib.rcParams.update(style)
-        dense_figures()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        import matplotlib
-
-        matplotlib.rcParams.update(self.before)
+    return end

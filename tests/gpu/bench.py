@@ -1,27 +1,20 @@
 """Milliseconds of the kernels on a GPU: what the notebooks 04_kernels_* read.
 
-python tests/gpu/bench.py --out nbs/results/gpu [--only wave dense wide] [--runs 1 4 16]
+python tests/gpu/bench.py --out nbs/results/gpu [--only wave dense] [--runs 1 4 16]
 
-Writes DIR/bench_wave.json, bench_dense.json and bench_wide.json. Everything is timed as a CUDA graph by triton.testing.
+Writes DIR/bench_wave.json and bench_dense.json. Everything is timed as a CUDA graph by triton.testing.
 """
 
-import argparse
 import dataclasses
-import os
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+from common import compile_all, options, save
 from triton.testing import do_bench, do_bench_cudagraph
 
 import wave_rnns.kernels.wave as W
-from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.kernels import dense, wide
-from wave_rnns.kernels.launch import architecture_for, compile_kernel, compile_report
-from wave_rnns.scan import BACKENDS, dense_loop, dense_scan
+from wave_rnns.kernels import dense
+from wave_rnns.kernels.launch import architecture_for, compile_report
+from wave_rnns.scan import dense_loop, dense_scan
 
 GPU = torch.device("cuda", 0)
 # T, B, n, c, features (0: table rows), all states?, rows of the table ("own": so many steps of nsCIFAR10 have rows of their own)
@@ -38,7 +31,6 @@ CHANGES = {  # of the plan users get; what each choice buys
     ("nscifar", "faithful"): [dict(pair=1), dict(mt=2)],
 }
 DENSE = {"sMNIST iRNN": (784, 128, 256), "copy iRNN": (510, 128, 100), "adding iRNN": (1000, 128, 100)}
-WIDE = {"nsCIFAR10 iRNN": (1000, 256, 529), "copy iRNN": (500, 128, 625)}
 
 
 def timed(work, R=1, graph=True):
@@ -47,14 +39,6 @@ def timed(work, R=1, graph=True):
     how = do_bench_cudagraph if graph else do_bench
     median, low, high = (ms / R for ms in how(work, rep=200, quantiles=[0.5, 0.25, 0.75]))
     return {"median": median, "low": low, "high": high}
-
-
-def compile_all(todo):
-    "Fill the cache on all cores: pairs of source and macros."
-    arch = architecture_for(torch.cuda.get_device_capability())
-    unique = {(source, tuple(sorted(macros.items()))) for source, macros in todo}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: compile_kernel(job[0], dict(job[1]), arch), unique))
 
 
 # ------------------------------------------------------------------------------------------------- wave
@@ -147,15 +131,15 @@ def error(a, b):
     return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
 
 
-def scan_parts(module, plan, R, T, B, last=True, **source):
-    "Forward scan, backward scan and dU, milliseconds a run. `module`: dense or wide."
+def scan_parts(plan, R, T, B, last):
+    "Forward scan, backward scan and dU, milliseconds a run."
     drive, U, gy = dense_problem(R, T, B, plan.m)
     states, ddrive, end, dh_0 = (torch.empty_like(t) for t in (drive, drive, gy, gy))
     gy = gy if last else torch.randn_like(drive)
     parts = {
-        "forward": lambda: module.scan_forward(plan, drive, U, None, "relu", states, end),
-        "backward": lambda: module.scan_backward(plan, gy, U, states, "relu", last, ddrive, dh_0),
-        "dU": lambda: dense.outer_sum(plan, ddrive, states, None, "relu", last, **source),
+        "forward": lambda: dense.scan_forward(plan, drive, U, None, "relu", states, end),
+        "backward": lambda: dense.scan_backward(plan, gy, U, states, "relu", last, ddrive, dh_0),
+        "dU": lambda: dense.outer_sum(plan, ddrive, states, None, "relu", last),
     }
     return {k: timed(f, R) for k, f in parts.items()}
 
@@ -214,88 +198,20 @@ def bench_dense(save, runs):
             for R in runs:
                 plan = dense.plan_for(m, B, R, precision, processors)
                 row = dict(T=T, B=B, m=m, R=R, precision=precision, last=last, plan=dataclasses.asdict(plan))
-                row |= scan_parts(dense, plan, R, T, B, last)
+                row |= scan_parts(plan, R, T, B, last)
                 if R == 1:
-                    row["stub"] = scan_parts(dense, dataclasses.replace(plan, stub=True), R, T, B, last)
+                    row["stub"] = scan_parts(dataclasses.replace(plan, stub=True), R, T, B, last)
                 rows.append(row)
                 print(name, precision, R, {k: round(row[k]["median"], 3) for k in ("forward", "backward", "dU")})
         save(**found)
 
 
-# ------------------------------------------------------------------------------------------------- wide
-
-
-def whole(backend, R, T, B, m):
-    "Both passes through a backend, milliseconds a run; and what came out."
-    drive, U, gy = dense_problem(R, T, B, m)
-
-    def work():
-        y, kept = backend.dense_forward(drive, U, None, "relu", True, True, "faithful")
-        return y, *backend.dense_backward(gy, drive, U, None, y, kept, "relu", True, "faithful")
-
-    return timed(work, R), work()
-
-
-def against_cudnn(T, B, m):
-    "nn.RNN and our layer on the same input: both passes, called from Python and as a CUDA graph."
-    torch.manual_seed(0)
-    rnn = torch.nn.RNN(1, m, nonlinearity="relu").cuda()
-    with torch.no_grad():
-        rnn.weight_hh_l0.copy_(torch.eye(m) * 0.95 + torch.randn(m, m) * 0.1 / m**0.5)
-        rnn.bias_hh_l0.zero_()
-    x, gy = torch.rand(T, B, 1, device="cuda"), torch.randn(B, m, device="cuda")
-    weights = [rnn.weight_hh_l0, rnn.weight_ih_l0, rnn.bias_ih_l0]
-    ways = {"nn.RNN": lambda: rnn(x)[0][-1], "ours": lambda: dense_scan(x, *weights, last=True)}
-    rows = {"difference": error(*(f().detach()[None] for f in (ways["ours"], ways["nn.RNN"])))}
-    for name, forward in ways.items():
-        work = lambda forward=forward: torch.autograd.grad(forward(), weights, gy)  # noqa: E731
-        rows[name] = {"eager": timed(work, graph=False), "graph": timed(work)}
-    return rows
-
-
-def bench_wide(save, runs):
-    found, processors = (
-        {"rows": [], "tiles": [], "cudnn": {}},
-        torch.cuda.get_device_properties(0).multi_processor_count,
-    )
-    tiles = [wide.WidePlan(m, *tile) for _, _, m in WIDE.values() for tile in wide.TILES]
-    compile_all([(wide.SOURCE, p.macros("relu", back)) for p in tiles for back in (False, True)])
-    for name, (T, B, m) in WIDE.items():
-        found["cudnn"][name] = against_cudnn(T, B, m)
-        for R in runs:
-            plan = wide.wide_plan_for(m, B, R, processors)
-            row = {"name": name, "T": T, "B": B, "m": m, "R": R, "plan": dataclasses.asdict(plan)}
-            row |= scan_parts(wide, plan, R, T, B, source=wide.OUTER)
-            row["whole"], ours = whole(wide.WideBackend(), R, T, B, m)
-            if R <= 4:
-                row["torch"], theirs = whole(BACKENDS["torch"], R, T, B, m)
-                row["difference"] = [error(a, b) for a, b in zip(ours, theirs, strict=True)]
-            found["rows"].append(row)
-            print(name, R, {k: round(row[k]["median"], 2) for k in ("whole", "torch") if k in row}, flush=True)
-            save(**found)
-    for R in runs:
-        for plan in (p for p in tiles if p.m == 529):
-            row = {"R": R, "T": 100, "B": 256, "plan": dataclasses.asdict(plan)}
-            found["tiles"].append(row | scan_parts(wide, plan, R, 100, 256, source=wide.OUTER))
-        save(**found)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=["wave", "dense", "wide"], choices=["wave", "dense", "wide"])
-    parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 16])
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for name in options.only:
-        start = time.time()
-
-        def save(name=name, start=start, **found):
-            record = {"environment": environment(), "seconds": time.time() - start} | found
-            atomic_write(options.out / f"bench_{name}.json", to_json(record, indent=1))
-
-        {"wave": bench_wave, "dense": bench_dense, "wide": bench_wide}[name](save, options.runs)
+    names = {"wave": bench_wave, "dense": bench_dense}
+    only, runs = dict(nargs="+", default=[*names], choices=names), dict(type=int, nargs="+", default=[1, 4, 16])
+    chosen = options(__doc__, quick=None, only=only, runs=runs)
+    for name in chosen.only:
+        names[name](lambda name=name, **found: save(chosen.out / f"bench_{name}.json", found), chosen.runs)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,25 @@
 python tests/gpu/check_dense.py --out DIR [--quick]      writes DIR/check_dense.json, exit code 1 if anything is out of bounds
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
 import math
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
+from common import MANY, ROUNDING, compile_all, options, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from wave_rnns.core import atomic_write, environment, to_json
-from wave_rnns.kernels.dense import SOURCE, DenseBackend, DensePlan, plan_for
-from wave_rnns.kernels.launch import architecture_for, compile_kernel
-from wave_rnns.kernels.wide import TILES, WideBackend, WidePlan
+from wave_rnns.kernels.dense import SOURCE, DenseBackend, plan_for
 from wave_rnns.scan import backend_for, dense_loop, dense_scan
 
-ROUNDING = 2.0**-24  # a float32 result is at least once rounded; a loop that does better on a few numbers was lucky
 # Gradients by precision: where no relu mask flips, and where one does. A flip changes a gradient by itself, in the float32 loop too: where
 # that is beyond the bound, ours may be twice as far. A second reference, a float64 loop that opens and shuts its rectifiers as the kernel
 # did, holds ours to the first bound in every case. (fast: flips are too many for any bound but that one.)
 BOUNDS = {"faithful": {"clean": 5e-5, "flipped": 1e-3}, "fast": {"clean": 1e-2, "flipped": None}}
-MANY = {"faithful": 1e-5, "fast": 1e-3}  # so many of all rectifiers may flip (one always may)
 GRADIENTS = ("drive", "U", "h_0")
 FEW = 3  # units: so few numbers are no measure of the float32 loop, which may be lucky with them. Then 16 times the runs, and their median
-
-
-def precompile(jobs, source=SOURCE):
-    "Compile (macros, architecture) pairs in parallel; the disk cache keeps them."
-    jobs = {tuple(sorted(macros.items())): (macros, arch) for macros, arch in jobs}.values()
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(compile_kernel, source, macros, arch, "dense") for macros, arch in jobs]:
-            future.result()
 
 
 def act(z, activation):
@@ -99,7 +81,7 @@ def check_case(R, T, B, m, activation, last, with_h_0, rows):
         again = torch.ops.wave_rnns.dense_backward(gy, drive, U, start, y, kept, activation, last, precision)
         states = kept if last else y
         row = dict(R=R, T=T, B=B, m=m, activation=activation, last=last, h_0=with_h_0, precision=precision)
-        row["path"] = {DenseBackend: "fused", WideBackend: "wide"}.get(type(backend), "torch")
+        row["path"] = "fused" if isinstance(backend, DenseBackend) else "torch"
         row["flips"] = int(((states > 0) != (exact > 0)).sum()) if activation == "relu" else 0
         row["flips_loop"] = int(((loop > 0) != (exact > 0)).sum()) if activation == "relu" else 0
         end, loop_end = (exact[:, -1], loop[:, -1]) if last else (exact, loop)
@@ -137,7 +119,7 @@ def same(*results, part=slice(None)):
 def same_bits_whatever_the_tiles():
     "A run's bits do not depend on how many tiles a block works on, nor on the runs beside it."
     tensors, out = case_inputs(3, 20, 40, 200, True, 1), []
-    for tiles in (1, 2, 4):
+    for tiles in (1, 2):
         plan = dataclasses.replace(plan_for(200, 8, 1, "faithful"), tiles=tiles)
         b = DenseBackend(lambda *_, plan=plan: plan)
         out.append(both_ways(b, *tensors))
@@ -177,20 +159,23 @@ def vmap_agrees():
 
 
 def graph_replays_the_same_bits():
-    "Forward and backward captured in a CUDA graph."
-    tensors = case_inputs(2, 30, 5, 200, True, 5)
-    eager = both_ways(torch.ops.wave_rnns, *tensors)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        both_ways(torch.ops.wave_rnns, *tensors)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both_ways(torch.ops.wave_rnns, *tensors)
-    for t in captured:
-        t.fill_(float("nan"))
-    graph.replay()
-    return same(eager, captured)
+    "Forward and backward captured in a CUDA graph, of the fused kernels and of what is too large for them."
+    for m in (200, 529):
+        tensors = case_inputs(2, 30, 5, m, True, 5)
+        eager = both_ways(torch.ops.wave_rnns, *tensors)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            both_ways(torch.ops.wave_rnns, *tensors)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = both_ways(torch.ops.wave_rnns, *tensors)
+        for t in captured:
+            t.fill_(float("nan"))
+        graph.replay()
+        if not same(eager, captured):
+            return False, {"m": m}
+    return True
 
 
 def tf32_switch_does_not_matter():
@@ -229,14 +214,13 @@ def opcheck_passes():
 
 
 def every_layout_agrees():
-    "Clusters of 1, 2, 4 and 8 blocks, one or more tiles: each against the float64 loop."
+    "Each against the float64 loop."
     worst = {}
-    for plan in LAYOUTS:
+    for plan in layouts():
         drive, U, h_0, gy = case_inputs(2, 40, 21, plan.m, False, 9)
         exact, grads = reference(drive, U, h_0, gy, "relu", False, torch.float64)
         ours = both_ways(DenseBackend(lambda *_, plan=plan: plan), drive, U, h_0, gy, last=False)
-        names = ("cluster", "rows", "deep", "tiles", "terms", "diagonals", "m")
-        key = " ".join(f"{k}={getattr(plan, k)}" for k in names)
+        key = " ".join(f"{k}={getattr(plan, k)}" for k in ("cluster", "rows", "deep", "tiles", "terms", "m"))
         worst[key] = [error(a, b) for a, b in zip(ours, (exact, *grads.values()), strict=True)]
         print(f"  {key}: h, {', '.join(GRADIENTS)}", *(f"{e:.1e}" for e in worst[key]), flush=True)
         if not max(worst[key]) < (1e-4 if plan.terms == 3 else 5e-2):
@@ -244,38 +228,12 @@ def every_layout_agrees():
     return True, worst
 
 
-def every_wide_tile_agrees():
-    "A launch a step: every tile gives the same bits, with other runs or alone, at sizes that fill no tile; and close to the float64 loop."
-    worst = {}
-    for m, B, T in ((1, 3, 4), (33, 65, 20), (257, 33, 20), (529, 256, 20)):
-        tensors = case_inputs(2, T, B, m, False, 11)
-        exact, grads = reference(*tensors, "tanh", False, torch.float64)
-        plans = [WidePlan(m, *tile) for tile in TILES]
-        backends = [WideBackend(lambda *_, plan=plan: plan) for plan in plans]
-        out = [both_ways(b, *tensors, "tanh", False) for b in backends]
-        alone = both_ways(backends[-1], *(t[1:] for t in tensors), "tanh", False)
-        bits = same(*out) and same(out[0], alone, part=slice(1, None))
-        key = f"m={m} B={B} T={T}"
-        worst[key] = [error(a, b) for a, b in zip(out[0], (exact, *grads.values()), strict=True)]
-        if not bits or not max(worst[key]) < 5e-5:
-            return False, worst | {"same bits": bits}
-    return True, worst
-
-
-LAYOUTS = [
-    DensePlan(256, 3, 4, 4, 2),
-    DensePlan(256, 3, 4, 2, 4, diagonals=3),
-    DensePlan(255, 3, 4, 4, 2, tiles=2),
-    DensePlan(256, 3, 4, 2, 4, tiles=2),
-    DensePlan(256, 3, 8, 2, 2),
-    DensePlan(256, 3, 8, 2, 4, tiles=2),
-    DensePlan(256, 3, 2, 4, 4, tiles=2),
-    DensePlan(256, 3, 2, 4, 4, tiles=4, ahead=2),
-    DensePlan(256, 2, 4, 4, 2, tiles=4),
-    DensePlan(100, 3, 2, 4, 1),
-    DensePlan(100, 3, 4, 2, 1),
-    DensePlan(100, 3, 1, 4, 2, tiles=2),
-]
+def layouts():
+    "Every layout that users get on this GPU, one or more tiles, both precisions."
+    gpu = torch.cuda.get_device_properties(0)
+    sizes = itertools.product((30, 60, 91, 100, 255), (1, 4, 16), BOUNDS)
+    plans = (plan_for(m, 128, R, p, gpu.multi_processor_count, gpu.major >= 9) for m, R, p in sizes)
+    return [plan for plan in dict.fromkeys(plans) if plan]
 
 
 def run_cases(quick):
@@ -290,21 +248,19 @@ def run_cases(quick):
     return rows
 
 
-def compile_everything(quick):
-    properties = torch.cuda.get_device_properties(0)
-    arch, clusters = architecture_for((properties.major, properties.minor)), properties.major >= 9
-    jobs = []
+def compile_everything():
+    gpu = torch.cuda.get_device_properties(0)
     modes = [(False, False), (True, False), (True, True)]
+    jobs = [(SOURCE, p.macros("relu", *mode)) for p in layouts() for mode in modes[:2]]
     sizes = [(m, B, R) for m in (1, 2, 3, 100, 256) for B in (1, 128) for R in (1, 3)]
     for (m, B, R), precision, act_, mode in itertools.product(sizes, BOUNDS, ("relu", "tanh", "identity"), modes):
-        if plan := plan_for(m, B, R, precision, properties.multi_processor_count, clusters):
-            jobs.append((plan.macros(act_, *mode), arch))
-    precompile(jobs + [(p.macros("relu", *mode), arch) for p in LAYOUTS for mode in modes[:2]])
+        if plan := plan_for(m, B, R, precision, gpu.multi_processor_count, gpu.major >= 9):
+            jobs.append((SOURCE, plan.macros(act_, *mode)))
+    compile_all(jobs)
 
 
 EXTRA = [
     every_layout_agrees,
-    every_wide_tile_agrees,
     same_bits_whatever_the_tiles,
     public_operator_agrees,
     vmap_agrees,
@@ -334,15 +290,9 @@ def summary(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a few sizes only")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_float32_matmul_precision("highest")
-    start = time.time()
-    compile_everything(options.quick)
-    record = {"environment": environment(), "compile_seconds": time.time() - start, "bounds": BOUNDS, "checks": {}}
+    chosen, start = options(__doc__), time.time()
+    compile_everything()
+    record = {"compile_seconds": time.time() - start, "bounds": BOUNDS, "checks": {}}
     for check in EXTRA:
         try:
             result = check()
@@ -352,7 +302,7 @@ def main():
         record["checks"][check.__name__] = {"ok": bool(ok), "detail": detail, "what": check.__doc__}
         print(f"{'ok  ' if ok else 'FAIL'} {check.__name__} {detail if not ok else ''}", flush=True)
     try:
-        rows = run_cases(options.quick)
+        rows = run_cases(chosen.quick)
     except Exception as e:
         rows, record["error"] = [], f"{type(e).__name__}: {e}"
         print("FAIL", record["error"])
@@ -362,14 +312,13 @@ def main():
         for k in ("h", *GRADIENTS)
     }
     record |= {"summary": summary(rows), "worst_cases": worst, "out_of_bounds": [r for r in rows if not r["ok"]][:100]}
-    record["seconds"] = time.time() - start
     record["ok"] = bool(rows) and all(r["ok"] for r in rows) and all(c["ok"] for c in record["checks"].values())
-    atomic_write(options.out / "check_dense.json", to_json(record, indent=1))
+    save(chosen.out / "check_dense.json", record)
     for key, entry in record["summary"].items():
         worst = " ".join(f"{k} {v:.1e} ({entry['worst_loop'].get(k, 0):.1e})" for k, v in entry["worst"].items())
         about = f"{key}: {entry['cases']} cases, {entry['flips']} flips, ok {entry['ok']}"
         print(f"{about}, x{entry.get('ratio', 0):.1f} of the fp32 loop; {worst}")
-    print(f"check_dense: {'all within bounds' if record['ok'] else 'OUT OF BOUNDS'}, {record['seconds']:.0f} s")
+    print(f"check_dense: {'all within bounds' if record['ok'] else 'OUT OF BOUNDS'}")
     return 0 if record["ok"] else 1
 
 

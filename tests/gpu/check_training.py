@@ -4,17 +4,14 @@ The step as a CUDA graph gives the bits of the step without one; a run that was 
 that was not; a population gives its members' curves; a diverging run stays alone; a run on the GPU follows the run on the CPU. Writes DIR/check_training.json, exit code 1 if anything fails.
 """
 
-import argparse
 import json
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+from common import options, save
 
-from wave_rnns.core import environment, to_json
+from wave_rnns.core import to_json
 from wave_rnns.paper.models import ModelConfig
 from wave_rnns.paper.data import have_data
 from wave_rnns.paper.tasks import make_task
@@ -102,28 +99,21 @@ def check(name, options, config, lr, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    chosen, cases = options(__doc__, quick="fewer steps"), {}
     torch.set_num_threads(min(4, torch.get_num_threads()))  # small steps on many cores wait for each other
-    start, cases = time.time(), {}
-    for title, (name, options, config, lr) in CASES.items():
+    for title, (name, task, config, lr) in CASES.items():
         needs = {"smnist": "mnist", "psmnist": "mnist", "nscifar10": "cifar10"}.get(name)
         if needs and not have_data(needs):
             cases[title] = {"skipped": f"no {needs} in the data root", "ok": True}
             continue
         try:
-            cases[title] = check(name, options, config, lr, 20 if args.quick else 60)
+            cases[title] = check(name, task, config, lr, 20 if chosen.quick else 60)
         except Exception as e:  # a case that breaks is a finding, and the others still run
             cases[title] = {"failed": f"{type(e).__name__}: {e}"[:600], "ok": False}
         print(title, json.dumps(cases[title]), flush=True)
     ok = all(case["ok"] for case in cases.values())
-    record = {"environment": environment(), "ok": ok, "seconds": time.time() - start, "cases": cases}
-    (args.out / "check_training.json").write_text(to_json(record, indent=1) + "\n")
-    print(f"check_training: {'all as they should be' if ok else 'SOMETHING IS WRONG'}, {time.time() - start:.0f} s")
+    save(chosen.out / "check_training.json", {"ok": ok, "cases": cases})
+    print(f"check_training: {'all as they should be' if ok else 'SOMETHING IS WRONG'}")
     return 0 if ok else 1
 
 

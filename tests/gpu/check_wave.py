@@ -1,10 +1,9 @@
-"""The proof of the wave kernels on a GPU.  python tests/gpu/check_wave.py --out DIR [--quick] [--only NAME]
+"""The proof of the wave kernels on a GPU.  python tests/gpu/check_wave.py --out DIR [--quick] [--only WORD]
 
 Every case compares value and every named gradient with a float64 loop, beside the float32 loop on the same numbers.
 Writes DIR/check_wave.json. Exit code 1 if anything is out of bounds.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -15,22 +14,18 @@ import sys
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+from common import MANY, ROUNDING, compile_all, options, save
 
 import wave_rnns.kernels.wave as K
-from wave_rnns.core import environment
-from wave_rnns.kernels.launch import architecture_for, compile_kernel
-from wave_rnns.scan import Rows, backend_for, rows, wave_loop, wave_scan
+from wave_rnns.scan import Rows, rows, wave_loop, wave_scan
 
 # faithful: output within 8 times the float32 loop's error (which is at least one rounding), gradients 5e-5, or 1e-3 when a mask flips.
 # A flipped mask (a state whose sign rounding decides) changes a gradient by itself, in the float32 loop too. So where one flips there is
 # a second reference, a float64 loop that opens and shuts its rectifiers as the kernel did, and to that one the bounds apply without flips.
-FAITHFUL, FLIPPED, FAST, ROUNDING = 5e-5, 1e-3, 2e-2, 2.0**-24
-MANY = {"faithful": 1e-5, "fast": 1e-3}  # so many of all rectifiers may flip (one always may)
+FAITHFUL, FLIPPED, FAST = 5e-5, 1e-3, 2e-2
 
 
 def problem(n, c, R, B, T, kind, F, seed, u_init="shift"):
@@ -193,9 +188,9 @@ def cases(quick):
         yield case(n=256, c=16, T=300, B=16, R=1, kind="rows", F=8)
 
 
-def compile_all(todo):
+def compile_everything(todo):
     "All kernels at once, on all cores."
-    wanted = {}
+    jobs, start = [], time.time()
     for k, precision in itertools.product(todo, ("faithful", "fast")):
         device, n, c, R, B, act = torch.device("cuda", 0), k["n"], k["c"], k["R"], k["B"], k["activation"]
         F = k["F"] if k["kind"] == "x" and k["F"] <= K.FEATURES else 0
@@ -205,20 +200,20 @@ def compile_all(todo):
             own = k["T"] // 3
             many = k["F"] if k["kind"] == "tokens" else k["T"] - own + own * B + 2
             p = K.rows_plan_for(device, n, c, many, R, B, act, precision, not k["last"])
-        wanted[tuple(p.macros(False).items())] = None
+        jobs.append((K.SOURCE, p.macros(False)))
         for states, keep in ((not k["last"], True), (True, False)):
             q = K.plan_for(device, n, c, F, act, precision, states, R * B, keep=keep, mt=p.mt)
-            wanted[tuple(q.macros(True).items())] = None
-    start = time.time()
-    build(wanted)
-    return {"modules": len(wanted), "seconds": round(time.time() - start, 1)}
+            jobs.append((K.SOURCE, q.macros(True)))
+    return {"modules": compile_all(jobs), "seconds": round(time.time() - start, 1)}
 
 
-def build(macros):
-    "Compile modules into the cache, side by side."
-    arch = architecture_for(torch.cuda.get_device_capability())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: compile_kernel(K.SOURCE, dict(m), arch, "wave scan"), macros))
+def kept_states(p, kept):  # [R,B,T+1,words] -> [R,B,T+1,c,n]
+    "The states as they are stored for backward, out of fragment order."
+    v = kept[..., : p.kept_terms * p.tile].contiguous().view(torch.bfloat16).float()
+    # term, warp, slot, channel tile, group, lane in it, pair
+    v = v.view(*kept.shape[:3], p.kept_terms, p.warps, 2 * p.mt, p.cq, 8, 4, 2).sum(3)
+    v = v.permute(0, 1, 2, 5, 7, 8, 3, 6, 4)
+    return v.reshape(*kept.shape[:3], 8 * p.cq, -1)[..., : p.c, : p.n]
 
 
 def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
@@ -231,7 +226,7 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
         return K.plan_for(device, n, c, F, "relu", "faithful", False, B, **more)
 
     plans = [plan(n, c, F, *two) for n, c, _, F, _ in sizes for two in bits]
-    build({tuple(p.macros(f).items()) for p in plans for f in (True, False)})
+    compile_all([(K.SOURCE, p.macros(f)) for p in plans for f in (True, False)])
     for n, c, T, F, seed in sizes:
         p, x = problem(n, c, 1, B, T, "x", F, seed)
         w = torch.randn(1, B, c, n, generator=torch.Generator().manual_seed(seed)).cuda() / (B * c * n) ** 0.5
@@ -243,7 +238,7 @@ def long_runs(bits=((8, 12), (8, 10), (7, 11), (0, 8)), B=8):
             xc, V = x.cuda(), p["V"].permute(0, 3, 1, 2).contiguous()
             y, kept = K.run_forward(k, p["u"], V, p["b"], p["h_0"], xc, T, B)
             du = K.run_backward(k, w, p["u"], xc, kept, T, B)["u"]
-            flips = int(((K.kept_states(k, kept)[:, :, 1:].permute(0, 2, 1, 3, 4) > 0) != (ref_states > 0)).sum())
+            flips = int(((kept_states(k, kept)[:, :, 1:].permute(0, 2, 1, 3, 4) > 0) != (ref_states > 0)).sum())
             row[f"{state_bits},{weight_bits}"] = {"y": relative(y, ref), "u": relative(du, ref_g["u"]), "flips": flips}
         print(rounded(row), flush=True)
         out.append(row)
@@ -350,12 +345,10 @@ def sanitizer():
     for check in ("memcheck", "racecheck"):
         start = time.time()
         # only our kernels: the tensor library's own are not under test and take minutes
-        options = ["--tool", check, "--kernel-regex", "kns=wave_", "--error-exitcode", "9"]
-        if (
-            check == "memcheck"
-        ):  # cuda.bindings asks for every function of the driver; what an older one lacks is no error
-            options += ["--report-api-errors", "no"]
-        command = [tool, *options, sys.executable, "-c", script]
+        command = [tool, "--tool", check, "--kernel-regex", "kns=wave_", "--error-exitcode", "9"]
+        if check == "memcheck":  # cuda.bindings asks for functions that an older driver lacks: no error
+            command += ["--report-api-errors", "no"]
+        command += [sys.executable, "-c", script]
         try:
             r = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environ)
             ok, output = r.returncode == 0 and "ran" in r.stdout, (r.stdout + r.stderr)[-1500:]
@@ -390,18 +383,10 @@ def worst_errors(rows):
 
 
 def main():
-    a = argparse.ArgumentParser()
-    a.add_argument("--out", type=Path, required=True)
-    a.add_argument("--quick", action="store_true")
-    a.add_argument("--only", default="")
-    a.add_argument("--no-sanitizer", action="store_true")
-    a = a.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    a.out.mkdir(parents=True, exist_ok=True)
-    todo = [k for k in cases(a.quick) if a.only in str(k)]
-    record = {"environment": environment(), "compiled": compile_all(todo), "cases": []}
+    chosen = options(__doc__, only=dict(default="", help="cases that have this in them"))
+    todo = [k for k in cases(chosen.quick) if chosen.only in str(k)]
+    record = {"compiled": compile_everything(todo), "cases": []}
     print(record["compiled"], flush=True)
-    start = time.time()
     for k in todo:
         try:
             found = one(k)
@@ -411,9 +396,8 @@ def main():
         for rec in found:
             if not rec["ok"]:
                 print("BAD", rounded(rec), flush=True)
-    record["seconds"] = round(time.time() - start, 1)
     record |= worst_errors([r for r in record["cases"] if "error" in r])
-    more = [long_runs, diverging, graph, opcheck, fallbacks] + ([] if a.no_sanitizer else [sanitizer])
+    more = [long_runs, diverging, graph, opcheck, fallbacks, sanitizer]
     for f in more:
         try:
             record[f.__name__] = f()
@@ -424,11 +408,10 @@ def main():
     record["ok"] = not bad and all("failed" not in record[f.__name__] for f in more)
     found = record.get("sanitizer", {})
     record["ok"] &= all(found[tool]["ok"] for tool in ("memcheck", "racecheck") if tool in found)
-    (a.out / "check_wave.json").write_text(json.dumps(rounded(record), indent=1, sort_keys=True) + "\n")
-    print(f"{len(record['cases'])} cases, {bad} out of bounds, {record['seconds']} s", flush=True)
+    save(chosen.out / "check_wave.json", rounded(record))
+    print(f"{len(record['cases'])} cases, {bad} out of bounds", flush=True)
     return int(not record["ok"])
 
 
 if __name__ == "__main__":
-    backend_for.cache_clear()
     sys.exit(main())

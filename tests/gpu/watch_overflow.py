@@ -3,19 +3,13 @@
 python tests/gpu/watch_overflow.py --out DIR      writes DIR/overflow.json, and the weights before an overflow in DIR/before_overflow
 """
 
-import argparse
 import math
 import shutil
-import sys
-import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import options, save
 
 from wave_rnns.paper.checkpoints import save_weights
-from wave_rnns.core import atomic_write, environment, to_json
 from wave_rnns.paper.experiments import EXPERIMENTS
 from wave_rnns.paper.tasks import make_task
 from wave_rnns.paper.training import Population, RunSettings
@@ -61,32 +55,25 @@ def watch(seeds, device, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(options.out / "before_overflow", ignore_errors=True)  # those of another run would not fit the record
-    start, rows = time.time(), []
+    more = {"device": dict(default="cuda"), "steps": dict(type=int, default=STEPS)}
+    chosen, rows = options(__doc__, quick=None, **more), []
+    shutil.rmtree(chosen.out / "before_overflow", ignore_errors=True)  # those of another run would not fit the record
     for seeds in GROUPS:
-        row, before = watch(seeds, torch.device(options.device), options.steps)
+        row, before = watch(seeds, torch.device(chosen.device), chosen.steps)
         rows.append(row)
-        print(seeds, "overflow at", row["diverged"], f"{time.time() - start:.0f} s", flush=True)
+        print(seeds, "overflow at", row["diverged"], flush=True)
         if seeds == GROUPS[0] and before:
             r = min(before, key=lambda r: row["diverged"][r])
             about = {"experiment": EXPERIMENT, "seed": seeds[r], "steps": row["diverged"][r] - 1, "beside": seeds}
-            save_weights(options.out / "before_overflow", before[r], EXPERIMENTS[EXPERIMENT].model, about)
+            save_weights(chosen.out / "before_overflow", before[r], EXPERIMENTS[EXPERIMENT].model, about)
             rows[0]["kept"] = about
         record = {
             "what": f"{EXPERIMENT}, the training error of every step, null where it is not finite",
-            "environment": environment(),
             "experiment": EXPERIMENT,
-            "steps": options.steps,
+            "steps": chosen.steps,
             "rows": rows,
-            "seconds": time.time() - start,
         }
-        atomic_write(options.out / "overflow.json", to_json(record))
+        save(chosen.out / "overflow.json", record, indent=None)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,6 @@ neurons n on each of c rings, on a GPU with 227 KB of shared memory a block (9.0
 | up to 24 | 256 / 384 | 256 / 512 |
 | up to 32 | 160 / 192 | 256 / 416 |
 
-What does not fit runs through PyTorch operations, an order of magnitude slower, with one warning that says why. `dense` takes up to 256
-units (before 9.0: 128); wider matrices go to `wide`, a launch a step.
+`dense` takes up to 256 units (before 9.0: 128). What does not fit runs through PyTorch operations, far more slowly, with one warning
+that says why.
 """

@@ -464,7 +464,7 @@ using Store = unsigned short; // fast: deltas wait as bf16
 using Store = float;
 #endif
 
-extern "C" __global__ void __launch_bounds__(TH * SPB, MINB) wave_backward(const Backward p) {
+extern "C" __global__ void __launch_bounds__(TH * SPB, 1) wave_backward(const Backward p) {
     extern __shared__ uint4 sm[];
     const Lane L(p.T);
     const int sub = SPB > 1 ? threadIdx.x / TH : 0; // which of the block's samples

@@ -11,39 +11,36 @@ import re
 import shlex
 import sys
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from fastcore.script import Param, bool_arg, call_parse, is_cli
+from fastcore.script import Param, bool_arg, call_parse
 
 from ..core import WaveRNNError, atomic_write
 from .config import answer, usage_error
 from .experiments import EXPERIMENTS, Run, record_of, select, todo
 from .grids import GRIDS, Grid, find_grid
-from .outcomes import in_percent, measured, show
+from .outcomes import in_percent, measured, show as shown
 from .ranking import ranking_text, winners
-from .records import existing_results, read_curve, results_root, shipped_results
+from .records import existing_results, results_root, shipped_results
 from .sweeps import failures, train
-from .tables import markdown
+from .tables import curve_rows, table_of
 from .workers import sbatch_text, sweep
 
 # %% ../../nbs/19_cli.ipynb #6da59041
 WHICH = dict(opt=False, nargs="?")  # a positional argument that may be left out
-FOLDER = Param(
-    "folder for records and checkpoints; default: nbs/results of this checkout", str
-)
+FOLDER = Param("folder of the records; default: nbs/results of this checkout", str)
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    "'0,1,5' or '0-4', or both: '0-2,7'."
+def parse_seeds(text: str | None) -> tuple[int, ...]:
+    "'0,1,5' or '0-4', or both: '0-2,7'. None: no seeds."
     seeds = []
-    for part in str(text).split(","):
+    for part in text.split(",") if text is not None else ():
         found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not low <= high < low + 10_000:
-            raise usage_error(
-                f"--seeds {text}: expected whole numbers like 0,1 or a range like 0-4"
-            )
+            raise usage_error(f"--seeds {text}: expected whole numbers like 0,1 or 0-4")
         seeds += range(low, high + 1)
     return tuple(dict.fromkeys(seeds))
 
@@ -51,7 +48,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 def line_of(record: dict) -> str:
     "One run's result in one line."
     value, metric = record["test_best"].get(record["metric"]), record["metric"]
-    form = ".2%" if metric.endswith("accuracy") else ".3g"
+    form = ".2%" if in_percent(metric) else ".3g"
     text = "no validated step" if value is None else f"test {metric} {value:{form}}"
     end = record["status"]
     if end == "diverged":
@@ -80,14 +77,9 @@ def wrnn_train(
     device: Param("cpu, cuda or cuda:1; default: a GPU where there is one", str) = None,
     results: FOLDER = None,
     resume: Param(
-        "skip what is done and go on from checkpoints; 'no' begins anew",
-        bool_arg,
-        nargs="?",
-        const=True,
+        "go on from what is there; 'no' begins anew", bool_arg, nargs="?", const=True
     ) = True,
-    together: Param(
-        "runs in one training loop, at most; 0 is 64 (lower it if memory runs out)", int
-    ) = 0,
+    together: Param("runs in one training loop, at most: fewer need less memory", int) = 64,
     list: Param("show what is declared, and stop", bool) = False,
 ):
     """Train the runs of an experiment, and write one record for each.
@@ -98,23 +90,18 @@ def wrnn_train(
     if list:
         return show_experiments()
     if experiment is None:
-        raise usage_error(
-            "which experiment? wrnn_train --list shows all, wrnn_train --help explains"
-        )
-    if together < 0:
-        raise usage_error(f"--together {together}: expected a number of runs, 0 or more")
-    folder = Path(results) if results else results_root()
-    only = parse_seeds(seeds) if seeds is not None else None
+        raise usage_error("which experiment? wrnn_train --list shows all, --help explains")
+    if together < 1:
+        raise usage_error(f"--together {together}: expected a number of runs, 1 or more")
+    folder, only = Path(results or results_root()), parse_seeds(seeds)
     chosen = select(experiment, trusted=True)
     from wave_rnns.paper.checkpoints import listen_for
 
     runs = [Run(e, seed) for e in chosen for seed in only or e.seeds]
     with listen_for() as asked:
-        records = train(runs, folder, device, resume, together or 64, interrupt=asked)
-    if is_cli(wrnn_train):
-        print("\n".join(map(line_of, records)))
-        print(f"records are in {folder / 'runs'}; wrnn_tables makes tables of them")
-    return records
+        records = train(runs, folder, device, resume, together, interrupt=asked)
+    print("\n".join(map(line_of, records)))
+    print(f"records are in {folder / 'runs'}; wrnn_tables makes tables of them")
 
 # %% ../../nbs/19_cli.ipynb #d8d643f0
 @call_parse
@@ -123,16 +110,14 @@ def wrnn_todo(
     experiment: Param(
         "only these: a declared name, a pattern like 'copy80_*', or a JSON file", str, **WHICH
     ) = "*",
-    results: Param("folder of the records; default: nbs/results of this checkout", str) = None,
+    results: FOLDER = None,
 ):
     """Show which declared runs have no record yet, and the command that makes them.
 
     A record of a diverged run counts as done: failures are results. A damaged record is set
     aside, and its run is to do again."""
-    folder = Path(results) if results else results_root()
+    folder = Path(results or results_root())
     left, done = todo(folder, experiment)
-    if not is_cli(wrnn_todo):
-        return left
     seeds: dict[str, list[str]] = {}
     for run in left:
         name = experiment if experiment.endswith(".json") else run.experiment.name
@@ -152,20 +137,19 @@ def beside_full(grid: Grid, results: Path, full_results: Path | None) -> str:
             continue
         full = Run(EXPERIMENTS[name], run.seed)
         then = record_of(full_results, full) if full_results else None
-        curve = read_curve(full.path(full_results, ".csv"))[0] if then else []
         metric, step = record["metric"], record["steps"]
-        there = {row["step"]: row.get(f"valid_{metric}") for row in curve}
-        here = measured(record, metric, "valid_final")
-        scale = 100 if in_percent(metric) else 1
-        at_step = None if there.get(step) is None else scale * there[step]
-        scores = [show(s, metric) for s in (here, at_step)]
-        solved = [measured(r, "solved_step") if r else None for r in (record, then)]
-        steps = [show(s, "solved_step") for s in solved]
-        rows.append([name, run.seed, f"{step:,}", metric, *scores, *steps])
-    header = ["run", "seed", "steps", "on validation", "here", "full run then"]
-    header += ["solved at step", "full run solved"]
+        row = {"run": name, "seed": run.seed, "steps": f"{step:,}", "on validation": metric}
+        row["here"] = shown(measured(record, metric, "valid_final"), metric)
+        curve = curve_rows(then, full_results) if then else []
+        value = {point["step"]: point.get(f"valid_{metric}") for point in curve}.get(step)
+        if value is not None and in_percent(metric):
+            value *= 100
+        row["full run then"] = shown(value, metric)
+        for column, r in (("solved at step", record), ("full run solved", then)):
+            row[column] = shown(measured(r or {}, "solved_step"), "solved_step")
+        rows.append(row)
     title = "# The beginning of the runs, beside the committed ones after the same step\n\n"
-    return title + markdown(header, rows) if rows else ""
+    return title + table_of(rows) if rows else ""
 
 # %% ../../nbs/19_cli.ipynb #39d7907b
 def show_grids() -> None:
@@ -177,26 +161,24 @@ def show_grids() -> None:
         print(f"{name:16} {size} x {axes}")
 
 
-def report(grid: Grid, folder: Path, show: bool = True) -> dict[str, int]:  # runs by status
-    "How many runs are done, and the ranking. Raises WaveRNNError where runs failed."
-    ends = {"done": 0, "stopped": 0, "diverged": 0, "left": 0}
-    for run in grid.runs():
-        record = record_of(folder, run)
-        ends["left" if record is None else record["status"]] += 1
+def report(grid: Grid, folder: Path) -> bool:  # is every run done?
+    "Print how many runs are done, and the ranking. Raises WaveRNNError where runs failed."
+    records = [record_of(folder, run) for run in grid.runs()]
+    ends = Counter("left" if r is None else r["status"] for r in records)
     failed = failures(grid, folder)
-    if show:
-        counts = ", ".join(f"{n} {what}" for what, n in ends.items() if n)
-        lines = [f"{grid.name}: {len(grid.runs())} runs: {counts}"]
-        lines += [f"failed: {what}: {why}" for what, why in failed.items()]
-        lines += [ranking_text(grid, folder)] if grid.axes else []
-        print("\n".join(filter(None, lines)), flush=True)
+    order = ("done", "stopped", "diverged", "left")
+    counts = ", ".join(f"{ends[end]} {end}" for end in order if ends[end])
+    lines = [f"{grid.name}: {len(records)} runs: {counts}"]
+    lines += [f"failed: {what}: {why}" for what, why in failed.items()]
+    lines += [ranking_text(grid, folder)] if grid.axes else []
+    print("\n".join(filter(None, lines)), flush=True)
     if failed:
         reasons = "; ".join(dict.fromkeys(failed.values()))
         raise WaveRNNError(
             f"{len(failed)} populations failed: {reasons}. The same command tries them again;"
             f" tracebacks are in {folder / 'checkpoints'}/*.failed"
         )
-    return ends
+    return not ends["left"]
 
 
 @call_parse
@@ -209,12 +191,8 @@ def wrnn_sweep(
     workers: Param("processes or Slurm jobs; 0: one a GPU, or one for two cores", int) = 0,
     device: Param("cpu, cuda or cuda:1; default: GPUs where there are some", str) = None,
     seeds: Param("other seeds than the grid's, like 0-4", str) = None,
-    finals: Param(
-        "like 1-5: then train each experiment's best point with these seeds", str
-    ) = None,
-    together: Param(
-        "runs in one training loop, at most; 0: as the grid says (fewer need less memory)", int
-    ) = 0,
+    finals: Param("like 1-5: then train each best point with these seeds", str) = None,
+    together: Param("runs in one training loop, at most; 0: as the grid says", int) = 0,
     show: Param("show what is done and the ranking so far, and stop", bool) = False,
     list: Param("show the declared grids, and stop", bool) = False,
     slurm: Param("print a batch script for Slurm, and stop", bool) = False,
@@ -231,54 +209,41 @@ def wrnn_sweep(
     if list:
         return show_grids()
     if grid is None:
-        raise usage_error(
-            "which grid? wrnn_sweep --list shows all, wrnn_sweep --help explains"
-        )
+        raise usage_error("which grid? wrnn_sweep --list shows all, --help explains")
     if min(workers, together, minutes - 1, cpus - 1) < 0 or gpus not in (0, 1):
         raise usage_error(
             "--workers and --together must not be negative, --minutes and --cpus at least 1,"
             " --gpus 0 or 1"
         )
-    final_seeds = parse_seeds(finals) if finals is not None else ()
-    chosen = find_grid(grid)
-    chosen = replace(
-        chosen,
-        seeds=parse_seeds(seeds) if seeds is not None else chosen.seeds,
-        together=together or chosen.together,
-    )
+    chosen, final_seeds = find_grid(grid), parse_seeds(finals)
+    given = {"seeds": parse_seeds(seeds), "together": together}
+    chosen = replace(chosen, **{name: value for name, value in given.items() if value})
     if lucky := set(final_seeds) & {run.seed for run in chosen.runs()}:
         took_part = ", ".join(map(str, sorted(lucky)))
         warnings.warn(
             f"--finals {finals}: seeds {took_part} took part in the choice", stacklevel=1
         )
+    if slurm and finals is not None:
+        raise usage_error("--finals needs the finished grid: start it without --slurm then")
     if slurm:
-        if finals is not None:
-            raise usage_error(
-                "--finals needs the finished grid: start it without --slurm then"
-            )
-        folder = (Path(results) if results else results_root()).resolve()
         name = str(Path(grid).resolve()) if grid.endswith(".json") else grid
-        command = [sys.executable, str(Path(sys.argv[0]).resolve()), name, "--workers", "1"]
-        command += ["--results", str(folder)]
-        for option, value in (("--device", device), ("--seeds", seeds)):
-            command += [option, value] if value is not None else []
-        command += ["--together", str(together)] if together else []
-        text = sbatch_text(command, workers or 1, minutes, gpus, cpus)
-        return print(text, end="") if is_cli(wrnn_sweep) else text
+        options = {"--workers": 1, "--results": Path(results or results_root()).resolve()}
+        options |= {"--device": device, "--seeds": seeds, "--together": together or None}
+        words = [str(w) for option in options.items() if option[1] is not None for w in option]
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), name, *words]
+        return print(sbatch_text(command, workers or 1, minutes, gpus, cpus), end="")
     folder = existing_results(results) if show else Path(results or results_root())
     if not show:
         sweep(chosen, folder, device, workers)
-    ends = report(chosen, folder, is_cli(wrnn_sweep))
+    all_done = report(chosen, folder)
     if table := beside_full(chosen, folder, shipped_results()):
+        print(table, flush=True)
         if not show:
             (folder / "tables").mkdir(exist_ok=True)
             atomic_write(folder / "tables" / f"{chosen.name}.md", table)
-        if is_cli(wrnn_sweep):
-            print(table, flush=True)
-    if final_seeds and not ends["left"] and (best := winners(chosen, folder)):
+    if final_seeds and all_done and (best := winners(chosen, folder)):
         name = f"{chosen.name}_finals"[-64:]
         stage = Grid(name, tuple(best), seeds=final_seeds, together=chosen.together)
         if not show:
             sweep(stage, folder, device, workers)
-        ends = report(stage, folder, is_cli(wrnn_sweep))
-    return ends
+        report(stage, folder)

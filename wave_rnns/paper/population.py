@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from ..core import CheckpointError, ConfigError, WaveRNNError, default_device, plain
-from .config import is_number
 from .models import ModelConfig, build_model, count_parameters
 
 # %% ../../nbs/13_population.ipynb #9445706b
@@ -46,7 +44,8 @@ class RunSettings:
     def __post_init__(self):
         for name, (kind, low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not is_number(value) or not low <= value <= high or kind(value) != value:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high or kind(value) != value:
                 raise ConfigError(
                     f"{name} must be {kind.__name__} between {low:g} and {high:g}, "
                     f"got {value!r}"
@@ -57,30 +56,18 @@ class RunSettings:
 ALIGN = 64  # numbers; 256 bytes in float32
 
 
-class Layout(NamedTuple):
-    "Where each trained parameter is in a run's row of P numbers."
+class Layout:
+    "Where each trained parameter of a model is in a run's row of P numbers: in turn, padded."
 
-    shapes: dict[str, torch.Size]
-    starts: dict[str, int]
-    width: int  # P
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> "Layout":
-        "The layout of a model's trained parameters; frozen ones have no place in it."
-        shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-        starts, end = {}, 0
-        for name, shape in shapes.items():
-            starts[name] = end
-            end += math.ceil(shape.numel() / ALIGN) * ALIGN
-        return cls(shapes, starts, end)
+    def __init__(self, model: torch.nn.Module):  # frozen parameters have no place in a row
+        named = model.named_parameters()
+        self.shapes = {name: p.shape for name, p in named if p.requires_grad}
+        self.widths = [math.ceil(s.numel() / ALIGN) * ALIGN for s in self.shapes.values()]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         "[R, P] -> name: [R, *shape], without copying."
-        ends = {name: self.starts[name] + shape.numel() for name, shape in self.shapes.items()}
-        return {
-            name: flat[:, self.starts[name] : ends[name]].view(-1, *shape)
-            for name, shape in self.shapes.items()
-        }
+        columns = zip(flat.split(self.widths, 1), self.shapes.items(), strict=True)
+        return {name: c[:, : shape.numel()].view(-1, *shape) for c, (name, shape) in columns}
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         "The inverse of `views`: [R, *shape] for each parameter -> [R, P], zeros in the gaps."
@@ -131,6 +118,7 @@ def adam_update(
     theta.sub_(torch.mul(m, size[:, None]).div_(root))
 
 # %% ../../nbs/13_population.ipynb #56bb2a93
+# what a step or a validation changes
 CHANGING = ("theta", "m", "v", "best", "step", "running", "diverged", "sums")
 
 
@@ -162,7 +150,7 @@ class PopulationState:
 
     def set_weights(self, models: list[torch.nn.Module]) -> None:
         "Trained parameters as rows, frozen ones beside them."
-        self.layout, self.n_params = Layout.of(models[0]), count_parameters(models[0])
+        self.layout, self.n_params = Layout(models[0]), count_parameters(models[0])
         states = [m.state_dict() for m in models]
         stacked = {k: torch.stack([state[k] for state in states]) for k in states[0]}
         rows = self.layout.pack([stacked.pop(k) for k in self.layout.shapes])
@@ -199,8 +187,9 @@ class PopulationState:
         return {k: rows[k][r].detach().cpu().clone() for k in self.model.state_dict()}
 
     def state(self) -> dict[str, Tensor]:
-        "Everything that a step or a validation changes: the live tensors, not copies."
-        return {k: getattr(self, k) for k in CHANGING}
+        "All that makes these runs what they are: the live tensors, not copies."
+        fixed = {f"fixed.{k}": t for k, t in self.fixed.items()}
+        return {k: getattr(self, k) for k in CHANGING} | fixed
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         "Copy a saved state into the live tensors. CheckpointError where they do not match."
@@ -221,30 +210,23 @@ class PopulationState:
         "A population of these rows alone, with their weights and Adam's means."
         runs = [self.runs[r] for r in rows]
         smaller = type(self)(self.task, self.config, runs, self.device, self.dtype)
-        index = torch.tensor(list(rows), device=self.device)
-        axis = {"sums": 1}  # all others have the runs in front
-        state = self.state()
+        index, state = torch.tensor(list(rows), device=self.device), self.state()
         for k in state.keys() - {"step"}:
-            state[k] = state[k].index_select(axis.get(k, 0), index)
+            axis = 1 if k == "sums" else 0  # all others have the runs in front
+            state[k] = state[k].index_select(axis, index)
         smaller.load_state(state)
-        for k, t in self.fixed.items():
-            smaller.fixed[k].copy_(t.index_select(0, index))
         return smaller
 
 
 def check_fit(task, config: ModelConfig) -> None:
     "Raise ConfigError where the model's sizes are not the task's."
-    steps = task.length if config.kind == "mlp" else 1  # it takes the whole sequence
-    expected = {
-        "input_size": task.input_size * steps,
-        "output_size": task.output_size,
-        "every_step": task.every_step,
-    }
-    for name, value in expected.items():
-        if getattr(config, name) != value:
+    for name, expected in task.sizes.items():
+        if config.kind == "mlp" and name == "input_size":
+            expected *= task.length  # it takes the whole sequence
+        if (found := getattr(config, name)) != expected:
             raise ConfigError(
                 f"the model does not fit task {task.name!r}: "
-                f"{name} must be {value}, got {getattr(config, name)}"
+                f"{name} must be {expected}, got {found}"
             )
 
 # %% ../../nbs/13_population.ipynb #5a904f35

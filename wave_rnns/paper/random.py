@@ -22,10 +22,8 @@ def signed64(word: int) -> int:
 GOLDEN = signed64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, made odd
 
 # %% ../../nbs/10_random.ipynb #542b73fc
-MIX_1, MIX_2 = (
-    signed64(0xBF58476D1CE4E5B9),
-    signed64(0x94D049BB133111EB),
-)  # SplitMix64's a_1 and a_2
+MIX_1 = signed64(0xBF58476D1CE4E5B9)  # SplitMix64's a_1
+MIX_2 = signed64(0x94D049BB133111EB)  # and a_2
 
 
 def splitmix(
@@ -40,10 +38,8 @@ def splitmix(
     return z.bitwise_right_shift_(64 - bits).bitwise_and_(2**bits - 1)
 
 # %% ../../nbs/10_random.ipynb #a85f4b10
-SEED_STRIDE, STREAM_STRIDE = (
-    signed64(0xD1342543DE82EF95),
-    0x2545F4914F6CDD1D,
-)  # odd and unrelated
+SEED_STRIDE = signed64(0xD1342543DE82EF95)
+STREAM_STRIDE = 0x2545F4914F6CDD1D  # both are odd, and unrelated
 
 
 def counter_key(
@@ -53,20 +49,16 @@ def counter_key(
 ) -> torch.Tensor:  # int64 [R]
     "Where each run starts to count at this step. ConfigError for another type or shape."
     if seed.dtype != torch.int64 or seed.dim() != 1:
-        raise ConfigError(
-            "seed: expected an int64 tensor of shape [R], "
-            f"got {seed.dtype} of shape {list(seed.shape)}"
-        )
+        found = f"{seed.dtype} of shape {list(seed.shape)}"
+        raise ConfigError(f"seed: expected an int64 tensor of shape [R], got {found}")
     offset = stream * STREAM_STRIDE
     if not isinstance(step, torch.Tensor):
         offset = signed64(offset + step * GOLDEN)
     elif step.dtype == torch.int64 and step.dim() == 0:
         offset = step * GOLDEN + signed64(offset)
     else:
-        raise ConfigError(
-            "step: expected an int or a 0-dim int64 tensor, "
-            f"got {step.dtype} {list(step.shape)}"
-        )
+        found = f"{step.dtype} {list(step.shape)}"
+        raise ConfigError(f"step: expected an int or a 0-dim int64 tensor, got {found}")
     z = seed * SEED_STRIDE + offset
     return (z ^ (z >> 32 & 2**32 - 1)) * MIX_1
 
@@ -79,16 +71,15 @@ def counter_bits(
     bits: int = 32,  # length of a word, 1 to 63
 ) -> torch.Tensor:  # int64 [R, *shape] in [0, 2^bits)
     "Random words, a pure function of (seed, stream, step, position), equal on every device."
-    return splitmix(counter_key(seed, step, stream), math.prod(shape), bits).view(
-        len(seed), *shape
-    )
+    words = splitmix(counter_key(seed, step, stream), math.prod(shape), bits)
+    return words.view(len(seed), *shape)
 
 
 def counter_uniform(
-    seed: torch.Tensor,  # int64 [R], one a run
-    step: int | torch.Tensor,  # an int or a 0-dim int64 tensor
-    shape: tuple,  # shape of one run's block
-    stream: int,  # which use of randomness this is
+    seed: torch.Tensor,  # this and the others: as of `counter_bits`
+    step: int | torch.Tensor,
+    shape: tuple,
+    stream: int,
 ) -> torch.Tensor:  # float32 [R, *shape]
     "Uniform on the multiples of 2^-24 in [0, 1): each is exact in float32."
     return counter_bits(seed, step, shape, stream, bits=24).to(torch.float32).mul_(2.0**-24)
@@ -97,20 +88,16 @@ def counter_uniform(
 def counter_integers(
     low: int,  # smallest value
     high: int,  # one past the largest
-    seed: torch.Tensor,  # int64 [R], one a run
-    step: int | torch.Tensor,  # an int or a 0-dim int64 tensor
-    shape: tuple,  # shape of one run's block
-    stream: int,  # which use of randomness this is
+    seed: torch.Tensor,
+    step: int | torch.Tensor,
+    shape: tuple,
+    stream: int,
 ) -> torch.Tensor:  # int64 [R, *shape]
     "Integers in [low, high): 32-bit words scaled; a value's chance is off by under 2^-32."
     if not 0 < high - low <= 2**31:
         raise ConfigError(f"high - low: expected 1 to 2^31, got {high - low}")
-    return (
-        counter_bits(seed, step, shape, stream)
-        .mul_(high - low)
-        .bitwise_right_shift_(32)
-        .add_(low)
-    )
+    words = counter_bits(seed, step, shape, stream)
+    return words.mul_(high - low).bitwise_right_shift_(32).add_(low)
 
 
 def counter_permutation(

@@ -7,6 +7,7 @@ __all__ = ['ranking', 'winners', 'ranking_text']
 
 # %% ../../nbs/18_ranking.ipynb #b7300004
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def ranking(grid: Grid, results: Path) -> list[dict]:
 
     First those that halving let go further, then by their mean validation score."""
     rows = []
-    for place, (base, settings, point) in enumerate(grid.points()):
+    for base, settings, point in grid.points():
         found = [record_of(results, Run(point, seed)) for seed in grid.seeds or point.seeds]
         records = [r for r in found if r is not None]
         sound = [r for r in records if r["status"] != "diverged"]
@@ -38,7 +39,7 @@ def ranking(grid: Grid, results: Path) -> list[dict]:
         up = bool(records) and records[0]["selection"].startswith("highest")
         loss = -(row["score"] or 0) if up else row["score"] or 0
         further = -(row["rung"] or math.inf)
-        order = (row["score"] is None, row["diverged"], further, loss, place)
+        order = (row["score"] is None, row["diverged"], further, loss)
         rows.append((grid.experiments.index(base), order, row))
     return [row for *_, row in sorted(rows, key=lambda item: item[:2])]
 
@@ -55,9 +56,9 @@ def winners(grid: Grid, results: Path) -> list[Experiment]:
 
 def ranking_text(grid: Grid, results: Path, most: int = 5) -> str:
     "The first few points of each experiment, as lines."
-    lines, shown = [], {}
+    lines, shown = [], Counter()
     for row in ranking(grid, results):
-        shown[row["base"]] = shown.get(row["base"], 0) + 1
+        shown[row["base"]] += 1
         if not row["runs"] or shown[row["base"]] > most:
             continue
         varying = [
