@@ -317,6 +317,29 @@ def test_against_the_radon_transform():
         assert np.sign(best) == -np.sign(-speed) or np.sign(best) == -np.sign(speed)
 
 
+def test_against_generalized_phase():
+    "Davis and Muller's method, in its Python port (`pip install wavespace`, 1.5 GB): right on sinusoids, wrong on pulses."
+    port = pytest.importorskip("WaveSpace.Decomposition.GenPhase")
+    from WaveSpace.Utils.WaveData import DataBucket, WaveData
+
+    def speed_by_phase(h):  # -(dphase / dt) / (dphase / dx), medians
+        data = WaveData(sampleRate=1.0)
+        names = [str(x) for x in range(h.shape[1])]
+        data.add_data_bucket(DataBucket(h.T[None], "ring", "trl_chan_time", names, sampleRate=1.0))
+        port.generalized_phase(data)
+        z = data.get_data("complexData")[0].T
+        dt, dx = np.angle(z[1:] * z[:-1].conj()), np.angle(np.roll(z, -1, 1) * z.conj())
+        return -np.median(dt) / np.median(dx)
+
+    for speed in (-1.0, 0.5, 0.25):
+        rng = np.random.default_rng(3)
+        wave, train_of_pulses = sinusoid(200, 64, speed, rng), train(200, 64, speed, rng)
+        for h in (wave, train_of_pulses):
+            assert wave_speed(h, draws=19).speed == pytest.approx(speed, rel=0.01)
+        assert speed_by_phase(wave) == pytest.approx(speed, rel=0.02)
+        assert abs(speed_by_phase(train_of_pulses) / speed - 1) > 0.1
+
+
 @pytest.mark.parametrize("courant, tolerance", [(1.0, 0.005), (0.5, 0.05), (0.25, 0.06)])
 def test_upwind_rings(courant, tolerance):
     "A ring driven at one neuron, with the kernel [0, 1 - C, C]: to lower index at C. The interval is for noise, not for random drive."
