@@ -1,4 +1,4 @@
-"""What the whole suite shares: one thread (two cores are busy enough), the checkout, a copy of it to work on, npm's packages,
+"""What the whole suite shares: one thread (two cores are busy enough), a copy of the checkout to work on, npm's packages,
 the commands, a table of what was counted, and a nursery of processes that may be killed."""
 
 import os
@@ -46,12 +46,6 @@ def pytest_xdist_make_scheduler(config, log):
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = unit
     return scheduler
-
-
-@pytest.fixture(scope="session")
-def checkout() -> Path:
-    "The project's root."
-    return ROOT
 
 
 @pytest.fixture
@@ -276,21 +270,23 @@ def nursery():
 # ------------------------------------------------------------------------------------------ the documentation site
 
 
+def absent(reason: str):
+    "In CI a failure, elsewhere a reason to skip."
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
 @pytest.fixture(scope="session")
 def npm_packages() -> Path:
-    "node_modules with KaTeX, fonts and the browser's driver; installed on first use, skipped where that cannot be."
+    "node_modules with KaTeX, fonts and the browser's driver; installed on first use."
     modules = WEB / "node_modules"
     if not shutil.which("node") or not shutil.which("npm"):
-        pytest.skip("Node and npm are not installed: apt-get install nodejs npm")
+        absent("Node and npm are not installed: apt-get install nodejs npm")
     lock, stamp = WEB / "package-lock.json", modules / ".package-lock.json"
     if not stamp.exists() or stamp.stat().st_mtime < lock.stat().st_mtime:
-        done = subprocess.run(
-            ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"], cwd=WEB, capture_output=True, text=True
-        )
-        if done.returncode and os.environ.get("CI"):
-            pytest.fail(f"npm ci failed: {done.stderr[-1000:]}")
+        command = ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"]
+        done = subprocess.run(command, cwd=WEB, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"npm ci failed (no network?): {done.stderr.strip().splitlines()[-1]}")
+            absent(f"npm ci failed (no network?): {done.stderr[-1000:]}")
         stamp.touch()
     return modules
 
@@ -305,13 +301,11 @@ def run_node(script: str, *args, timeout: int):
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    "Path of a Chromium; in CI its absence is a failure, elsewhere a reason to skip."
+    "Path of a Chromium."
     names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "chrome"]
     found = next((p for n in names if n and (p := shutil.which(n))), None)
-    if found is None and os.environ.get("CI"):
-        pytest.fail("Chromium is missing; .ci/run installs it")
     if found is None:
-        pytest.skip("no Chromium here: apt-get install chromium, or name one in $CHROMIUM")
+        absent("no Chromium here: apt-get install chromium, or name one in $CHROMIUM")
     return found
 
 

@@ -5,7 +5,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import WEB
+from conftest import ROOT, WEB
 from tqdm import tqdm
 
 sys.path.insert(0, str(WEB))
@@ -34,8 +34,8 @@ def run(path, **options) -> tuple[float, bool]:
         return rerun.rerun(path, bar, **options)
 
 
-def test_what_ran_is_stored_sharp_and_tidy(tmp_path, monkeypatch, checkout):
-    monkeypatch.setenv("PYTHONPATH", str(checkout))
+def test_what_ran_is_stored_sharp_and_tidy(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JPY_SESSION_NAME", "rerun")
     bar = "from wave_rnns.core import progress\nfor _ in progress(range(3)): pass"
     path = notebook(tmp_path / "a.ipynb", "print(6 * 7)", bar, PLOT)
