@@ -59,6 +59,14 @@ def test_a_file_is_its_sections(file):
 # ------------------------------------------------------------------------------------------------- compiler and cache
 
 
+def test_no_helper_is_written_twice():
+    named = re.compile(r"^(?:template <[^>]*> ?)?DEVICE [\w ]+?\*?(\w+)\(", re.M)
+    common = set(named.findall(launch.cuda_source("common.cuh")))
+    assert {"mma", "act", "smem", "copy_async", "pack"} <= common
+    for file in FILES[1:]:
+        assert not common & set(named.findall(launch.cuda_source(file)))
+
+
 @needs_compiler
 def test_the_cache_is_hit(tmp_path, monkeypatch, capfd):
     "A damaged file is not run: notebook 04_kernels_launch."

@@ -1,19 +1,23 @@
 "The operator against its definition: an independent float64 loop, and every way PyTorch has of calling a function."
 
+import inspect
 import itertools
 import math
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from wave_rnns import cell as cells
 from wave_rnns import scan, scan_operator
 from wave_rnns.core import ConfigError
+from wave_rnns.layer import IdentityRNN, LocalRNN, WaveRNN
 from wave_rnns.scan import Rows, ScanError, dense_scan, reference_loop, rows, wave_scan
 from wave_rnns.scan_cpu import TorchBackend
 from wave_rnns.scan_operator import BACKENDS, BackendError, backend_for, full_precision
@@ -390,6 +394,62 @@ def test_the_reference_loop_has_all_derivatives_and_the_same_checks(kind, form):
             run(a | dict(h_0=a["h_0"][:1]))
     assert t["b"].grad.abs().sum() > 0
     assert "Backward" in str(run(trainable(a)).grad_fn)
+
+
+# One step, one home
+
+LAYERS = {
+    "wave": (lambda: WaveRNN(2, 5, c=3), ("wave_step", (4, 3, 5), (3, 3, 3), "relu")),
+    "local": (lambda: LocalRNN(2, 86, c=3), ("wave_step", (4, 3, 86), (86, 3, 3, 3), "relu")),
+    "dense": (lambda: IdentityRNN(2, 5), ("dense_step", (4, 5), (5, 5), "relu")),
+}
+
+
+@pytest.mark.parametrize("make, expected", LAYERS.values(), ids=LAYERS)
+def test_cells_loops_and_layers_on_the_reference_path_share_one_step(make, expected, monkeypatch):
+    steps = []  # every call of the two steps, in the one place where cells and loops find them
+    for name in ("wave_step", "dense_step"):
+        step = getattr(cells, name)
+
+        def recorder(h, drive, weights, activation, name=name, step=step):
+            steps.append((name, tuple(h.shape), tuple(weights.shape), activation))
+            return step(h, drive, weights, activation)
+
+        monkeypatch.setattr(cells, name, recorder)
+    layer, x = make(), torch.randn(6, 4, 2)
+    with reference_loop():
+        output, _ = layer(x)
+    assert steps == [expected] * 6  # every step of the layer
+    cell, h = layer.cells[0], torch.zeros(expected[1])
+    for x_t in x:
+        h = cell(x_t, h)
+    assert steps == [expected] * 12
+    assert_close(h.flatten(1), output[-1])
+    if not isinstance(layer, LocalRNN):  # which, of this size, has no other way
+        assert_close(layer(x)[0], output)
+        assert len(steps) == 12  # the operator has its own
+
+
+@pytest.mark.parametrize("make", [lambda: WaveRNN(2, 5, c=3), lambda: IdentityRNN(2, 5)], ids=SCANS)
+def test_few_functions_of_ours_stand_between_a_layer_and_its_backend(make, monkeypatch):
+    "Four, the layer's forward included; in a population six."
+    package, stacks = str(Path(scan.__file__).parent), []
+    for name in ("wave_forward", "dense_forward"):
+        forward = getattr(TorchBackend, name)
+
+        def spy(self, *args, forward=forward):
+            stacks.append([f.function for f in inspect.stack()[1:] if f.filename.startswith(package)])
+            return forward(self, *args)
+
+        monkeypatch.setattr(TorchBackend, name, spy)
+    layer, x = make(), torch.randn(6, 4, 2)
+    loss = lambda p: torch.func.functional_call(layer, p, (x,))[0].sum()  # noqa: E731
+    population, _ = torch.func.stack_module_state([make() for _ in range(3)])
+    layer(x)
+    torch.func.vmap(loss)(population)
+    torch.func.vmap(torch.func.grad(loss))(population)
+    assert len(stacks) == 3 and all(stack[-1] == "forward" for stack in stacks)
+    assert [len(stack) <= limit for stack, limit in zip(stacks, (4, 6, 6), strict=True)] == [True] * 3, stacks
 
 
 # Bad calls
