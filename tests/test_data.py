@@ -33,25 +33,12 @@ WHOLE = {name: len(parts) for name, parts in PARTS.items()}
 ADDRESSES = ("WAVE_RNNS_MNIST_URL", "WAVE_RNNS_CIFAR10_URL")
 
 
-# ------------------------------------------------------------------------------------------- what travels with the package
-
-
 def test_the_shipped_files_name_their_sources_and_licences():
     words = str(np.load(data.DIGITS_FILE)["about"]) + (data.SHIPPED / "README.md").read_text()
-    shipped = {"README.md", "digits.npz", "seattle_weather.csv"}
+    shipped = {"README.md", "digits.npz", "seattle_weather.csv"}  # the digits can be made again: notebook 12_data
     assert {p.name for p in data.SHIPPED.iterdir()} == shipped and data.DIGITS_FILE.stat().st_size < 500_000
     for word in ("LeCun", "Cortes", "Burges", "CC BY-SA 3.0", "NOAA", "public domain", *shipped - {"README.md"}):
         assert word in words
-
-
-def test_the_shipped_digits_are_of_their_split():
-    "That they can be made again from MNIST: notebook 12."
-    shipped = np.load(data.DIGITS_FILE)
-    orders = dict(zip(("train", "valid"), data.split_indices(60_000), strict=True), test=np.arange(10_000))
-    for split, order in orders.items():
-        place = {number: k for k, number in enumerate(order.tolist())}
-        places = [place[number] for number in shipped[f"{split}_index"].tolist()]
-        assert places == sorted(set(places))  # of this split, in its order, none of them twice
 
 
 # ------------------------------------------------------------------------------------- a small world, and its server
@@ -336,9 +323,7 @@ def test_a_server_that_misbehaves_is_named_and_costs_nothing(small, monkeypatch,
     assert nothing_half(done=True) == 6 and small.asked[-1] == (ARCHIVE, left)
 
 
-LEFT = {  # by an earlier attempt: its bytes, and the first byte of each request that follows
-    "right": (lambda whole: whole[:9000], [9000]),
-    "wrong": (lambda whole: bytes(9000), [9000, 0]),
+LEFT = {  # by an earlier attempt: its bytes, and the first byte of each request; a beginning: notebook 12_data
     "whole": (lambda whole: whole, []),
     "whole but wrong": (lambda whole: bytes(len(whole)), [0]),
     "too long": (lambda whole: whole + b"x", [0]),
@@ -391,12 +376,6 @@ def test_a_full_disk(small, small_disk, monkeypatch):
     small_disk("1m")
     fetch("cifar10")
     assert nothing_half(done=True) == 6 and small.asked[-1][1] > 0
-
-
-def test_a_folder_in_the_way(small):
-    (data_root() / f"{ARCHIVE}.part").mkdir(parents=True)
-    with pytest.raises(DataError, match="Is a directory"):
-        fetch("cifar10")
 
 
 def test_no_home_directory(monkeypatch):
