@@ -232,25 +232,16 @@ def test_weights_that_do_not_belong(tmp_path):
         load_weights(tmp_path / "nowhere")
 
 
-# Going on, in one process. Processes that are killed: test_resume_kill.py.
-
-
-class Break(Exception):
-    pass
-
-
 def broken(path, saves: int, *call, every: int = 1, **options) -> CheckpointFile:
-    "The checkpoint of a `fit` that broke after so many saves."
+    "The checkpoint of a `fit` that broke after so many saves. Processes that are killed: test_resume_kill.py."
     place, left = CheckpointFile(path), iter(range(saves - 1))
 
     def save(tensors, meta):
         place.save(tensors, meta)
-        if next(left, None) is None:
-            raise Break
+        next(left)  # raises StopIteration after the last
 
-    breaking = SimpleNamespace(save=save, load=place.load)
-    with pytest.raises(Break):
-        fit(*call, checkpoint=breaking, checkpoint_every=every, **options)
+    with pytest.raises(StopIteration):
+        fit(*call, checkpoint=SimpleNamespace(save=save, load=place.load), checkpoint_every=every, **options)
     return place
 
 
@@ -284,8 +275,7 @@ def half(tmp_path):
 
 
 CALL = dict(task=TinyTask(), model=WAVE, runs=RUNS, about={"recipe": 1}, **RHYTHM)
-CHANGES = {
-    "runs.0.lr: 0.01 then, 0.001 now": dict(runs=[RunSettings(0, 1e-3), *RUNS[1:]]),
+CHANGES = {  # settings of a run: notebook 14_checkpoints
     "model.c: 2 then, 3 now": dict(model=ModelConfig("wrnn", 1, 1, n=12, c=3)),
     "task.batch_size: 8 then, 4 now": dict(task=TinyTask(batch_size=4)),
     "steps: 43 then, 50 now": dict(steps=50),
@@ -355,8 +345,6 @@ def test_other_threads_hear_no_signals():
     with ThreadPoolExecutor() as pool:
         assert pool.submit(asked).result() is False
 
-
-# Successive halving, and going on in the middle of it -----------------------------------------------------------------
 
 SEARCH = [RunSettings(k, lr) for k, lr in enumerate([1e-2, 1e12, 1e-3, 3e-2, 1e-4])]
 HALVED = dict(RHYTHM, halving=[(10, 3), (22, 1)])

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -48,9 +47,6 @@ def rewrite(path, record):
     path.write_text(json.dumps({**record, "sha256": rc.content_hash(record)}))
 
 
-# Declarations ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_declared_experiment_fits_its_task(name):
     e = EXPERIMENTS[name]
@@ -84,9 +80,6 @@ def test_parameter_counts_are_the_papers():
         assert p["value"] in [round(c / digits) * digits for c in counts], p
 
 
-# Keys -----------------------------------------------------------------------------------------------------------------
-
-
 def test_every_committed_record_still_counts():
     "It is read, its key is that of its settings, it belongs to a declared experiment or grid, and `wrnn_todo` agrees."
     records = sorted(rc.shipped_results().glob("runs/*/*.json"))
@@ -107,14 +100,6 @@ def test_every_committed_record_still_counts():
             assert run.key == path.stem, f"{record['experiment']} seed {record['seed']} is declared nowhere"
             assert ex.record_of(rc.shipped_results(), run) == record
             assert (path.stem in counted) == (path.stem in declared)
-
-
-def test_keys_are_the_same_in_another_process():
-    code = "from wave_rnns.paper.experiments import *; print(run_key(EXPERIMENTS['nscifar10_irnn_fresh'], 1))"
-    env = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
-    assert out.strip() == run_key(EXPERIMENTS["nscifar10_irnn_fresh"], 1)
-    assert run_key(replace(TINY, clip=1), 0) == run_key(replace(TINY, clip=1.0), 0)
 
 
 WRONG = {  # `task` and `name`: test_security.py
@@ -139,9 +124,6 @@ def test_wrong_configurations_name_the_key(message):
     "More of them: notebook 16; each kind of value: notebook 10."
     with pytest.raises(ConfigError, match=re.escape(message)):
         from_config({**to_config(TINY), **WRONG[message]})
-
-
-# Records --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_record_says_everything(one_record):

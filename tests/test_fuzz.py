@@ -146,7 +146,7 @@ def spoiled_sealed(corpus: list[bytes]) -> st.SearchStrategy:
     return spoiled_tree(corpus).map(seal) | spoiled(corpus)
 
 
-# ------------------------------------------------------------------------------------------- loaders: checkpoints (14)
+# ------------------------------------------------------------------------------------------------------------- loaders
 
 TENSORS = {"x": torch.arange(6.0), "half": torch.ones(2, 3, dtype=torch.bfloat16), "none": torch.empty(0, 3)}
 PACKED = [checkpoints.pack(TENSORS, {"step": n, "history": {"curves": [[{"loss": 0.5}]]}}) for n in (10, 20)]
@@ -205,9 +205,6 @@ def _(folder):
         training.Training(population, **rhythm).resume(place, facts)
 
     return Target([to_json(kept["meta"]).encode()], load, files=spoiled_json)
-
-
-# ---------------------------------------------------------------------------------------- loaders: records (15 to 18)
 
 
 def trained() -> tuple:
@@ -283,9 +280,6 @@ def _(folder):
         bench.rows_of(bench.read_speed(folder), "cpu")
 
     return Target([json.dumps(record).encode()], load, folder / "x.json", spoiled_json)
-
-
-# ------------------------------------------------------------------------------- loaders: raw data (12), kernels (04)
 
 
 @loader("the shipped digits", DataError)

@@ -231,9 +231,6 @@ def test_the_committed_tables_are_those_of_the_committed_records():
         assert text == make(records, PAPER) and note.count("\n") == 1, f"{name}.md is stale: run wrnn_tables"
 
 
-# Curves ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def curves(tmp_path):
     "Five runs to step 60, and one that diverged at step 20."

@@ -1,7 +1,7 @@
 """Nothing that is read can run code, nothing that is named can leave its folder.
 
-Ruff follows names through imports and aliases. That a pickle in the place of a checkpoint does not run: test_checkpoints.py;
-that no name becomes a word of a shell: test_cli.py and notebook 17_workers."""
+Ruff follows names through imports and aliases. That a pickle in the place of a checkpoint does not run:
+test_checkpoints.py; that no name becomes a word of a shell: test_cli.py and notebook 17_workers."""
 
 import contextlib
 import getpass
@@ -69,15 +69,12 @@ def test_nothing_that_is_read_can_run(tmp_path):
 DISGUISES = {  # one for each way in which something is found
     "def f():\n    from pickle import loads as l": "pickle",
     "import torch as t\nt.load('x', weights_only=True)  # noqa": "torch.load",
-    "import torch\nmap(torch.load, paths)": "torch.load",
     "import torch\ngetattr(torch, 'load')('x')": "B009",
     "import numpy as np\nnp.load('x', allow_pickle=maybe)": "allow_pickle",
     "eval(x)": "S307",
     "exec(compile(x, '', 'exec'))": "S102",
-    "from subprocess import run as r\nr(f'ls {name}')": "subprocess.run",
     "import subprocess\nsubprocess.run(['ls'], shell=flag)": "shell=",
     "import yaml\nyaml.load(x)": "S506",
-    "from multiprocessing.pool import Pool": "multiprocessing",
     "tar.extractall(folder)": ".extractall",
     "import re, json, torch, safetensors.torch\nre.compile('x'); model.eval(); json.load(f); safetensors.torch.load(d)": None,
 }
