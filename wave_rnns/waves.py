@@ -102,12 +102,8 @@ def draw_space_time(
 class WaveSpectrum:
     "Power over wavenumber and frequency. A wave of speed v lies on w = -v k."
 
-    power: (
-        np.ndarray
-    )  # [T // 2 + 1, n]; the mean over all (also negative) frequencies is the variance
-    null: (
-        np.ndarray
-    )  # [T // 2 + 1, 1], mean power over circular shifts, the same at each wavenumber
+    power: np.ndarray  # [T // 2 + 1, n]; its mean, negative w included, is the variance
+    null: np.ndarray  # [T // 2 + 1, 1], its mean over circular shifts, equal at each k
     wavenumber: np.ndarray  # [n], cycles per neuron, from -1/2 upwards
     frequency: np.ndarray  # [T // 2 + 1], cycles per step, from 0 to 1/2
 
@@ -203,14 +199,14 @@ class LineScan:
         k = math.sqrt((on_line * self.k**2).sum() / on_line.sum())
         return FirstLook(float(self.speeds[best]), float(shares[best]), max(k, 1.0))
 
-    def p_value(self, by_neuron: np.ndarray, draws: int, seed: int) -> float:
-        "How often circular shifts in time, one a neuron, have as strong a line."
-        rng, w = np.random.default_rng(seed), np.arange(len(by_neuron))[:, None]
+    def p_value(self, spectra: np.ndarray, draws: int, seed: int) -> float:  # [2, W, n]
+        "How often circular shifts in time, one a neuron, have as strong a line in either."
+        rng, w = np.random.default_rng(seed), np.arange(spectra.shape[1])[:, None]
         turn = np.exp(-2j * np.pi * np.arange(self.T) / self.T)
-        best, exceeded = self.shares(by_neuron).max(), 0
+        best, exceeded = max(self.shares(z).max() for z in spectra), 0
         for _ in range(draws):
-            shifts = rng.integers(self.T, size=by_neuron.shape[1])
-            exceeded += self.shares(by_neuron * turn[w * shifts % self.T]).max() >= best
+            shifted = turn[w * rng.integers(self.T, size=spectra.shape[2]) % self.T]
+            exceeded += max(self.shares(z * shifted).max() for z in spectra) >= best
         return float((1 + exceeded) / (1 + draws))
 
 
@@ -596,17 +592,21 @@ def _measure(
 ) -> WaveSpeed:
     "The reading for one ring, [T, n]; `eps` tells change from rounding."
     tiny = 16 * eps * np.abs(h).max()
+    h = h - h[0]  # exactly 0 where nothing changes, which a mean is not
     h = h - h.mean(0)
-    changes = np.abs(h).max() > tiny
-    h = h - h.mean(1, keepdims=True)
-    if np.abs(h).max() <= tiny:
+    if np.abs(h - h.mean(1, keepdims=True)).max() <= tiny:
+        nan, changes = math.nan, np.abs(h).max() > tiny
         why = "all neurons change alike" if changes else "nothing changes in time"
-        nan = math.nan
         return WaveSpeed(nan, (nan, nan), 0.0, 1.0, False, False, why, nan, nan, 0.0)
-    h = h / np.abs(h).max()
-    by_neuron = np.fft.rfft(h, axis=0)
-    found = scan.first_look(by_neuron)
-    line = line_speed(h, found)
+    variance = h.var(0)
+    two = np.array([h, h / np.sqrt(variance + variance.min() + tiny**2)])  # equation (7)
+    two -= two.mean(2, keepdims=True)
+    two /= np.abs(two).max((1, 2), keepdims=True)
+    spectra = np.fft.rfft(two, axis=1)
+    looks = [scan.first_look(z) for z in spectra]
+    lines = [line_speed(z, look) for z, look in zip(two, looks, strict=True)]
+    chosen = int(lines[1].in_one > lines[0].in_one)
+    h, found, line = two[chosen], looks[chosen], lines[chosen]
     look = lying.first_look(np.fft.rfft(h.T, lying.T, axis=0))
     side = line_speed(h.T, look, off_grid(h), whole=True).turned()
     if h.shape[1] >= 64 and max(side.explained, line.explained) < 0.3:  # too long for a pulse
@@ -619,7 +619,7 @@ def _measure(
         found, line = look, side
         long = look.k * h.shape[1] < 0.8 * abs(side.speed) * len(h)  # no wavelength fits
     lag = lag_speed(h)
-    p_value, size = scan.p_value(by_neuron, draws, seed), abs(line.speed)
+    p_value, size = scan.p_value(spectra, draws, seed), abs(line.speed)
     # where the pattern is not rigid, what the estimators differ by is an error of the model
     half = line.half if line.rigid else math.hypot(line.half, line.speed - lag)
     half = max(half, 1e-6 * size)
