@@ -58,9 +58,6 @@ def shared(name, **values):
     return [made(name, seed, **{measure: v}) for seed, v in enumerate(numbers)]
 
 
-# Statistics -----------------------------------------------------------------------------------------------------------
-
-
 def test_welch_and_equivalence_are_scipys():
     stats = pytest.importorskip("scipy.stats")
     for a, b in (((97.3, 97.4, 97.1, 97.6, 97.2), (97.0, 97.9, 97.6)), ((1.0, 2.0), (5.0, 5.1, 4.7, 9.0))):
@@ -87,9 +84,6 @@ def test_the_records_decide_what_is_said_of_fast_and_faithful():
     assert "not shown to be equivalent" in tb.equivalence(faithful + other)
 
 
-# Outcomes -------------------------------------------------------------------------------------------------------------
-
-
 def test_five_values_are_summarised():
     "Fewer are printed: notebook 18."
     values = (97.1, 97.9, 96.6, 97.4, 97.7)
@@ -102,32 +96,31 @@ def test_five_values_are_summarised():
     assert (center, high / center) == pytest.approx((geometric_mean(losses), math.exp(half)), rel=1e-5)
 
 
-SHOWN = [(97.4266, "accuracy", "97.43"), (-0.5, "valid_accuracy", "−0.50"), (-4.2e-6, "mse", "−4.2e-6"),
-         (9.96e-12, "", "1.0e-11"), (1234.0, "solved_step", "1,234"), (1234.0, "", "1.2e3"), (math.inf, "mse", "–")]  # fmt: skip
-
-
 def test_numbers_as_shown():
-    for value, measure, text in SHOWN:
+    "Without a measure: notebook 18_outcomes."
+    shown = [(97.4266, "accuracy", "97.43"), (-0.5, "valid_accuracy", "−0.50"), (-4.2e-6, "mse", "−4.2e-6")]
+    for value, measure, text in [
+        *shown,
+        (1234.0, "solved_step", "1,234"),
+        (9.96e-12, "", "1.0e-11"),
+        (1234.0, "", "1.2e3"),
+    ]:
         assert oc.show(value, measure) == text
 
 
 def test_records_belong_by_key_and_not_by_name():
     stranger = replace(EXPERIMENTS["smnist_wrnn"], lr=1e-3)  # the same name, another run
     renamed = replace(EXPERIMENTS["smnist_wrnn"], name="old_name")
-    records = [
-        made(stranger, 0, accuracy=0.1),
-        made(renamed, 1, accuracy=0.97),
-        made("smnist_wrnn", 0, accuracy=0.98, recipe=99),
-    ]
+    records = [made(stranger, 0, accuracy=0.1), made(renamed, 1, accuracy=0.97)]
+    records.append(made("smnist_wrnn", 0, accuracy=0.98, recipe=99))
     o = oc.outcome("smnist_wrnn", "accuracy", records, PAPER)
     assert o.values == (97.0,) and o.paper == 97.6
 
 
 def test_a_diverged_run_keeps_what_validation_chose():
     "It solved the task before; what happened later is said beside it, and it has no value at the last step."
-    later = {"mse": 1e58}
     records = [made("adding100_wrnn", s, mse=(1 + s) * 1e-5, solved=300) for s in range(4)]
-    records.append(made("adding100_wrnn", 4, "diverged", solved=500, last=later, mse=9.7e-4))
+    records.append(made("adding100_wrnn", 4, "diverged", solved=500, last={"mse": 1e58}, mse=9.7e-4))
     o = oc.outcome("adding100_wrnn", "mse", records)
     assert o.values[-1] == 9.7e-4 and oc.runs_text(records) == "5 of 5 solved, 1 diverged at step 8,027"
     assert oc.last_step(records, "mse") == "1.0e-5, 2.0e-5, 3.0e-5, 4.0e-5"
@@ -145,10 +138,8 @@ def test_unsolved_runs_are_counted_and_not_tested():
     assert (row["paper, best"], row["paper, mean ± sd of 3"], row["runs"]) == ("never", "never", "0 of 2 solved")
 
 
-# The paper's numbers --------------------------------------------------------------------------------------------------
-
-
 def test_paper_json_is_complete_and_consistent():
+    "That none of its numbers changes unseen: the committed tables, below."
     keys = {"table", "section", "task", "model", "measure", "value", "unit", "experiment", "origin", "setting", "note"}
     for p in PAPER:
         assert keys <= p.keys() <= keys | {"spread", "seeds"}, p
@@ -160,58 +151,13 @@ def test_paper_json_is_complete_and_consistent():
     assert len(named) == len(set(named))
 
 
-PRINTED = """
-adding mse irnn paper: 1e-5 4e-5 1e-4 0.16 0.16
-adding mse wrnn paper: 4e-6 2e-5 4e-5 8e-5 6e-5
-adding solved_step irnn paper: 14000 22000 30000 never never
-adding solved_step wrnn paper: 300 1000 1000 3000 2000
-longest mse wrnn preprint: 4.36e-5±1.91e-5
-longest solved_step wrnn preprint: 1667±577
-images accuracy irnn paper: 98.5 92.5 51.3
-images accuracy wrnn paper: 97.6 96.7 55.0
-images accuracy irnn preprint: 98.20±0.32 90.85±1.47 51.80±0.54
-images accuracy wrnn preprint: 97.30±0.34 96.60±0.10 54.70±0.42
-images accuracy wrnn rerun: 97.27 96.74 54.30
-mnist accuracy wrnn_mlp paper: 97.5 97.6
-copy paper_scale wrnn paper: 9e-12 1e-10 8e-11 1e-11
-copy paper_scale wrnn_no_V paper: 1e-11 2e-11 4e-10 4e-11
-copy paper_scale wrnn_no_u paper: 5e-11 3e-10 7e-4 6e-4
-copy paper_scale wrnn_no_both paper: 8e-10 1e-4 3e-4 7e-4
-copy paper_scale irnn paper: 1e-4 3e-3 2e-3 1e-3
-copy paper_scale irnn_sigma paper: 1e-8 1e-7 2e-7 2e-5
-copy paper_scale irnn_sigma_V paper: 1e-7 1e-7 1e-6 8e-6
-"""
-TASKS = {
-    "images": ["smnist", "psmnist", "nscifar10"],
-    "mnist": ["smnist", "psmnist"],
-    "copy": [f"copy{T}" for T in (0, 10, 30, 80)],
-    "adding": [f"adding{T}" for T in (100, 200, 400, 700, 1000)],
-    "longest": ["adding1000"],
-}
-
-
-def test_paper_json_against_the_papers_tables():
-    for row in PRINTED.strip().splitlines():
-        tasks, measure, model, origin, *printed = row.replace(":", "").split()
-        for task, text in zip(TASKS[tasks], printed, strict=True):
-            entry = oc.paper_entry(f"{task}_{model}", measure, PAPER, origin)
-            value, _, spread = text.partition("±")
-            assert entry["value"] == (None if value == "never" else float(value)), row
-            assert not spread or entry["spread"] == float(spread), row
-    number = {(p["table"], p["model"], p["task"]): p["value"] for p in PAPER if p["measure"] == "accuracy"}
-    others = [("Table 2", "LEM", "smnist"), ("Table 2", "FlexTCN", "psmnist"), ("Table 3", "LEM", "nscifar10")]
-    others += [("Figure 11", "iRNN, U and V frozen", "smnist"), ("Figure 7", "wRNN n=36 c=4", "psmnist")]
-    assert [number[place] for place in others] == [99.5, 98.6, 60.5, 44.3, 90.2]
-
-
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
 def test_every_table_without_records():
     for name, make in tb.TABLES.items():
         text = make([], PAPER)
-        assert text.startswith("# ") and "nan" not in text and "inf" not in text, name
-        assert "| – | – | – |" not in text, f"{name}: a page of dashes"
+        assert text.startswith("# ") and not any(word in text for word in ("nan", "inf", "| – | – | – |")), name
     assert "No run has left a record yet" in tb.runs_table([])
     assert "iRNN T=700" in tb.table_1([], PAPER).split("No runs:")[1]
 
@@ -242,11 +188,8 @@ def test_values_without_a_spread_and_losses_of_zero_end_no_table():
     "The preprint prints 1,000 ± 0 steps; a cross-entropy in float32 may be rounded to 0."
     equal = [made("adding200_wrnn", s, mse=1e-5, solved=1000) for s in range(5)]
     row = line(tb.table_7(equal, PAPER), "adding200 wRNN †", "steps to solve")
-    assert (row["paper, mean ± sd of 3"], row["ours, mean ± sd (runs)"], row["p"]) == (
-        "1,000 ± 0",
-        "1,000 ± 0 (5)",
-        "–",
-    )
+    cells = [row[c] for c in ("paper, mean ± sd of 3", "ours, mean ± sd (runs)", "p")]
+    assert cells == ["1,000 ± 0", "1,000 ± 0 (5)", "–"]
     zeros = shared("copy0_wrnn", cross_entropy=(0.0, 0.0, 0.0)) + shared("copy0_irnn", cross_entropy=(0.1, 0.2, 0.3))
     assert line(tb.table_7(zeros, PAPER), "copy T=0")["the wRNN is"] == "better"
 
@@ -286,9 +229,6 @@ def test_the_committed_tables_are_those_of_the_committed_records():
     for name, make in tb.TABLES.items():
         text, note = committed[name].split("\n<!-- written by wrnn_tables")
         assert text == make(records, PAPER) and note.count("\n") == 1, f"{name}.md is stale: run wrnn_tables"
-
-
-# Curves ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -92,18 +92,15 @@ def test_each_run_of_a_population_is_torch_optim(make, options):
 @pytest.mark.parametrize("step", [0, 1, 17])
 def test_frozen_at_the_last_finite_weights(step):
     """A NaN in one run's batch: the step is recorded, the weights are those before it, the row before it keeps its mean.
-    To the neighbour nothing happens, to the bit."""
+    To the neighbour nothing happens, to the bit; its weights: notebook 13_population."""
     runs, rhythm = [RunSettings(0, 1e-2), RunSettings(1, 1e-2)], {**RHYTHM, "steps": 25}
     neighbour, r = fit(TinyTask(poison=(1, step)), WAVE, runs, **rhythm)
-    calm = fit(TinyTask(), WAVE, runs, **rhythm)[0]
-    assert neighbour.curve == calm.curve and neighbour.test_final == calm.test_final and calm.status == "done"
-    assert all(torch.equal(t, neighbour.weights[k]) for k, t in calm.weights.items())
-    assert (r.status, r.diverged_step) == ("diverged", step + 1)
-    p, task = Population(TinyTask(), WAVE, runs, "cpu"), TinyTask()
-    losses = []
+    assert neighbour.curve == fit(TinyTask(), WAVE, runs, **rhythm)[0].curve
+    assert (neighbour.status, r.status, r.diverged_step) == ("done", "diverged", step + 1)
+    p, losses = Population(TinyTask(), WAVE, runs, "cpu"), []
     for s in range(step):
-        if s % task.steps_per_epoch == 0:
-            p.task.prepare_epoch(p.seeds, s // task.steps_per_epoch)
+        if s % TinyTask.steps_per_epoch == 0:
+            p.task.prepare_epoch(p.seeds, s // TinyTask.steps_per_epoch)
         p.train_step()
         losses.append(p.read_sums()[1]["loss"])
     expected = p.weights(p.theta, 1)
@@ -120,8 +117,7 @@ def test_frozen_at_the_last_finite_weights(step):
 
 
 def test_it_ends_when_all_are_dead():
-    task = TinyTask()
-    results = fit(task, WAVE, [RunSettings(s, 1e12) for s in range(2)], **{**RHYTHM, "steps": 10**9})
+    results = fit(TinyTask(), WAVE, [RunSettings(s, 1e12) for s in range(2)], **{**RHYTHM, "steps": 10**9})
     assert [r.status for r in results] == ["diverged"] * 2 and results[0].steps < 100
 
 
@@ -147,8 +143,8 @@ def test_selection_is_on_validation_and_test_is_looked_at_once():
     valid = {row["step"]: row["valid_mse"] for row in r.curve if "valid_mse" in row}
     assert r.valid_best == {"mse": min(valid.values())} and valid[r.best_step] == min(valid.values())
     assert r.valid_final == {"mse": valid[43]}
-    assert "test" not in task.looked_at[: task.looked_at.index("test")] and task.looked_at.count("test") <= 2
-    assert task.looked_at[-1] == "test" and set(task.looked_at[task.looked_at.index("test") :]) == {"test"}
+    first_look = task.looked_at.index("test")  # after all others: with the last weights, and with the chosen ones
+    assert task.looked_at[first_look:] in (["test"], ["test", "test"])
     model = build_model(WAVE, 0)
     model.load_state_dict(r.weights)
     with torch.no_grad():
@@ -157,14 +153,12 @@ def test_selection_is_on_validation_and_test_is_looked_at_once():
     assert measured == pytest.approx(r.test_best["mse"], rel=1e-6)
 
 
-def test_stop_when_freezes_and_validates():
-    "And the neighbour gets no extra rows."
+def test_a_run_that_is_stopped_leaves_no_rows_with_its_neighbour():
+    "That it freezes at once, and is validated: notebook 13_training."
     runs, steps = [RunSettings(0, 1e-2), RunSettings(1, 0.0)], {**RHYTHM, "steps": 200}
     stopped, plodding = fit(TinyTask(), WAVE, runs, **steps, stop_when=lambda row: row["loss"] < 0.01)
     assert (stopped.status, plodding.status) == ("stopped", "done")
-    last = stopped.curve[-1]
-    assert last["step"] == stopped.stopped_step < 200 and last["loss"] < 0.01
-    assert stopped.valid_final["mse"] == last["valid_mse"]
+    assert stopped.valid_final["mse"] == stopped.curve[-1]["valid_mse"]
     assert fit(TinyTask(), WAVE, runs, **steps)[1].curve == plodding.curve
 
 
@@ -175,12 +169,10 @@ HOST = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_uniqu
 @pytest.mark.parametrize("kind", ["wrnn", "irnn"])
 def test_a_step_never_asks_the_host(name, kind):
     "What a CUDA graph needs: no value is read back, and none is uploaded. The batches of all tasks: test_tasks.py."
-    if name == "copy":
-        task = copy_task(T=8)
-    else:  # any pictures will do
-        pictures = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
+    task, seen = copy_task(T=8), set()
+    if name == "nscifar10":  # any pictures will do
+        pictures = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.arange(64) % 10
         task = make_task(name, batch_size=4, limit=64, pool=2).hold(dict.fromkeys(("train", "valid", "test"), pictures))
-    seen = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -217,20 +209,23 @@ def test_a_graph_that_cannot_be_recorded(monkeypatch):
     assert all(torch.equal(t, before[k]) for k, t in p.state().items())
 
 
-@pytest.mark.parametrize(
-    "name, values",
-    {
-        "seed": (-1, 0.5, True, 2**63),
-        "lr": (-1e-2, math.inf, 1e31, None),
-        "clip": (-1, math.nan),
-        "drop_factor": (0,),
-        "drop_every": (-1, 1.5),
-    }.items(),
-)
-def test_settings_that_cannot_be_meant(name, values):
-    for value in values:
-        with pytest.raises(ConfigError, match=name):
-            RunSettings(**{"seed": 0, "lr": 1e-3, name: value})
+SETTINGS = {"seed": (-1, 0.5, True, 2**63), "lr": (math.inf, 1e31, None), "clip": (-1, math.nan), "drop_factor": (0,)}
+LENGTHS = [*((name, 0.5) for name in ("eval_every", "log_every", "checkpoint_every")), ("checkpoint_every", -1)]
+CALL = dict(task=TinyTask(), model=WAVE, runs=RUNS, **RHYTHM)
+REFUSED = [  # lr, drop_every, steps: notebooks 10_config and 13_population
+    *((name, RunSettings, {"seed": 0, "lr": 1e-3, name: v}) for name, values in SETTINGS.items() for v in values),
+    *((f"{name}: expected a whole number of at least", fit, {**CALL, name: value}) for name, value in LENGTHS),
+    *((name, fit, {**CALL, "model": replace(WAVE, **{name: 2})}) for name in ("input_size", "output_size")),
+    ("every_step", fit, {**CALL, "model": replace(WAVE, every_step=True)}),
+    ("at least one run", fit, {**CALL, "runs": []}),
+    ("train on 'cuda'", fit, {**CALL, "graph": True}),
+]
+
+
+@pytest.mark.parametrize("message, function, options", REFUSED)
+def test_what_cannot_be_meant_is_named(message, function, options):
+    with pytest.raises(ConfigError, match=message):
+        function(**options)
 
 
 def test_settings_have_one_form():
@@ -238,42 +233,24 @@ def test_settings_have_one_form():
     assert type(RunSettings(0, 1).lr) is float and type(RunSettings(0, 1, drop_every=3.0).drop_every) is int
 
 
-def test_models_that_do_not_fit_the_task():
-    for wrong in ({"input_size": 2}, {"output_size": 3}, {"every_step": True}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            fit(TinyTask(), replace(WAVE, **wrong), RUNS, **RHYTHM)
-    with pytest.raises(ConfigError, match="at least one run"):
-        fit(TinyTask(), WAVE, [], **RHYTHM)
-    with pytest.raises(ConfigError, match="train on 'cuda'"):
-        fit(TinyTask(), WAVE, RUNS, **RHYTHM, graph=True)
-
-
-SOURCE = '''
+SOURCE = """
 @dataclass
 class A(B, metaclass=C):
     "Words."
-    x: int = 3
 
     async def f(self, *args: int, y=None, **kwargs) -> str:
-        """More words."""
-        return f"{self.x!r:>{args[0]}} and {y}" "joined" if y else [*args, {**kwargs}]
+        return f"{self.x!r:>{args[0]}} and {y}" "joined" if y else [*args, {**kwargs}, x[1:2, ...]]
 
-
-def g(a, /, b, *, c=1):
-    match a:
-        case {"k": [1, *rest]}:
-            lambda z: z @ rest
-    try:
-        pass
-    except* ValueError:
-        x[1:2, ...] = -1
-'''
+match a:
+    case {"k": [1, *rest]}:
+        lambda z, /: z @ rest
+"""
 
 
 def test_the_code_hash_is_that_of_every_python():
     "The number was taken on 3.11; `ast.unparse` and `ast.dump` say something else on 3.12 and 3.13."
     form = repr(skeleton(ast.parse(SOURCE)))
-    assert sha256(form.encode())[:16] == "d83cd3edd432f082"
+    assert sha256(form.encode())[:16] == "c93592e4b273e84e"
 
 
 def test_the_code_hash_covers_folders_and_kernels(monkeypatch, tmp_path):
@@ -294,8 +271,7 @@ def test_the_code_hash_covers_folders_and_kernels(monkeypatch, tmp_path):
 
 
 def test_a_huge_gradient_that_is_finite_is_clipped_and_not_called_diverged():
-    runs = [RunSettings(0, 1e-2, 1.0), RunSettings(0, 1e-2, 1.0)]
-    p = Population(make_task("adding", T=4, batch_size=4), ModelConfig("wrnn", 2, 1, 4), runs, "cpu")
+    p = Population(make_task("adding", T=4), ModelConfig("wrnn", 2, 1, 4), [RunSettings(0, 1e-2, 1.0)] * 2, "cpu")
     grad = torch.zeros_like(p.theta)
     grad[:, 0], grad[0, 1] = 3e25, math.nan
     before, sums = p.theta.clone(), {k: torch.ones(2) for k in ("count", *p.names)}
