@@ -112,7 +112,7 @@ WRONG = {  # `task` and `name`: test_security.py
     "lr must be positive, at most": {"lr": 10**400},
     "n must be at least 1, below 2^63": {"model": {**to_config(TINY)["model"], "n": 2**63}},
     "seeds": {"seeds": [-1]},
-    "seeds must be tuple": {"seeds": 3},
+    "seeds must be list": {"seeds": 3},
     "halving must be pairs": {"halving": [[5, 1], [10, 2]]},
     "task_options must be what JSON can hold": {"task_options": {"T": float("nan")}},
     "model: expected an object": {"model": None},

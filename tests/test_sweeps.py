@@ -58,7 +58,7 @@ def test_a_declared_grid_is_its_plain_data(name):
 
 WRONG = [  # more of them: notebook 17_grids
     ({"experiments": []}, "experiments must name at least one"),
-    ({"experiments": 3}, "experiments must be tuple"),
+    ({"experiments": 3}, "experiments must be list"),
     ({"experiments": [3]}, "experiments must be names, patterns"),
     ({"experiments": ["grid:no_such_grid"]}, "grid:no_such_grid"),
     ({"experiments": [{"name": "x"}]}, "missing"),

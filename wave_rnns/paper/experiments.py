@@ -47,11 +47,12 @@ class Experiment:
     source: str = ""  # where the settings come from
 
     def __post_init__(self):
+        object.__setattr__(self, "seeds", tuple(self.seeds))
         check_rules(f"experiment {self.name!r}", self, rules(self))
         rungs = check_halving(self.halving, self.steps or self.epochs)
         floats = {name: float(getattr(self, name)) for name in ("lr", "clip", "drop_factor")}
-        alike = {**floats, "seeds": tuple(self.seeds), "halving": tuple(rungs.items())}
-        for name, value in alike.items():  # 1 and 1.0 are one experiment, [0] and (0,) too
+        alike = {**floats, "halving": tuple(rungs.items())}
+        for name, value in alike.items():  # 1 and 1.0 are one experiment
             object.__setattr__(self, name, value)
 
 # %% ../../nbs/16_experiments.ipynb #29e61185

@@ -259,13 +259,13 @@ H200 = {  # task, model, n: ms of a run's step at T = 0, and more for each T, ru
 # fmt: on
 
 
-def h200_seconds(run: Run) -> float:
-    "What a run takes on one H200 by the table above; one that is not in it counts by length."
+def h200_seconds(run: Run) -> float | None:
+    "What a run takes on one H200 by the table above; None for one that is not in it."
     from wave_rnns.paper.tasks import make_task
 
     e = run.experiment
     if (e.task, e.model.kind, e.model.n) not in H200:
-        return (e.steps or e.epochs) * 1e-5
+        return None
     at_0, each_T = H200[e.task, e.model.kind, e.model.n]
     ms = at_0 + each_T * e.task_options.get("T", 0)
     if e.model.kind == "wrnn" and e.model.precision == "faithful" and e.task != "copy":
@@ -289,14 +289,16 @@ def count_done(runs: list[Run], results: Path) -> int:
 def standing(runs: list[Run], results: Path, workers: int = 1) -> str:
     "'12 of 40 runs done, about 25 min left': by the table above, at the pace of the 12."
     left = expected = spent = 0.0
-    for run in runs:
-        record = record_of(results, run)
-        if record is None:
-            left += h200_seconds(run)
-        elif record.get("steps_per_second"):  # else it says nothing about others
-            expected += h200_seconds(run)
-            spent += record["steps"] / record["steps_per_second"] / record["together"]
     done = f"{count_done(runs, results)} of {len(runs)} runs done"
+    for run in runs:
+        record, seconds = record_of(results, run), h200_seconds(run)
+        if record is None and seconds is None:
+            return done  # nobody knows
+        if record is None:
+            left += seconds
+        elif seconds and record.get("steps_per_second"):  # else it says nothing about others
+            expected += seconds
+            spent += record["steps"] / record["steps_per_second"] / record["together"]
     if not left or not expected:
         return done
     return f"{done}, about {duration(left * spent / expected / workers)} left"

@@ -75,7 +75,7 @@ def train_population(
         raise Interrupted("stopped between two populations: start again to go on")
     path = population_path(results, group)
     # of a worker that was killed; records may all be there although its files still are
-    left_over = list(path.parent.glob(f"*{path.stem}*"))
+    left_over = [p for p in path.parent.glob(f"*{path.stem}*") if ".broken" not in p.name]
     if not anew and not left_over and all(record_of(results, run) for run in group):
         return []
     with claimed(path) as ours:

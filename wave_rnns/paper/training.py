@@ -409,8 +409,9 @@ def fit(
             )
             return training.results()
         except torch.OutOfMemoryError as e:
-            asked, name = str(e).split(". ")[0], torch.cuda.get_device_name(device)
-            raise WaveRNNError(
-                f"{len(runs)} runs do not fit on {name} ({asked}): train them in several"
-                " populations, or choose a smaller batch or model"
-            ) from e
+            training = save = None  # a traceback that is kept would hold the GPU's memory
+            asked = str(e).split(". ")[0]
+    raise WaveRNNError(
+        f"{len(runs)} runs do not fit on {torch.cuda.get_device_name(device)} ({asked}):"
+        " train them in several populations, or choose a smaller batch or model"
+    )

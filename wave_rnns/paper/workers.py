@@ -96,7 +96,7 @@ def run_workers(
     from wave_rnns.paper.training import Interrupted
 
     results, name = Path(order["results"]), order["grid"]["name"]
-    done, deaths, problem = count_done(runs, results), 0, ""
+    done, deaths, saved, problem = count_done(runs, results), 0, [], ""
     (results / "logs").mkdir(parents=True, exist_ok=True)
     logs = [results / "logs" / f"{name}-{k}.log" for k in range(len(devices))]
     workers = {k: start_worker(order, devices[k], log) for k, log in enumerate(logs)}
@@ -121,7 +121,8 @@ def run_workers(
                 if code > 0 and code != BROKEN:  # an error: a new worker would not do better
                     problem = how
                     continue
-                deaths += 1
+                before, saved = saved, sorted((results / "checkpoints").glob("*.safetensors"))
+                deaths = deaths + 1 if saved == before else 1
                 if deaths == DEATHS:
                     raise WaveRNNError(f"{DEATHS} workers died in a row; the last: {how}")
                 workers[k] = start_worker(order, devices[k], logs[k])
@@ -178,7 +179,7 @@ def sweep(
 def refuse_to_crawl(name: str, runs: list[Run], results: Path) -> None:
     "Raise ConfigError where nobody asked for a CPU, and it would take days."
     left = [run for run in runs if record_of(results, run) is None]
-    seconds = sum(map(h200_seconds, left))
+    seconds = sum(h200_seconds(run) or 0 for run in left)
     if seconds > 60:
         raise ConfigError(
             f"no GPU is here, and {name} takes about {duration(seconds)} on one H200;"
