@@ -354,7 +354,8 @@ def test_mirror_and_scale():
     m = wave_speed(h, draws=19)
     assert wave_speed(h[:, ::-1], draws=19).speed == pytest.approx(-m.speed, rel=1e-6)
     assert wave_speed(h[::-1], draws=19).speed == pytest.approx(-m.speed, rel=1e-6)
-    assert wave_speed(1e-9 * h, draws=19).speed == pytest.approx(m.speed, rel=1e-6)
+    for scale in (1e-9, 1e-170, 1e160):
+        assert wave_speed(scale * h, draws=19).speed == pytest.approx(m.speed, rel=1e-6)
     assert wave_speed(1e9 * h + np.arange(40), draws=19).speed == pytest.approx(m.speed, rel=1e-6)
     assert wave_speed(np.roll(h, 17, 1), draws=19).speed == pytest.approx(m.speed, rel=1e-6)
     shuffled = h[:, rng.permutation(40)]

@@ -104,7 +104,7 @@ def backend_for(
 ) -> Backend:  # the newest backend that supports this
     "Choose the backend of a call from its sizes alone, so that tracing and running agree."
     for backend in reversed(BACKENDS.values()):
-        if (backend, kind, device, c, n, activation, precision) in _FAILED:
+        if (id(backend), kind, device, c, n, activation, precision) in _FAILED:
             continue
         if backend.supports(kind, device, dtype, c, n, k, F, activation, precision):
             return backend
@@ -195,7 +195,7 @@ class Kind:
         "Warn, and do not choose this backend for such a scan again."
         device, sizes = tensors[self.weights].device, self.sizes(*tensors)
         what = self.name, device, sizes.c, sizes.n, activation, precision
-        _FAILED.add((backend, *what))
+        _FAILED.add((id(backend), *what))
         backend_for.cache_clear()
         fall_back(str(reason))
 
@@ -299,7 +299,7 @@ def _register_backward(kind: Kind):
         backend = kind.backend(tensors, activation, precision)
         sizes = kind.sizes(*tensors)
         shape, _ = backend.kept_shape(kind.name, *sizes, activation, last, precision)
-        if tuple(kept.shape) != shape:  # another backend kept it, before it failed
+        if tuple(kept.shape) != tuple(shape):  # another backend kept it, before it failed
             y, kept = kind.forward(*tensors, activation, last, True, precision)
         with no_autocast(gy.device), full_precision():
             backward = getattr(backend, f"{kind.name}_backward")

@@ -598,6 +598,8 @@ def _measure(
         nan, changes = math.nan, np.abs(h).max() > tiny
         why = "all neurons change alike" if changes else "nothing changes in time"
         return WaveSpeed(nan, (nan, nan), 0.0, 1.0, False, False, why, nan, nan, 0.0)
+    top = np.abs(h).max()
+    h, tiny = h / top, tiny / top  # squares of any finite number are finite now
     variance = h.var(0)
     two = np.array([h, h / np.sqrt(variance + variance.min() + tiny**2)])  # equation (7)
     two -= two.mean(2, keepdims=True)
