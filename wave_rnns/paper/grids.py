@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_RUNS', 'GRIDS', 'SWEPT', 'CLIPS', 'MANY_CLIPS', 'IMAGES', 'SCHEDULES', 'IRNN_AXES', 'AS_THEIRS', 'WAVES',
            'FINALS', 'BUMPS', 'TABLE_2', 'ROWS', 'FIGURES', 'QUICK', 'OWN_SETTINGS', 'H200', 'Grid', 'varied',
-           'point_name', 'declare_grid', 'grid_from', 'find_grid', 'beginning', 'populations', 'steps_of',
-           'h200_seconds', 'duration', 'count_done', 'standing']
+           'point_name', 'declare_grid', 'grid_from', 'find_grid', 'beginning', 'populations', 'h200_seconds',
+           'duration', 'count_done', 'standing']
 
 # %% ../../nbs/17_grids.ipynb #b7100004
 import itertools
@@ -259,16 +259,10 @@ H200 = {  # task, model, n: ms of a run's step at T = 0, and more for each T, ru
 # fmt: on
 
 
-def steps_of(run: Run) -> int:
-    "How many steps a run takes, also where its length is in epochs."
-    from wave_rnns.paper.tasks import make_task
-
-    e = run.experiment
-    return rhythm_of(e, make_task(e.task, **e.task_options))["steps"]
-
-
 def h200_seconds(run: Run) -> float | None:
     "What a run takes on one H200 by the table above; None for one that is not in it."
+    from wave_rnns.paper.tasks import make_task
+
     e = run.experiment
     if (e.task, e.model.kind, e.model.n) not in H200:
         return None
@@ -276,7 +270,7 @@ def h200_seconds(run: Run) -> float | None:
     ms = at_0 + each_T * e.task_options.get("T", 0)
     if e.model.kind == "wrnn" and e.model.precision == "faithful" and e.task != "copy":
         ms *= 2  # the copy runs above were faithful themselves
-    return steps_of(run) * ms / 1000
+    return rhythm_of(e, make_task(e.task, **e.task_options))["steps"] * ms / 1000
 
 # %% ../../nbs/17_grids.ipynb #b7100007
 def duration(seconds: float) -> str:
@@ -293,11 +287,11 @@ def count_done(runs: list[Run], results: Path) -> int:
 
 
 def standing(runs: list[Run], results: Path, workers: int = 1) -> str:
-    "'12 of 40 runs done, about 25 min left', at the pace of the 12: by the table, or by steps."
+    "'12 of 40 runs done, about 25 min left': by the table above, at the pace of the 12."
     left = expected = spent = 0.0
     costs = [h200_seconds(run) for run in runs]
-    if None in costs:  # then every step costs the same
-        costs = [steps_of(run) for run in runs]
+    if None in costs:  # then every step, or every epoch, costs the same
+        costs = [run.experiment.steps or run.experiment.epochs for run in runs]
     for run, cost in zip(runs, costs, strict=True):
         record = record_of(results, run)
         if record is None:
