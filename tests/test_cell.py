@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from wave_rnns.cell import ACTIVATIONS, DenseCell, LocalCell, WaveCell
+from wave_rnns.cell import ACTIVATIONS, DenseCell, LocalCell, WaveCell, ring_kernel
 from wave_rnns.core import ConfigError
 
 SIZES = [(1, 3, 1, 3), (1, 4, 2, 3), (2, 5, 3, 5), (3, 7, 1, 1), (10, 100, 6, 3), (2, 9, 4, 9)]
@@ -138,3 +138,9 @@ BAD = [
 def test_bad_options(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_kernel_that_no_memory_holds_is_described_at_once():
+    "A damaged config.json may ask for it; a loop over its rings would take a minute."
+    with torch.device("meta"):
+        assert ring_kernel(10**8, 3, "shift").shape == (10**8, 10**8, 3)

@@ -119,6 +119,10 @@ WRONG = {  # `task` and `name`: test_security.py
 }
 
 
+def test_seeds_may_come_from_an_iterator():
+    assert replace(EXPERIMENTS["copy0_wrnn"], seeds=iter([0, 1])).seeds == (0, 1)
+
+
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_configurations_name_the_key(message):
     "More of them: notebook 16; each kind of value: notebook 10."

@@ -1,6 +1,7 @@
 "Grids, populations, the loop that trains them, halving and choosing: where notebooks 17 and 18 would get dull."
 
 import errno
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -9,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 import wave_rnns.paper.sweeps as sw
+import wave_rnns.paper.workers as wk
 from wave_rnns.core import ConfigError, WaveRNNError, plain
 from wave_rnns.paper.config import decisive
 from wave_rnns.paper.experiments import EXPERIMENTS, Run, record_of, to_config
@@ -181,7 +183,36 @@ def test_damaged_checkpoints_are_set_aside_and_the_runs_begin_anew(half_finished
         path.write_bytes(b"junk")
     with pytest.warns(UserWarning, match="set aside, its runs begin anew"):
         assert len(train(RUNS[:2], half_finished, "cpu", **QUIET)) == 2
-    assert sorted(p.name for p in half_finished.glob("checkpoints/*")) == sorted(f"{p.name}.broken1" for p in files)
+    aside = sorted(f"{p.name}.broken1" for p in files)
+    assert sorted(p.name for p in half_finished.glob("checkpoints/*")) == aside
+    with sw.claimed(population_path(half_finished, RUNS[:2])):  # they are not left over: nothing is claimed for them
+        assert len(train(RUNS[:2], half_finished, "cpu", **QUIET)) == 2
+
+
+def test_workers_that_die_between_checkpoints_go_on(tmp_path, monkeypatch):
+    "Only deaths without progress count as in a row."
+    (tmp_path / "checkpoints").mkdir()
+    codes = iter([-9] * (2 * wk.DEATHS) + [0])
+
+    def start(order, device, log):
+        log.touch()
+        if (code := next(codes)) != 0:
+            (tmp_path / "checkpoints" / f"x.{next(numbers)}.safetensors").touch()
+        return Mock(poll=lambda: code)
+
+    numbers = itertools.count()
+    monkeypatch.setattr(wk, "start_worker", start)
+    monkeypatch.setattr(wk.time, "sleep", lambda seconds: None)
+    wk.run_workers({"results": str(tmp_path), "grid": {"name": "g"}}, ["cpu"], RUNS, lambda: False)
+    assert next(codes, None) is None
+
+
+def test_what_nobody_has_timed_is_not_refused(tmp_path):
+    long = [Run(replace(RUNS[0].experiment, steps=10**9), 0)]
+    wk.refuse_to_crawl("mine", long, tmp_path)
+    known = [Run(EXPERIMENTS["smnist_wrnn"], 0)]
+    with pytest.raises(ConfigError, match="smnist takes about .* on one H200"):
+        wk.refuse_to_crawl("smnist", known, tmp_path)
 
 
 def test_other_code_under_a_half_finished_run_is_refused(half_finished, monkeypatch):

@@ -1,7 +1,9 @@
 "The trainer: equal to torch.optim, equal alone and in company, frozen when it must be, and never asking the host in a step."
 
 import ast
+import gc
 import math
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -280,3 +282,19 @@ def test_a_huge_gradient_that_is_finite_is_clipped_and_not_called_diverged():
     assert torch.equal(p.theta[0], before[0])
     assert abs((p.m[1, 0] - 0.1).item()) < 1e-6  # a gradient of norm 1 after the clip
     assert (before[1, 0] - p.theta[1, 0]).item() == pytest.approx(1e-2, rel=1e-4)
+
+
+def test_an_error_that_is_kept_holds_no_memory(monkeypatch):
+    "As in a notebook, where the last error lives on while smaller populations are tried."
+    seen = []
+
+    def full(self):
+        seen.append(weakref.ref(self.theta))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More")
+
+    monkeypatch.setattr(Population, "train_step", full)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
+    with pytest.raises(WaveRNNError, match="do not fit on this GPU .CUDA out of memory.: train them in") as kept:
+        fit(copy_task(), small(copy_task()), RUNS, **RHYTHM)
+    gc.collect()
+    assert kept.value is not None and seen[0]() is None

@@ -121,8 +121,8 @@ def run_workers(
                 if code > 0 and code != BROKEN:  # an error: a new worker would not do better
                     problem = how
                     continue
-                before, saved = saved, sorted((results / "checkpoints").glob("*.safetensors"))
-                deaths = deaths + 1 if saved == before else 1
+                known, saved = saved, sorted((results / "checkpoints").glob("*.safetensors"))
+                deaths = deaths + 1 if saved == known else 1  # a new one is progress
                 if deaths == DEATHS:
                     raise WaveRNNError(f"{DEATHS} workers died in a row; the last: {how}")
                 workers[k] = start_worker(order, devices[k], logs[k])
